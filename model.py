@@ -1,0 +1,425 @@
+"""The transformer: Llama and Mistral as one class, with the names and files of Hugging Face.
+
+    model = Transformer.from_pretrained("Mistral-7B-Instruct-v0.2", dtype=torch.bfloat16)
+    logits = model(tokens)                                    # [B, T] -> [B, T, V]
+
+Dimensions: B batch, T new tokens, S cached tokens, C width, H heads, K key/value heads, D head size, V vocabulary.
+Every module has the name it has in a checkpoint, so loading and saving need no table of names.
+Rotary embedding: Su et al. 2021; RMSNorm: Zhang & Sennrich 2019; SwiGLU: Shazeer 2020; grouped-query attention: Ainslie
+et al. 2023; sliding window: Jiang et al. 2023; the assembly: Touvron et al. 2023.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_FILE_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says about the mathematics; `raw` is the file itself, handed on at export."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: dict  # rope_type, rope_theta and what the type needs (factor, ...)
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    raw: dict = field(repr=False, compare=False)
+
+    @classmethod
+    def from_dict(cls, raw: dict, where: str | Path = "config.json") -> "ModelConfig":
+        """Reads the fields in all their spellings. ValueError names what is missing or would change the mathematics."""
+
+        def refuse(name, value, wanted):
+            raise ValueError(f"{where}: {name} = {json.dumps(value)} is not implemented here, only {wanted}")
+
+        names = raw.get("architectures") or [k for k, v in ARCHITECTURES.items() if v == raw.get("model_type")]
+        kind = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+        if kind is None or raw.get("model_type", kind) != kind:
+            name = "architectures" if raw.get("architectures") else "model_type"
+            refuse(name, raw.get(name), "LlamaForCausalLM and MistralForCausalLM")
+        for name, wanted in [("hidden_act", "silu"), ("attention_dropout", 0), ("quantization_config", None)]:
+            if raw.get(name, wanted) not in (wanted, None):
+                refuse(name, raw[name], json.dumps(wanted))
+
+        def number(name, default=None, kinds=(int,)):
+            value = default if raw.get(name) is None else raw[name]
+            if type(value) not in kinds or not 0 < value < math.inf:
+                raise ValueError(f"{where}: {name} must be a positive number, found {json.dumps(value)}")
+            return value
+
+        heads, width = number("num_attention_heads"), number("hidden_size")
+        # an absent field means what transformers takes for it, and that differs between the two families
+        kv_heads = 8 if kind == "mistral" and "num_key_value_heads" not in raw else heads
+        kv_heads, head_dim = number("num_key_value_heads", kv_heads), number("head_dim", width // heads)
+        if heads % kv_heads or head_dim % 2:
+            raise ValueError(f"{where}: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit")
+        window = raw.get("sliding_window", 4096) if kind == "mistral" else None  # Llama ignores the field
+        return cls(
+            vocab_size=number("vocab_size"),
+            hidden_size=width,
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=number("max_position_embeddings", 131072 if kind == "mistral" else 2048),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, (int, float)),
+            rope=rope_parameters(raw, refuse, where),
+            sliding_window=None if window is None else number("sliding_window", 4096),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            attention_bias=kind == "llama" and bool(raw.get("attention_bias", False)),
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            raw=raw,
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; a model folder needs a config.json") from None
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}:{e.lineno}: broken JSON: {e.msg}") from None
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise ValueError(f"{path}: not a UTF-8 text file") from None
+        if not isinstance(raw, dict):
+            raise ValueError(f"{path}:1: wanted a JSON object")
+        return cls.from_dict(raw, path)
+
+
+def rope_parameters(raw: dict, refuse, where) -> dict:
+    """Rotary settings from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
+    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
+    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0  # Llama-2's file has none
+    needs = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if rope["rope_type"] not in needs:
+        refuse("rope_type", rope["rope_type"], "default, linear and llama3")
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        refuse("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")), 1.0)
+    if rope["rope_type"] == "llama3":
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    for name in ("rope_theta", *needs[rope["rope_type"]]):
+        value = rope.get(name)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{where}: rotary embedding needs a positive {name}, found {json.dumps(value)}")
+    return rope
+
+
+class KVCache:
+    """Keys and values of `batch` rows: slot s of a row holds its token at position s, so rows may differ in length."""
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device="cpu"):
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layer, B, K, S, D]
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v [B, K, T, D] at `positions` [B, T] and returns all of the layer's keys and values."""
+        slots = positions[:, None, :, None].expand_as(k)
+        keys, values = self.keys[layer], self.values[layer]
+        return keys.scatter_(2, slots, k), values.scatter_(2, slots, v)
+
+    def first(self, length: int) -> "KVCache":
+        """A view of the first `length` slots: attention need not look at slots that no row has reached."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = self.keys[:, :, :, :length], self.values[:, :, :, :length]
+        return view
+
+
+def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, D] for `positions` [B, T]. Always float32: bfloat16 has too few digits for large positions."""
+    rope, half = config.rope, torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = 1.0 / rope["rope_theta"] ** (half / config.head_dim)  # [D/2], radians per position
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        # long waves are slowed by `factor`, short ones kept, those between blended
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rope["factor"]
+    angles = positions[..., None].float() * frequencies  # [B, T, D/2]
+    angles = torch.cat([angles, angles], dim=-1)  # [B, T, D]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (i, i + D/2) of x [B, heads, T, D]; Hugging Face checkpoints are permuted for these halves."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # cast back before the weight, as Llama does: in bfloat16 the order changes a quarter of the values
+        y = x.float()
+        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=bias)
+
+    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, positions=None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, D], [B, K, T, D]
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v, positions)  # [B, K, S, D]
+        if mask is None:
+            # without a cache pads stand to the right of every real token: causality alone keeps them out
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        else:
+            # heads that share a key/value head become more queries of it: no copy of the cache on any backend
+            group = q.shape[1] // k.shape[1]
+            q = q.reshape(B, k.shape[1], group * T, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
+            y = y.view(B, -1, T, self.config.head_dim)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, self.activation_checkpointing = config, False
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens: Tensor, select: Tensor | None = None, cache: KVCache | None = None,
+                positions: Tensor | None = None) -> Tensor:  # fmt: skip
+        """tokens [B, T] -> logits [B, T, V], or [N, V] at `select` [N], places in the flattened [B * T].
+
+        Without a cache the attention is causal and pads belong on the right. With one, `positions` [B, T] gives each
+        token its slot, and it sees the slots up to its own: what lies beyond, pads included, is overwritten in time.
+        """
+        mask, window = None, self.config.sliding_window
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+        if cache is not None or (window and tokens.shape[1] > window):
+            slots = positions[0] if cache is None else torch.arange(cache.keys.shape[3], device=tokens.device)
+            distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
+            mask = (distance >= 0) & (distance < window) if window else distance >= 0
+        cos, sin = rotary(self.config, positions)
+        x = self.model["embed_tokens"](tokens)  # [B, T, C]
+        for layer in self.model["layers"]:
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache, positions)
+        if select is not None:
+            x = x.flatten(0, 1)[select]  # [N, C]
+        x = self.model["norm"](x)
+        return F.linear(x, self.model["embed_tokens"].weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Transformer":
+        """Loads a Hugging Face folder. ValueError names the file and each missing, surplus or misshapen tensor."""
+        config = ModelConfig.from_file(Path(folder) / "config.json")
+        with torch.device("meta"):
+            model = cls(config).to(dtype)
+        index = read_index(folder, {name: p.shape for name, p in model.named_parameters()})
+        model.to_empty(device=device)
+        load_weights(dict(model.named_parameters()), index)
+        return model.eval()
+
+    def initialize(self, seed: int) -> None:
+        """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1, biases 0."""
+        for i, (name, p) in enumerate(self.named_parameters()):
+            full = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+            if p.dim() > 1:
+                full.normal_(0, self.config.raw.get("initializer_range", 0.02), torch.Generator().manual_seed(seed + i))
+            local, start = local_rows(p)
+            local.copy_(full[start : start + local.shape[0]])
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes config.json and safetensors as Hugging Face does, in `dtype` (the parameters' own by default).
+
+        Every rank calls it, rank 0 writes. OSError where the disk is full or the folder cannot be written.
+        """
+        dtype = dtype or next(self.parameters()).dtype
+        save_weights(dict(self.named_parameters()), folder, dtype)
+        if is_first_rank():
+            key = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
+            raw = self.config.raw | {key: str(dtype).removeprefix("torch.")}
+            (Path(folder) / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def start_processes() -> tuple[int, int, torch.device]:
+    """-> rank, world size, device. One process is a group of one, so that there is one code path."""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        launched = "RANK" in os.environ  # by torchrun
+        alone = {} if launched else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def local_rows(p: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a parameter and the index of the first; `fully_shard` deals rows as torch.chunk does."""
+    if not isinstance(p, DTensor):
+        return p.detach(), 0
+    return p.to_local().detach(), p.device_mesh.get_local_rank() * -(-p.shape[0] // p.device_mesh.size())
+
+
+def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
+    """Reads only headers; returns tensor name -> file once names, shapes and number types are known to fit."""
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.exists():
+        try:
+            files = sorted({folder / name for name in json.loads(index_file.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index_file}: not a safetensors index; download it again") from None
+    elif (folder / "model.safetensors").exists():
+        files = [folder / "model.safetensors"]
+    if not files:
+        raise ValueError(f"{folder}: no *.safetensors file; weights are read from safetensors alone")
+    found, wrong = {}, []
+    for file in files:
+        if file.parent != folder or not file.exists():
+            raise ValueError(f"{file}: named by {index_file.name} and not in the folder; download it again")
+        try:
+            with safe_open(file, "pt") as f:
+                for name in f.keys():
+                    part = f.get_slice(name)
+                    if name not in shapes:
+                        # buffers of old checkpoints, and the copy that a tied head is of the embedding
+                        if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+                            wrong.append(f"surplus {name}")
+                    elif tuple(part.get_shape()) != tuple(shapes[name]):
+                        wrong.append(f"{name} has shape {part.get_shape()}, config.json wants {list(shapes[name])}")
+                    elif part.get_dtype() not in FLOATS:
+                        wrong.append(f"{name} has type {part.get_dtype()}, wanted one of {', '.join(FLOATS)}")
+                    elif name in found:
+                        wrong.append(f"{name} stands in both {found[name].name} and {file.name}")
+                    found[name] = file
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{file}: not a whole safetensors file ({e}); download it again") from None
+    wrong += [f"missing {name}" for name in shapes if name not in found]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong[:8])}{more}")
+    return {name: found[name] for name in shapes}
+
+
+def load_weights(parameters: dict[str, Tensor], index: dict[str, Path]) -> None:
+    """Copies tensors into `parameters` in place, one at a time; of a sharded one each rank reads its own rows."""
+    for file in sorted(set(index.values())):
+        with safe_open(file, "pt") as f:
+            for name in [n for n in parameters if index[n] == file]:
+                local, start = local_rows(parameters[name])
+                if local.numel():
+                    local.copy_(f.get_slice(name)[start : start + local.shape[0]])
+
+
+def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch.dtype) -> None:
+    """Writes files of at most 5 GB, with an index if there are several. Gathers one tensor at a time; rank 0 writes."""
+    folder, width, error = Path(folder), torch.empty(0, dtype=dtype).element_size(), None
+    shards, room = [[]], MAX_FILE_BYTES
+    for name, p in parameters.items():
+        if p.numel() * width > room and shards[-1]:
+            shards.append([])
+            room = MAX_FILE_BYTES
+        shards[-1].append(name)
+        room -= p.numel() * width
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(names) > 1 else ["model.safetensors"]
+    for file, shard in zip(names, shards):
+        part = {}
+        for name in shard:
+            p = parameters[name]
+            full = p.full_tensor() if isinstance(p, DTensor) else p  # collective: every rank, also after an error
+            if is_first_rank():
+                part[name] = full.detach().to("cpu", dtype).contiguous()
+        if is_first_rank() and error is None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(part, folder / file, metadata={"format": "pt"})
+            except (SafetensorError, OSError) as e:
+                error = OSError(f"{folder / file}: cannot be written ({e}); free space or choose another folder")
+    if error:
+        raise error
+    if is_first_rank() and len(names) > 1:
+        where = {name: file for file, shard in zip(names, shards) for name in shard}
+        total = sum(p.numel() * width for p in parameters.values())
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
+        (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
