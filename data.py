@@ -274,6 +274,18 @@ def group_files(files: list[str]) -> list[tuple[str, ...]]:
     return groups
 
 
+def named_files(items: list[str]) -> dict[str, list[str]]:
+    """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own, line files come in pairs."""
+    named, files = {}, []
+    for item in items:
+        name, mark, file = item.partition("=")
+        files.append((file, name) if mark else (item, Path(item).stem))
+    given = dict(files)
+    for group in group_files([file for file, _ in files]):
+        named.setdefault(given[group[0]], []).extend(group)
+    return named
+
+
 def field(row: dict, name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
@@ -596,6 +608,11 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as e:
+        if "gloo" not in str(e) and "NCCL" not in str(e):
+            raise
+        print(f"error: rank {rank}: lost the connection to another rank, which has ended; its own message says why", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(args: argparse.Namespace) -> None:
