@@ -298,7 +298,7 @@ class Transformer(nn.Module):
         for i, (name, p) in enumerate(self.named_parameters()):
             full = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
             if p.dim() > 1:
-                full.normal_(0, self.config.raw.get("initializer_range", 0.02), torch.Generator().manual_seed(seed + i))
+                full.normal_(0, self.config.raw.get("initializer_range", 0.02), generator=torch.Generator().manual_seed(seed + i))
             local, start = local_rows(p)
             local.copy_(full[start : start + local.shape[0]])
 
