@@ -26,99 +26,95 @@ from sentencepiece import SentencePieceProcessor
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the wording of the RaDis paper is not known
 TEMPLATE = "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
-LANGUAGES = dict(
-    ar="Arabic", cs="Czech", de="German", en="English", es="Spanish", et="Estonian", fi="Finnish", fr="French",
-    hi="Hindi", is_="Icelandic", it="Italian", ja="Japanese", ko="Korean", lt="Lithuanian", lv="Latvian", nl="Dutch",
-    pl="Polish", pt="Portuguese", ro="Romanian", ru="Russian", tr="Turkish", uk="Ukrainian", zh="Chinese",
-)  # fmt: skip
+NAMES = (
+    "ar Arabic cs Czech de German en English es Spanish et Estonian fi Finnish fr French hi Hindi is Icelandic it Italian "
+    "ja Japanese ko Korean lt Lithuanian lv Latvian nl Dutch pl Polish pt Portuguese ro Romanian ru Russian tr Turkish "
+    "uk Ukrainian zh Chinese"
+).split()
+LANGUAGES = dict(zip(NAMES[::2], NAMES[1::2]))
 CHATS = ("llama2", "mistral", "zephyr", "chatml", "plain")
 
 
 class Tokenizer:
     """SentencePiece with the chat formats. Control tokens are placed by id; text of a user never becomes one.
 
-    chat: a name of CHATS, or "auto" to find it from the chat template in the folder (none means plain).
+    chat: a name of CHATS, or "auto" to find it from the chat template in the folder (no template means plain).
     ValueError names the file that is missing, broken or not understood.
     """
 
     def __init__(self, folder: str | Path, chat: str = "auto"):
-        self.folder = Path(folder)
-        file = self.folder / "tokenizer.model"
+        self.folder, file = Path(folder), Path(folder) / "tokenizer.model"
         if not file.is_file():
             raise ValueError(f"{file}: no such file; a model folder needs its SentencePiece tokenizer.model")
         proto = file.read_bytes()
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
-            # the same model without the space that is put before each text; appended fields override (protobuf)
+            # the same model without the space that is put before each text: appended fields override (protobuf)
             self.sp_continue = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{file}: not a SentencePiece model; download it again") from None
-        settings = self._read("tokenizer_config.json")
-        added = {content: id for content, id in self._read("added_tokens.json").items() if isinstance(id, int)}
-        for id, token in (settings.get("added_tokens_decoder") or {}).items():
-            added[token["content"]] = int(id)
-        self.added = {id: content for content, id in sorted(added.items(), key=lambda x: x[1])}
-        pieces = range(self.sp.vocab_size())
-        self.control = {i for i in pieces if self.sp.is_control(i)} | set(self.added)
-        self.vocab_size = max([len(pieces), *(i + 1 for i in self.added)])
-        names = settings.get("bos_token"), settings.get("eos_token")
-        names = [n["content"] if isinstance(n, dict) else n for n in names]
-        self.bos_id = self._id(names[0], self.sp.bos_id())
-        self.eos_id = self._id(names[1], self.sp.eos_id())
+        config, stops = self._read("tokenizer_config.json"), self._read("generation_config.json").get("eos_token_id")
+        try:
+            added = {v["content"]: int(k) for k, v in (config.get("added_tokens_decoder") or {}).items()}
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder is not understood") from None
+        added |= self._read("added_tokens.json")
+        self.added = {id: text for text, id in sorted(added.items(), key=lambda item: item[1])}
+        self.control = {i for i in range(len(self.sp)) if self.sp.is_control(i)} | set(self.added) - {self.sp.unk_id()}
+        tags = sorted({self.sp.id_to_piece(i).replace("▁", " ") for i in self.control if i < len(self.sp)}, key=len)
+        self.tags = re.compile("|".join(f"(?={re.escape(tag)})" for tag in tags))
+        self.vocab_size = max(len(self.sp), *(i + 1 for i in self.added), 0)
+        self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
+        self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
         if self.eos_id < 0:
             raise ValueError(f"{file}: has no EOS token, so no answer could ever end")
-        self.legacy = bool(settings.get("legacy", False))  # a space before every text, not only the first
-        template_file = self.folder / "chat_template.jinja"
-        template = template_file.read_text("utf-8") if template_file.is_file() else settings.get("chat_template") or ""
-        if isinstance(template, list):  # several named templates
+        self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
+        self.legacy = bool(config.get("legacy"))  # SentencePiece's space before every text, not only the first
+        self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
+
+        template, other = config.get("chat_template") or "", self.folder / "chat_template.jinja"
+        template = other.read_text("utf-8") if other.is_file() else template
+        if isinstance(template, list):  # several, by name
             template = next((t["template"] for t in template if t.get("name") == "default"), "")
         self.template = template.replace("\\n", "\n")
-        self.chat_name = self._detect() if chat == "auto" else chat
-        self.v3 = self.chat_name == "mistral" and self.sp.is_control(self._id("[INST]", self.sp.unk_id()))
+        marks = {"<|im_start|>": "chatml", "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral"}
+        known = [name for mark, name in marks.items() if mark in self.template]
+        if chat == "auto" and self.template and not known:
+            raise ValueError(f"{self.folder}: chat template not known here; give --chat {'|'.join(CHATS)}")
+        self.chat_name = chat if chat != "auto" else (known or ["plain"])[0]
         self.end_id = self._id("<|im_end|>", self.eos_id) if self.chat_name == "chatml" else self.eos_id
-        stops = self._read("generation_config.json").get("eos_token_id") or []
-        stops = [stops] if isinstance(stops, int) else stops
-        self.eos_ids = sorted({self.end_id, self.eos_id, *stops})
-        self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
-        self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
+        self.eos_ids = sorted({self.end_id, self.eos_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
     def _read(self, name: str) -> dict:
         path = self.folder / name
         try:
-            return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        except ValueError as e:
-            raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: broken JSON; download it again") from None
+            return json.loads(path.read_text("utf-8")) | {} if path.is_file() else {}
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not a JSON object; download it again") from None
 
-    def _id(self, piece: str | None, default: int) -> int:
-        id = next((i for i, content in self.added.items() if content == piece), None)
+    def _id(self, piece: str | dict | None, default: int) -> int:
+        """The id of an added token or a piece of the vocabulary."""
+        piece = piece["content"] if isinstance(piece, dict) else piece
+        id = next((i for i, text in self.added.items() if text == piece), None)
         id = self.sp.piece_to_id(piece) if id is None and piece else id
         return default if id is None or id == self.sp.unk_id() else id
 
-    def _detect(self) -> str:
-        marks = {"<|im_start|>": "chatml", "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral"}
-        for mark, name in marks.items():
-            if mark in self.template:
-                return name
-        if self.template:
-            raise ValueError(f"{self.folder}: chat template not known here; give --chat {'|'.join(CHATS)}")
-        return "plain"
-
     def encode(self, text: str) -> list[int]:
         """Text to ids, without BOS or EOS, never with a control token."""
-        return self._text(text, self.sp)
+        return self._encode(text, self.sp)
 
-    def _text(self, text: str, sp: SentencePieceProcessor) -> list[int]:
+    def _encode(self, text: str, sp: SentencePieceProcessor) -> list[int]:
         ids = sp.encode(text)
         if self.control.isdisjoint(ids):
             return ids
-        # a tag that is a piece of the vocabulary: split it, so that it is read as the characters it is made of
-        tag = max((sp.id_to_piece(i) for i in ids if i in self.control), key=len)
-        at = text.index(tag) + 1
-        return self._text(text[:at], sp) + self._text(text[at:], self.sp_continue)
+        # the text holds tags that are pieces of the vocabulary: cut each after its first character, and none is left
+        cuts = [0, *(m.start() + 1 for m in self.tags.finditer(text)), len(text)]
+        ids = [i for a, b in zip(cuts, cuts[1:]) for i in (self.sp_continue if a else sp).encode(text[a:b])]
+        return [i for i in ids if i not in self.control]  # a tag of one character can't be cut: it is left out
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control and added tokens are left out."""
-        return self.sp.decode([i for i in ids if i not in self.control and i < self.sp.vocab_size()])
+        return self.sp.decode([i for i in ids if i not in self.control and i < len(self.sp)])
 
     def decode_after(self, before: list[int], ids: list[int]) -> str:
         """The text of `ids` where they follow `before`: a piece decoded alone would lose its leading space."""
@@ -128,18 +124,18 @@ class Tokenizer:
     def first_line_ends(self, ids: list[int]) -> bool:
         """Whether the last of `ids` ends the first line that is not empty."""
         newline = "\n" in self.sp.decode([ids[-1]]) or self.sp.id_to_piece(ids[-1]) == "<0x0A>"
-        return newline and "\n" in self.decode(ids).lstrip("\n ")
+        return newline and "\n" in self.decode(ids).lstrip()
 
     def answer(self, text: str) -> list[int]:
-        """Ids of an assistant's answer, as they follow `chat`, without EOS."""
+        """Ids of an assistant's answer as they follow `chat`, without EOS."""
         if self.chat_name in ("zephyr", "chatml"):  # goes on within the text that ends "assistant\n"
-            return self._text(text, self.sp_continue)
+            return self._encode(text, self.sp_continue)
         return self.encode(text if self.adds_space or self.chat_name != "plain" else " " + text)
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
         """Ids of `text` after an answer's beginning `before`, whose ids stay `ids` even where both would merge."""
         whole = self.answer(before + text)
-        return whole[len(ids) :] if whole[: len(ids)] == ids else self._text(text, self.sp_continue)
+        return whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(text, self.sp_continue)
 
     def chat(self, messages: list[dict], system: str | None = None) -> list[int]:
         """Ids of a conversation, up to where the assistant's answer begins.
@@ -150,10 +146,10 @@ class Tokenizer:
         if messages and messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
         roles = [m["role"] for m in messages]
-        if len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        if len(roles) % 2 == 0 or roles != alternating(len(roles)):
             raise ValueError(f"roles must be user, assistant, ..., user; found {', '.join(roles) or 'none'}")
-        texts = [m["content"] for m in messages]
-        return getattr(self, f"_{self.chat_name}")(texts, system)
+        format = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}.get(self.chat_name, self._tagged)
+        return format([m["content"] for m in messages], system)
 
     def _llama2(self, texts: list[str], system: str | None) -> list[int]:
         if system:
@@ -164,55 +160,47 @@ class Tokenizer:
         return ids + [self.bos_id, *self.encode(f"[INST] {texts[-1].strip()} [/INST]")]
 
     def _mistral(self, texts: list[str], system: str | None) -> list[int]:
-        # v1 tags are text; from v3 on they are control tokens, and the system prompt moves to the last turn
-        begin, end = self._id("[INST]", 0), self._id("[/INST]", 0)
-        ids, at = [self.bos_id], len(texts) - 1 if self.v3 else 0
+        # in v1 the tags are text; from v3 on they are control tokens, and the system prompt moves to the last turn
+        begin, end = self._id("[INST]", -1), self._id("[/INST]", -1)
+        v3 = begin in self.control
+        ids, system_at = [self.bos_id], len(texts) - 1 if v3 else 0
         for i, text in enumerate(texts):
-            if system and i == at:
-                text = f"{system}\n\n{text}"
+            text = f"{system}\n\n{text}" if system and i == system_at else text
             if i % 2:
-                ids += [*self.encode(text), self.eos_id]
+                ids += [*self.encode(text.rstrip(" ") if v3 else text), self.eos_id]
             else:
-                ids += [begin, *self.encode(text), end] if self.v3 else self.encode(f"[INST] {text} [/INST]")
+                ids += [begin, *self.encode(text), end] if v3 else self.encode(f"[INST] {text} [/INST]")
         return ids
 
-    def _zephyr(self, texts: list[str], system: str | None) -> list[int]:
-        turns = [f"<|{'assistant' if i % 2 else 'user'}|>\n{text}" for i, text in enumerate(texts)]
-        turns = ([f"<|system|>\n{system}"] if system is not None else []) + turns
-        parts = [turns[0]]
-        for turn in [*turns[1:], "<|assistant|>\n"]:
-            parts += [self.eos_id, "\n" + turn]
-        return self._join(parts)
-
-    def _chatml(self, texts: list[str], system: str | None) -> list[int]:
-        if system is None:  # some templates put one in
+    def _tagged(self, texts: list[str], system: str | None) -> list[int]:
+        """ChatML (each turn between two control tokens) and Zephyr (tags are text, EOS ends a turn)."""
+        chatml, start, sp = self.chat_name == "chatml", self._id("<|im_start|>", None), self.sp
+        if chatml and (start is None or self._id("<|im_end|>", None) is None):
+            raise ValueError(f"{self.folder}: the vocabulary has no <|im_start|>, <|im_end|>; give another --chat")
+        if chatml and system is None:  # some templates put one in
             found = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.template)
             system = found and found[1]
-        turns = [("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
-        turns = ([("system", system)] if system is not None else []) + turns
-        start, end, parts = self._id("<|im_start|>", -1), self._id("<|im_end|>", -1), []
-        for role, text in turns:
-            parts += [start, f"{role}\n{text}", end, "\n"]
-        return self._join([*parts, start, "assistant\n"])
-
-    def _plain(self, texts: list[str], system: str | None) -> list[int]:
-        text = "\n\n".join([system, *texts] if system else texts)
-        return ([self.bos_id] if self.bos_id >= 0 else []) + self.encode(text)
-
-    def _join(self, parts: list[str | int]) -> list[int]:
-        """Texts and control ids in turn; only the first text gets SentencePiece's space, or all under `legacy`."""
-        ids, sp = ([self.bos_id] if "bos_token" in self.template else []), self.sp
-        for part in parts:
-            if part == -1:
-                raise ValueError(f"{self.folder}: the vocabulary has no <|im_start|>, <|im_end|>; give another --chat")
-            ids += [part] if isinstance(part, int) else self._text(part, sp)
+        turns = [("system", system)] if system is not None else []
+        turns += zip(alternating(len(texts) + 1), [*texts, None])
+        parts = [self.bos_id] if "bos_token" in self.template else []
+        for i, (role, text) in enumerate(turns):
+            between = "\n" if i else ""
+            parts += [between, start, f"{role}\n"] if chatml else [f"{between}<|{role}|>\n"]
+            if text is not None:
+                parts[-1] += text
+                parts.append(self.end_id)
+        ids = []
+        for part in filter(lambda part: part != "", parts):
+            ids += [part] if isinstance(part, int) else self._encode(part, sp)
             sp = self.sp if self.legacy else self.sp_continue
         return ids
 
+    def _plain(self, texts: list[str], system: str | None) -> list[int]:
+        return [self.bos_id] * (self.bos_id >= 0) + self.encode("\n\n".join([system, *texts] if system else texts))
 
-def language(code: str) -> str:
-    """German for de; a code that is not known stands for itself."""
-    return LANGUAGES.get("is_" if code == "is" else code, code)
+
+def alternating(n: int) -> list[str]:
+    return ["user" if i % 2 == 0 else "assistant" for i in range(n)]
 
 
 def split_direction(direction: str) -> tuple[str, str]:
@@ -237,28 +225,25 @@ def read_text(path: str | Path) -> str:
 
 def read_json(path: str | Path) -> list[tuple[str, dict]]:
     """Objects of a JSON array, or of one object a line, each with where it stands, `FILE:LINE`."""
-    text, rows, line = read_text(path), [], 1
+    text, rows, line, at = read_text(path), [], 1, 0
     try:
-        if not text.lstrip().startswith("["):
-            for line, row in enumerate(text.split("\n"), 1):
-                if row.strip():
-                    rows.append((f"{path}:{line}", json.loads(row)))
-        else:
-            decoder, at, seen = json.JSONDecoder(), text.index("[") + 1, 0
-            skip = re.compile(r"[\s,]*")
-            while True:
-                at = skip.match(text, at).end()
-                line, seen = line + text.count("\n", seen, at), at
-                if text[at : at + 1] == "]":
-                    break
-                row, at = decoder.raw_decode(text, at)
+        if text.lstrip().startswith("["):
+            objects, decoder = json.loads(text), json.JSONDecoder()
+            for row in objects:  # once more, for the lines
+                start = re.compile(r"[\s,]*").match(text, at or text.index("[") + 1).end()
+                line, at = line + text.count("\n", at, start), decoder.raw_decode(text, start)[1]
                 rows.append((f"{path}:{line}", row))
+                line += text.count("\n", start, at)
+        else:
+            for line, row in enumerate(text.split("\n"), 1):
+                rows += [(f"{path}:{line}", json.loads(row))] if row.strip() else []
     except json.JSONDecodeError as e:
-        line = e.lineno if text.lstrip().startswith("[") else line
-        raise ValueError(f"{path}:{line}: broken JSON: {e.msg}") from None
+        raise ValueError(f"{path}:{line if e.doc != text else e.lineno}: broken JSON: {e.msg}") from None
     for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f'{where}: wanted a JSON object, found {json.dumps(row)[:40]}')
+            raise ValueError(f"{where}: wanted a JSON object, found {json.dumps(row)[:40]}")
+    if not rows:
+        raise ValueError(f"{path}: holds no rows")
     return rows
 
 
@@ -267,8 +252,10 @@ def group_files(files: list[str]) -> list[tuple[str, ...]]:
     groups, files = [], list(files)
     while files:
         file = files.pop(0)
-        alone = Path(file).suffix in (".json", ".jsonl", ".tsv") or read_text(file).lstrip()[:1] in "{["
-        if not alone and not files:
+        ending = Path(file).suffix
+        begins = "" if ending[1:] in LANGUAGES else read_text(file).lstrip()[0]
+        alone = ending in (".json", ".jsonl", ".tsv") or begins in ("{", "[")
+        if not alone and not files and read_text(file):
             raise ValueError(f"{file}: a line file needs a second one beside it, such as train.de train.en")
         groups.append((file,) if alone else (file, files.pop(0)))
     return groups
@@ -276,17 +263,46 @@ def group_files(files: list[str]) -> list[tuple[str, ...]]:
 
 def named_files(items: list[str]) -> dict[str, list[str]]:
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own, line files come in pairs."""
-    named, files = {}, []
-    for item in items:
-        name, mark, file = item.partition("=")
-        files.append((file, name) if mark else (item, Path(item).stem))
-    given = dict(files)
-    for group in group_files([file for file, _ in files]):
-        named.setdefault(given[group[0]], []).extend(group)
+    names = {item.partition("=")[2] or item: item.partition("=")[0] if "=" in item else Path(item).stem for item in items}
+    named = {}
+    for group in group_files(list(names)):
+        named.setdefault(names[group[0]], []).extend(group)
     return named
 
 
-def field(row: dict, name: str, where: str) -> str:
+def read_rows(files: list[str], directions: list[str] = (), prompts: bool = False) -> list[dict]:
+    """Reads pairs, conversations and ledgers (`prompts`: prompts alone) into one list, in order.
+
+    A row is what its file says, with `id` (its place in the data if the file has none) and `where` (FILE:LINE) added. A
+    pair has source, reference, source_lang, target_lang; others have `messages`, the conversation before the answer, and
+    `reference`, the answer. A ledger's row has `meta`, the settings it was written with. Several directions read each row
+    once for each. ValueError names file and line.
+    """
+    rows, directions = [], [split_direction(d) for d in directions] or [None]
+    for group in group_files(files):
+        meta = read_meta(group[0])
+        for direction in directions:
+            lines = len(group) == 2 or group[0].endswith(".tsv")
+            # where nothing names the languages, the first direction does
+            for where, row in read_lines(group, directions[0]) if lines else read_json(group[0]):
+                row = dict(row, where=where)
+                if "reference_ids" in row:
+                    check_ids(row)
+                    row["meta"] = meta
+                if "translation" in row or "source" in row:
+                    read_pair(row, direction, directions[0])
+                elif direction is directions[0]:  # a conversation has no direction
+                    read_conversation(row, prompts)
+                else:
+                    continue
+                row["id"] = len(rows) if row.get("id") is None else row["id"]
+                if not isinstance(row["id"], (int, str)):
+                    raise ValueError(f'{where}: "id" must be a number or a string, found {json.dumps(row["id"])[:40]}')
+                rows.append(row)
+    return rows
+
+
+def text_field(row: dict, name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str):
         raise ValueError(f'{where}: "{name}" must be a string, found {json.dumps(value)[:40]}')
@@ -297,151 +313,100 @@ def field(row: dict, name: str, where: str) -> str:
     return value
 
 
-def read_rows(files: list[str], directions: list[str] = (), prompts: bool = False) -> list[dict]:
-    """Reads pairs, conversations and ledgers (`prompts`: prompts alone) into one list, in order.
-
-    A row is what its file says, with `id` (its place in the data if the file has none) and `where` (FILE:LINE) added. A
-    pair has source, reference, source_lang, target_lang; others have `messages`, the conversation before the answer, and
-    `reference`, the answer. Several directions read each two-way row once for each. ValueError names file and line.
-    """
+def read_lines(group: tuple[str, ...], direction: tuple[str, str] | None) -> list[tuple[str, dict]]:
+    """A TSV file or two line files as rows; languages by ending (x.de-en.tsv, x.de x.en), else by `direction`."""
+    columns = [read_text(file).removesuffix("\n").replace("\r", "").split("\n") for file in group]
+    langs = [Path(file).suffix[1:] for file in group] if len(group) == 2 else Path(group[0]).stem.split(".")[-1].split("-")
+    if len(langs) != 2 or any(lang not in LANGUAGES for lang in langs):
+        if direction is None:
+            raise ValueError(f"{group[0]}: languages unknown; give --direction, such as de-en")
+        langs = direction
+    if len(group) == 2 and len(columns[0]) != len(columns[1]):
+        raise ValueError(
+            f"{group[0]}:{min(map(len, columns)) + 1}: {len(columns[0])} lines, but {group[1]} has {len(columns[1])}; "
+            "line N of one must translate line N of the other"
+        )
     rows = []
-    for group in group_files(files):
-        for direction in directions or [None]:
-            rows += read_lines(group, direction) if not is_json(group) else read_objects(group[0], direction, prompts)
-    for i, row in enumerate(rows):
-        row["id"] = i if row.get("id") is None else row["id"]
-        if not isinstance(row["id"], (int, str)):
-            raise ValueError(f'{row["where"]}: "id" must be a number or a string')
-    return rows
-
-
-def is_json(group: tuple[str, ...]) -> bool:
-    return len(group) == 1 and Path(group[0]).suffix != ".tsv"
-
-
-def read_lines(group: tuple[str, ...], direction: str | None) -> list[dict]:
-    """A TSV file or two line files; languages by ending (x.de-en.tsv, x.de x.en) or by `direction`."""
-    columns = [read_text(file).removesuffix("\n").split("\n") for file in group]
-    if len(group) == 1:
-        table = [line.rstrip("\r").split("\t") for line in columns[0]]
-        langs = Path(Path(group[0]).stem).suffix[1:].split("-")
-    else:
-        if len(columns[0]) != len(columns[1]):
-            short = min(map(len, columns))
-            raise ValueError(
-                f"{group[0]}:{short + 1}: {len(columns[0])} lines, but {group[1]} has {len(columns[1])}; "
-                "line N of one must translate line N of the other"
-            )
-        table = [[a.rstrip("\r"), b.rstrip("\r")] for a, b in zip(*columns)]
-        langs = [Path(file).suffix[1:] for file in group]
-    known = len(langs) == 2 and all(language(lang) != lang for lang in langs)
-    if direction is None and not known:
-        raise ValueError(f"{group[0]}: languages unknown; give --direction, such as de-en")
-    wanted = split_direction(direction) if direction else tuple(langs)
-    if known and wanted not in (tuple(langs), tuple(langs[::-1])):
-        raise ValueError(f'{group[0]}: --direction {direction} asks for other languages than {"-".join(langs)}')
-    rows = []
-    for n, cells in enumerate(table, 1):
-        where = f"{group[0]}:{n}"
+    for n, cells in enumerate(zip(*columns) if len(group) == 2 else (line.split("\t") for line in columns[0]), 1):
         if len(cells) != 2:
-            raise ValueError(f"{where}: wanted source, tab, reference; found {len(cells) - 1} tabs")
-        cells = cells[::-1] if known and wanted != tuple(langs) else cells
-        row = dict(zip(("source", "reference"), cells))
-        row = {name: field(row, name, where) for name in row}
-        rows.append(row | {"source_lang": wanted[0], "target_lang": wanted[1], "where": where})
+            raise ValueError(f"{group[0]}:{n}: wanted source, tab, reference; found {len(cells) - 1} tabs")
+        row = dict(source=cells[0], reference=cells[1], source_lang=langs[0], target_lang=langs[1])
+        rows.append((f"{group[0]}:{n}", row))
     return rows
 
 
-def read_objects(path: str, direction: str | None, prompts: bool) -> list[dict]:
-    """JSON in any of its forms. A ledger brings the settings it was written with, from NAME.meta.json beside it."""
-    meta, rows = None, []
-    for where, row in read_json(path):
-        row = dict(row)
-        if "translation" in row:
-            pair, wanted = row.pop("translation"), split_direction(direction or "")if direction else None
-            if wanted is None:
-                raise ValueError(f"{where}: a two-way row; say which way by --direction, such as de-en")
-            if not isinstance(pair, dict) or not set(wanted) <= set(pair):
-                has = ", ".join(pair) if isinstance(pair, dict) else json.dumps(pair)[:40]
-                raise ValueError(f'{where}: "translation" has {has}, but --direction is {direction}')
-            row |= {"source": field(pair, wanted[0], where), "reference": field(pair, wanted[1], where)}
-            row |= {"source_lang": wanted[0], "target_lang": wanted[1]}
-        elif "source" in row:
-            langs = row.get("source_lang"), row.get("target_lang")
-            langs = split_direction(direction) if direction and langs == (None, None) else langs
-            names = ["source", "reference"]
-            if direction and langs == split_direction(direction)[::-1] and "reference_ids" not in row:
-                langs, names = langs[::-1], names[::-1]
-            elif direction and langs != split_direction(direction):
-                raise ValueError(f"{where}: --direction is {direction}, the row goes from {langs[0]} to {langs[1]}")
-            row |= {"source": field(row, names[0], where), "reference": field(row, names[1], where)}
-            row |= dict(zip(("source_lang", "target_lang"), langs))
-            for name in ("source_lang", "target_lang"):
-                if not row[name]:
-                    raise ValueError(f'{where}: no "{name}"; add it to the rows or give --direction, such as de-en')
-                field(row, name, where)
-        else:
-            row["messages"], row["reference"] = conversation(row, where, prompts)
-        if "reference_ids" in row:
-            meta = read_meta(path) if meta is None else meta
-            row["meta"] = meta
-            check_ids(row, where)
-        rows.append(row | {"where": where})
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
-
-
-def conversation(row: dict, where: str, prompts: bool) -> tuple[list[dict], str | None]:
-    """-> (messages before the answer, the answer, or None where prompts alone are wanted)."""
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages) or not messages:
-            raise ValueError(f'{where}: "messages" must be a list of {{"role", "content"}}')
-        messages = [{"role": field(m, "role", where), "content": field(m, "content", where)} for m in messages]
-    elif "turns" in row:
-        turns = row["turns"]
-        messages = [{"role": "user", "content": field({"turns": turns[0] if turns else None}, "turns", where)}]
-        row.setdefault("id", row.get("question_id"))
-    elif "prompt" in row:
-        messages = [{"role": "user", "content": field(row, "prompt", where)}]
-        if not prompts or "response" in row:
-            messages.append({"role": "assistant", "content": field(row, "response", where)})
+def read_pair(row: dict, direction: tuple[str, str] | None, default: tuple[str, str] | None) -> None:
+    """Brings a two-way row (ALMA's `translation`), or one with source and reference, into `direction`."""
+    where, own = row["where"], None
+    if "translation" in row:
+        pair = row.pop("translation")
+        if not isinstance(pair, dict):
+            raise ValueError(f'{where}: "translation" must be {{"de": ..., "en": ...}}, found {json.dumps(pair)[:40]}')
     else:
-        keys = ", ".join(row) or "nothing"
-        raise ValueError(f'{where}: has {keys}; wanted "translation", "source", "messages" or "prompt"')
-    roles = [m["role"] for m in messages if m["role"] != "system" or m is not messages[0]]
-    if roles != (["user", "assistant"] * len(roles))[: len(roles)] or not roles:
-        raise ValueError(f'{where}: roles must be user and assistant in turn, found {", ".join(roles)}')
-    if roles[-1] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    if not prompts:
+        own = row.get("source_lang"), row.get("target_lang")
+        if own == (None, None) and direction is None:
+            raise ValueError(f'{where}: no "source_lang", "target_lang"; add them or give --direction, such as de-en')
+        own = default if own == (None, None) else tuple(text_field(row, f"{s}_lang", where) for s in ("source", "target"))
+        pair = {lang: text_field(row, name, where) for lang, name in zip(own, ("source", "reference"))}
+    wanted = direction or own
+    if wanted is None:
+        raise ValueError(f"{where}: a two-way row; say which way by --direction, such as de-en")
+    if not set(wanted) <= set(pair) or ("reference_ids" in row and wanted != own):
+        raise ValueError(f"{where}: has {', '.join(pair)}, but --direction is {'-'.join(wanted)}")
+    row |= {"source": text_field(pair, wanted[0], where), "reference": text_field(pair, wanted[1], where)}
+    row |= {"source_lang": wanted[0], "target_lang": wanted[1]}
+
+
+def read_conversation(row: dict, prompts: bool) -> None:
+    """Sets `messages`, the conversation before the answer, and `reference`, the answer (None where only prompts are wanted)."""
+    where, messages = row["where"], row.get("messages")
+    if messages is not None:
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise ValueError(f'{where}: "messages" must be a list of {{"role", "content"}}')
+    elif "turns" in row:  # FastChat's questions: the first turn
+        turns = row["turns"] if isinstance(row["turns"], list) else []
+        messages = [{"role": "user", "content": text_field({"turns": (turns or [None])[0]}, "turns", where)}]
+        row["id"] = row.get("id", row.get("question_id"))
+    elif "prompt" in row:
+        messages = [{"role": "user", "content": row["prompt"]}]
+        if not prompts or "response" in row:
+            messages.append({"role": "assistant", "content": row.get("response")})
+    else:
+        raise ValueError(f'{where}: has {", ".join(row)}; wanted "translation", "source", "messages" or "prompt"')
+    roles = [m.get("role") for m in messages if m is not messages[0] or m.get("role") != "system"]
+    if not roles or roles != alternating(len(roles)):
+        raise ValueError(f"{where}: roles must be user and assistant in turn, found {', '.join(map(str, roles))}")
+    for m in messages:
+        name = {"user": "prompt", "assistant": "response"}.get(m["role"], "system") if "prompt" in row else "content"
+        if "reference_ids" not in row or m is not messages[-1] or m.get("content") != "":  # a model may have said nothing
+            text_field({name: m.get("content")}, name, where)
+    if len(roles) % 2 and not prompts:
         raise ValueError(f"{where}: has no answer to learn; the last message must be the assistant's")
-    return messages, None
+    answered = len(roles) % 2 == 0
+    row |= {"messages": messages[:-1] if answered else messages, "reference": messages[-1]["content"] if answered else None}
 
 
-def check_ids(row: dict, where: str) -> None:
+def check_ids(row: dict) -> None:
     for name in ("reference_ids", "rationale_ids"):
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f'{where}: "{name}" must be a list of token ids')
+            raise ValueError(f'{row["where"]}: "{name}" must be a list of token ids')
     if not isinstance(row.get("rationale", ""), str) or row.get("finish") not in ("eos", "length"):
-        raise ValueError(f'{where}: a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
+        raise ValueError(f'{row["where"]}: a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
 
 
 def meta_path(ledger: str | Path) -> Path:
-    path = Path(ledger)
-    return path.with_name(path.name.removesuffix(".jsonl") + ".meta.json")
+    return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
 
 
 def read_meta(ledger: str | Path) -> dict:
     path = meta_path(ledger)
-    return dict(read_json(path)[0][1]) if path.exists() else {}
+    return read_json(path)[0][1] if path.exists() else {}
 
 
 def fill(template: str, row: dict) -> str:
     """The instruction of a pair. One pass: braces in the source are never read as a name."""
-    values = {"source": row["source"]} | {k: language(row[k]) for k in ("source_lang", "target_lang")}
+    values = {"source": row["source"]} | {k: LANGUAGES.get(row[k], row[k]) for k in ("source_lang", "target_lang")}
     return re.sub(r"\{(source|source_lang|target_lang)\}", lambda m: values[m[1]], template)
 
 
@@ -481,61 +446,60 @@ class Example:
         return len(self.prompt) + len(self.reference) + len(self.rationale)
 
 
+@dataclass
 class Encoder:
-    """Turns rows into prompts and examples under one instruction template, system prompt and chat format.
+    """Turns rows into prompts and examples, under one instruction template and system prompt.
 
-    A ledger was written under settings of its own; they must be these, or the rationale would answer another prompt.
+    A ledger brings its own; given ones must be the same, or its rationales would answer another prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, system: str | None = None, coverage: float = 1):
-        self.tokenizer, self.template, self.system, self.coverage = tokenizer, template, system, coverage
+    tokenizer: Tokenizer
+    template: str | None = None
+    system: str | None = None
+    coverage: float = 1.0  # share of the rows that keep their rationale
 
     def messages(self, row: dict) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
-        template = self.template or (row.get("meta") or {}).get("template") or TEMPLATE
+        template = self.template or row.get("meta", {}).get("template") or TEMPLATE
         return row.get("messages") or [{"role": "user", "content": fill(template, row)}]
 
     def prompt(self, row: dict) -> list[int]:
-        meta = row.get("meta") or {}
-        for name in ("template", "system"):
-            mine, theirs = getattr(self, name), meta.get(name)
-            if meta and mine is not None and mine != theirs:
-                raise ValueError(f'{row["where"]}: the ledger was written with another --{name}; leave it out here')
-        if meta.get("tokenizer_hash") == self.tokenizer.hash and meta.get("chat") != self.tokenizer.chat_name:
-            raise ValueError(f'{row["where"]}: the ledger was written with --chat {meta.get("chat")}')
+        meta = row.get("meta", {})
+        mine = dict(template=self.template, system=self.system, chat=self.tokenizer.chat_name)
+        for name in ("template", "system", "chat") if meta.get("tokenizer_hash") == self.tokenizer.hash else ():
+            if mine[name] not in (None, meta.get(name)):
+                other = f"--chat {meta.get('chat')}; give it here too" if name == "chat" else f"another --{name}; leave it out"
+                raise ValueError(f"{row['where']}: the ledger was written with {other}")
         try:
             return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
         except ValueError as e:
-            raise ValueError(f'{row["where"]}: {e}') from None
+            raise ValueError(f"{row['where']}: {e}") from None
 
     def segments(self, row: dict) -> tuple[list[int], list[int]]:
-        """Ids of reference and rationale: the ledger's own where its text and tokenizer are ours, else by text."""
-        t, text = self.tokenizer, row["reference"]
-        ours = (row.get("meta") or {}).get("tokenizer_hash") == t.hash
-        reference, rationale = row.get("reference_ids") or [], row.get("rationale_ids") or []
+        """Ids of reference and rationale: the ledger's own, unless its tokenizer or, after an edit, its text is another."""
+        t, text, more = self.tokenizer, row["reference"], row.get("rationale") or ""
+        reference, rationale = row.get("reference_ids", []), row.get("rationale_ids", [])
+        ours = row.get("meta", {}).get("tokenizer_hash") == t.hash
         if ours and max([*reference, *rationale], default=0) >= t.vocab_size:
-            raise ValueError(f'{row["where"]}: token id outside the vocabulary of {t.vocab_size}; write the ledger anew')
-        if not ours or text not in (t.decode(reference), "" if reference != t.answer(text) else text):
+            raise ValueError(f"{row['where']}: token id outside the vocabulary of {t.vocab_size}; write the ledger anew")
+        if not ours or (t.decode(reference) != text and reference != t.answer(text)):
             reference, ours = t.answer(text), False
-        if not ours or row.get("rationale", "") != t.decode_after(reference, rationale):
-            rationale = t.continuation(text, reference, row["rationale"]) if row.get("rationale") else []
+        if not ours or t.decode_after(reference, rationale) != more:
+            rationale = t.continuation(text, reference, more) if more else []
         return reference, rationale
 
     def example(self, row: dict) -> Example:
         """Status other than `ok` and rows outside the coverage train on reference + EOS; a cut text gets no EOS."""
-        reference, rationale = self.segments(row)
-        note, end = "", [self.tokenizer.end_id]
-        if row.get("rationale"):
-            if row.get("status", "ok") != "ok":
-                note = row["status"]
-            elif draw(row["id"]) >= self.coverage:
-                note = "outside coverage"
-        cut = row.get("finish") == "length"
+        (reference, rationale), note = self.segments(row), ""
+        cut = row.get("finish") == "length"  # of what was sampled: the rationale if there is one, else the reference
+        if rationale and row.get("status", "ok") != "ok":
+            note = row["status"]
+        elif rationale and draw(row["id"]) >= self.coverage:
+            note = "outside coverage"
+        end = [] if cut and not note else [self.tokenizer.end_id]
         if rationale and not note:
-            rationale = rationale + (end if not cut else [])
-        else:  # a forced reference is whole; a sampled one (no rationale in the row) may have been cut
-            reference, rationale = reference + (end if row.get("rationale") or not cut else []), []
-        return Example(row["id"], self.prompt(row), reference, rationale, note)
+            return Example(row["id"], self.prompt(row), reference, rationale + end)
+        return Example(row["id"], self.prompt(row), reference + end, [], note)
 
 
 def draw(id: int | str) -> float:
@@ -543,24 +507,18 @@ def draw(id: int | str) -> float:
     return int.from_bytes(hashlib.sha256(str(id).encode()).digest()[:7]) / 2**56
 
 
-def fit(examples: list[Example], max_length: int) -> tuple[list[Example], list[Example]]:
-    """-> (those of at most `max_length` tokens, those longer): a long row is left out whole, and counted."""
-    return [e for e in examples if len(e) <= max_length], [e for e in examples if len(e) > max_length]
-
-
 def collate(examples: list[Example], device="cpu") -> tuple[torch.Tensor, ...]:
-    """-> tokens [B, T] padded on the right with 0; and for the N supervised tokens: select [N], the places in B * T whose
+    """-> tokens [B, T], padded on the right with 0; and for the N supervised tokens: select [N], the places in B * T whose
     logits predict them; targets [N]; is_rationale [N], bool. Pads are known by length, never by their id."""
-    T = max([len(e) - 1 for e in examples], default=1)
-    tokens, select, targets, segment = torch.zeros(max(len(examples), 1), max(T, 1), dtype=torch.long), [], [], []
+    T = max([2, *map(len, examples)]) - 1  # the last token is predicted, never read
+    tokens, select, targets, segment = torch.zeros(max(len(examples), 1), T, dtype=torch.long), [], [], []
     for b, e in enumerate(examples):
         tokens[b, : len(e) - 1] = torch.tensor(e.tokens[:-1])
-        first = len(e.prompt)
-        select += range(b * T + first - 1, b * T + len(e) - 1)
-        targets += e.tokens[first:]
+        select += range(b * T + len(e.prompt) - 1, b * T + len(e) - 1)
+        targets += e.reference + e.rationale
         segment += [False] * len(e.reference) + [True] * len(e.rationale)
-    out = tokens, torch.tensor(select, dtype=torch.long), torch.tensor(targets, dtype=torch.long), torch.tensor(segment)
-    return tuple(x.to(device, torch.bool if i == 3 else None) for i, x in enumerate(out))
+    long = [torch.tensor(x, dtype=torch.long, device=device) for x in (select, targets)]
+    return tokens.to(device), *long, torch.tensor(segment, dtype=torch.bool, device=device)
 
 
 class Arguments(argparse.ArgumentParser):
@@ -616,29 +574,27 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    tokenizer = Tokenizer(args.model, args.chat)
-    rows = read_rows(args.data, args.direction)
+    tokenizer, rows = Tokenizer(args.model, args.chat), read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
-    kept, long = fit(examples, args.max_length)
-    count = {n: sum(len(getattr(e, n)) for e in examples) for n in ("prompt", "reference", "rationale")}
-    print(f"{len(examples)} rows, {len(long)} longer than {args.max_length} tokens (left out); chat {tokenizer.chat_name}")
-    for name, n in count.items():
-        lengths = sorted(len(getattr(e, name)) for e in examples)
-        print(f"{name:>10} {n:>10,} tokens  median {lengths[len(lengths) // 2]:>5}  longest {lengths[-1]:>5}")
-    notes = [e.note for e in examples if e.note]
-    print(f"{len(notes)} rationales left out " + str({n: notes.count(n) for n in sorted(set(notes))} or ""))
-    if not 0 <= args.show < len(examples):
+    if args.show >= len(examples):
         raise ValueError(f"--show {args.show}: the data has rows 0 to {len(examples) - 1}")
+    long = sum(len(e) > args.max_length for e in examples)
+    print(f"{len(examples)} rows, {long} longer than {args.max_length} tokens (left out); chat {tokenizer.chat_name}")
+    for name in ("prompt", "reference", "rationale"):
+        lengths = sorted(len(getattr(e, name)) for e in examples)
+        print(f"{name:>10} {sum(lengths):>10,} tokens  median {lengths[len(lengths) // 2]:>5}  longest {lengths[-1]:>5}")
+    notes = [e.note for e in examples if e.note]
+    print(f"{len(notes)} rationales left out", *(f"({notes.count(n)} {n})" for n in sorted(set(notes))))
     e, colour = examples[args.show], sys.stdout.isatty() or args.colour
-    print(f"\nrow {e.id}: what is read (grey), learnt as reference (green), learnt as rationale (blue), EOS (red)")
+    print(f"\nrow {e.id}: read (grey), learnt as reference (green), learnt as rationale (blue), EOS (red)")
     for name, code in [("prompt", 90), ("reference", 32), ("rationale", 34)]:
-        ids = getattr(e, name)
-        pieces = [tokenizer.added.get(i) or tokenizer.sp.id_to_piece(i) for i in ids]
-        codes = [31 if name != "prompt" and i == tokenizer.end_id else code for i in ids]
-        text = "".join(f"\033[{c}m{p}\033[0m" if colour else p for c, p in zip(codes, pieces))
-        loss = "no loss" if name == "prompt" else "loss"
-        print(f"{name} ({len(ids)} tokens, {loss}): {text}\n  ids {' '.join(map(str, ids))}")
+        ids, text = getattr(e, name), ""
+        for i in ids:
+            piece = tokenizer.added.get(i) or tokenizer.sp.id_to_piece(i)
+            shade = 31 if name != "prompt" and i == tokenizer.end_id else code
+            text += f"\033[{shade}m{piece}\033[0m" if colour else piece
+        print(f"{name} ({len(ids)} tokens, {'no loss' if name == 'prompt' else 'loss'}): {text}\n  ids", *ids)
 
 
 def parser() -> argparse.ArgumentParser:

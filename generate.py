@@ -10,8 +10,10 @@ not change it. The ledger grows in the order of the data, a line at a time, and 
 import argparse
 import hashlib
 import json
+import os
 import time
 import unicodedata
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer, read_rows
-from model import KVCache, Transformer, start_processes
+from model import KVCache, ModelConfig, Transformer, start_processes
 
 # SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that give it away
 PARAPHRASE = "{instruction}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{reference}"
@@ -40,15 +42,15 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs, order = (logprobs / temperature).softmax(-1), None
+        probs = (logprobs / temperature).softmax(-1)
         if top_p < 1:  # sorting a whole vocabulary costs more than a small model: try its head first
-            head, order = probs.topk(min(256, probs.shape[-1]))
+            head = probs.topk(min(256, probs.shape[-1])).values
             if (head.sum(-1) < top_p).any():
-                head, order = probs.sort(descending=True, stable=True)
-            probs = head.masked_fill(head.cumsum(-1) - head >= top_p, 0)
+                head = probs.sort(descending=True).values
+            last = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True) - 1  # the nucleus' least probable token
+            probs = probs.masked_fill(probs < head.gather(-1, last), 0)
         mass = probs.double().cumsum(-1)
         tokens = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_max(mass.shape[-1] - 1)
-        tokens = tokens if order is None else order.gather(-1, tokens)
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
@@ -125,7 +127,7 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
                 cache.keys, cache.values = cache.keys[:, active], cache.values[:, active]
                 owner, ids, logprobs = ([x[b] for b in active] for x in (owner, ids, logprobs))
                 noise, active = noise[active], list(range(len(active)))
-            # a free slot repeats slot `active[0]`'s place with a token of no consequence
+            # a free slot reads token 0 at position 0, and nobody looks
             at = [len(prompts[i]) + len(ids[b]) - 1 if i is not None else 0 for b, i in enumerate(owner)]
             tokens = torch.tensor([[ids[b][-1] if owner[b] is not None else 0] for b in range(len(owner))], device=device)
             logits = model(tokens, cache=cache.first(max(at) + 1), positions=torch.tensor(at, device=device)[:, None])
@@ -190,93 +192,84 @@ def judge(text: str, given: list[str]) -> str:
 
 
 def read_finished(path: Path) -> dict[int | str, bytes]:
-    """Finished rows by id, as the bytes they are. A last line that a kill has torn is cut off."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        with open(path, "r+b") as f:
-            f.truncate(len(content))
-    lines = content.split(b"\n")[:-1]
+    """Finished rows by id, as the bytes they are. A last line that a kill has torn is left out."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return {json.loads(line)["id"]: line for line in lines}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not written by this script; choose another --out") from None
 
 
-def check_meta(path: Path, meta: dict) -> None:
-    """Writes the settings beside a new ledger; refuses one that was written under others, naming the difference."""
-    file, free = data.meta_path(path), ("versions", "model")
-    if file.exists():
-        old = data.read_meta(path)
-        for name in meta:
-            if name not in free and old.get(name) != meta[name]:
-                raise ValueError(
-                    f"{file}: {name} was {json.dumps(old.get(name))}, this command has {json.dumps(meta[name])}; "
-                    "give the old value or another --out"
-                )
-    elif path.exists():
-        raise ValueError(f"{path}: exists and has no {file.name}, so it is not ours to go on with; choose another --out")
-    else:
+def prepare(path: Path, meta: dict, rows: list[dict], files: list[Path]) -> None:
+    """Rank 0, before a row is written: refuses a ledger of other settings or data, and cuts torn lines off."""
+    file = data.meta_path(path)
+    if path.exists() and not file.exists():
+        raise ValueError(f"{path}: exists and has no {file.name}, so it can't be gone on with; choose another --out")
+    old = data.read_meta(path) or meta
+    for name in meta:
+        if name not in ("versions", "model") and old.get(name) != meta[name]:
+            was, now = json.dumps(old.get(name)), json.dumps(meta[name])
+            raise ValueError(f"{file}: {name} was {was}, this command has {now}; give the old value or another --out")
+    by_id = {row["id"]: row for row in rows}
+    for part in files:
+        for id, line in read_finished(part).items():
+            done, row = json.loads(line), by_id.get(id, {})
+            done["reference"] = done.get("original", done.get("reference"))
+            for name in ("source", "reference"):
+                if name in row and done[name] not in (None, row[name]):
+                    raise ValueError(f"{row['where']}: row {id} of {path} has another {name}; choose another --out")
+        whole = part.read_bytes().rfind(b"\n") + 1 if part.exists() else None
+        if whole is not None and whole < part.stat().st_size:
+            os.truncate(part, whole)
+    if not file.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(json.dumps(meta, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(file)
+        file.with_suffix(".tmp").write_text(json.dumps(meta, ensure_ascii=False) + "\n", "utf-8")
+        file.with_suffix(".tmp").replace(file)
 
 
-def complete(path: Path, meta: dict, rows: list[dict], produce: Callable[[list[dict]], Iterator[dict]], check=None) -> None:
+def complete(path: Path, meta: dict, rows: list[dict], produce: Callable[[list[dict]], Iterator[dict]]) -> None:
     """Brings the ledger `path` to hold one line a row of `rows`, in their order. Every rank calls it.
 
-    `produce` yields finished rows in any order. The ledger only ever grows, and is at all times the beginning of what it will be:
-    rows that overtake wait in memory. With several ranks each fills a file of its own, and rank 0 appends them in order.
+    `produce` yields finished rows in any order. The ledger only grows, and is at all times the beginning of what it will be:
+    rows that overtake others wait in memory. Several ranks fill a file each, which rank 0 appends in order at the end.
     """
     rank, world_size, ids = dist.get_rank(), dist.get_world_size(), [row["id"] for row in rows]
-    seen = {}
-    for row in rows:
-        if seen.setdefault(row["id"], row) is not row:
-            raise ValueError(f'{row["where"]}: id {json.dumps(row["id"])} stands twice in the data; ids must differ')
-    parts = lambda: sorted(path.parent.glob(path.name + ".rank*"))  # noqa: E731
+    for id, n in Counter(ids).items():
+        if n > 1:
+            row = [row for row in rows if row["id"] == id][1]
+            raise ValueError(f"{row['where']}: id {json.dumps(id)} stands twice in the data; ids must differ")
+    parts = sorted(path.parent.glob(path.name + ".rank*"))
     if rank == 0:
-        check_meta(path, meta)
-        written = [read_finished(file) for file in (path, *parts())]
-        for row in rows:
-            for old in [w[row["id"]] for w in written if row["id"] in w] if check else []:
-                check(row, json.loads(old))
+        prepare(path, meta, rows, [path, *parts])
     dist.barrier()
-    ready, done = {}, read_finished(path)
-    for file in parts():
-        ready |= read_finished(file)
-    todo = [row for row in rows if row["id"] not in done and row["id"] not in ready]
-    dist.barrier()
+    done, ready = read_finished(path), {}
+    for part in parts:
+        ready |= read_finished(part)
 
     def append(file: Path, order: list, produced: Iterator[dict]) -> None:
+        waiting = deque(id for id in order if id not in done)
         with open(file, "ab") as f:
-            at = 0
             for row in produced:
                 ready[row["id"]] = json.dumps(row, ensure_ascii=False).encode()
-                while at < len(order) and (order[at] in done or order[at] in ready):
-                    if order[at] not in done:
-                        f.write(ready.pop(order[at]) + b"\n")
-                    at += 1
+                while waiting and waiting[0] in ready:
+                    f.write(ready[waiting.popleft()] + b"\n")
                 f.flush()
-            for id in order[at:]:
-                if id not in done:
-                    f.write(ready.pop(id) + b"\n")
+            f.writelines(ready[id] + b"\n" for id in waiting)
 
-    if world_size == 1:
-        append(path, ids, produce(todo))
-    else:
-        mine = todo[rank::world_size]
-        append(path.with_name(f"{path.name}.rank{rank}"), [row["id"] for row in mine], produce(mine))
+    todo = [row for row in rows if row["id"] not in done and row["id"] not in ready]
+    if world_size > 1:
+        mine, own = todo[rank::world_size], path.with_name(f"{path.name}.rank{rank}")
+        append(own, [row["id"] for row in mine], produce(mine))
         dist.barrier()
-        for file in parts() if rank == 0 else []:
-            ready |= read_finished(file)
-        if rank == 0:
-            append(path, ids, iter(()))
-        dist.barrier()
-    for file in parts() if rank == 0 else []:
-        file.unlink()
+        parts = sorted(path.parent.glob(path.name + ".rank*"))
+        for part in parts:
+            ready |= read_finished(part)
+        todo = []
+    if rank == 0:
+        append(path, ids, produce(todo) if todo else ())
+        for part in parts:
+            part.unlink()
+    dist.barrier()
 
 
 def request(row: dict, task: str, encoder: Encoder, cue: str) -> tuple[list[int], list[int], list[int]]:
@@ -291,51 +284,49 @@ def request(row: dict, task: str, encoder: Encoder, cue: str) -> tuple[list[int]
     return encoder.prompt(row), [], []
 
 
-def outcome(row: dict, task: str, tokenizer: Tokenizer, forced: list[int], ids: list[int], finish: str) -> dict:
+def outcome(row: dict, task: str, tokenizer: Tokenizer, forced: list[int], cue: list[int], ids: list[int], finish: str) -> dict:
     """The ledger's row: the pair as it came, and what the model made of it."""
-    out = {name: row[name] for name in ("id", "source", "reference", "source_lang", "target_lang") if name in row}
-    if "messages" in row:
-        chat = row["messages"]
-        plain = len(chat) == 1 and chat[0]["role"] == "user"
-        out = {"id": row["id"], "prompt": chat[0]["content"]} if plain else {"id": row["id"], "messages": chat}
-    given = [row["source"]] if "source" in row else [m["content"] for m in row["messages"]]
+    pair = {name: row[name] for name in ("id", "source", "reference", "source_lang", "target_lang") if name in row}
     if task == "rationale":
-        reference, text, answer = forced, tokenizer.decode_after(forced, ids), row["reference"]
-        status = judge(text, [*given, row["reference"]])
+        text = tokenizer.decode_after(forced, cue + ids)
+        given = [row["source"]] if "source" in row else [m["content"] for m in row["messages"]]
+        status = judge(tokenizer.decode_after(forced + cue, ids), [*given, row["reference"]])
+        new = dict(rationale=text, reference_ids=forced, rationale_ids=cue + ids, finish=finish, status=status)
     else:
-        text, reference, ids, answer = "", ids, [], tokenizer.decode(ids)
-        status = "ok" if answer.strip() else "empty"
+        answer, original = tokenizer.decode(ids), row["reference"]
         if task == "translation":  # one line is the translation; a rationale that follows is not wanted here
-            answer = answer.strip("\n").split("\n")[0]
-            reference = tokenizer.answer(answer) if answer != tokenizer.decode(reference) else reference
-        if task != "answer":
-            leak = any(phrase in answer.casefold() for phrase in LEAKS) and task == "paraphrase"
-            out["original"] = row["reference"]
-            if leak or finish == "length" or not answer.strip():
-                out["fallback"] = "leak" if leak else "cut" if finish == "length" else "empty"
-                answer, reference, finish, status = row["reference"], tokenizer.answer(row["reference"]), "eos", "ok"
-    if "messages" in out:
-        out["messages"] = [*out["messages"], {"role": "assistant", "content": answer}]
-    else:
-        out["reference" if "source" in row else "response"] = answer
-    return out | dict(rationale=text, reference_ids=reference, rationale_ids=ids, finish=finish, status=status)
+            answer = answer.strip().split("\n")[0]
+            ids = ids if tokenizer.decode(ids) == answer else tokenizer.answer(answer)
+        why = "empty" if not answer.strip() else "cut" if finish == "length" else ""
+        why = "leak" if task == "paraphrase" and any(p in answer.casefold() for p in LEAKS) else why
+        if why and task != "answer":
+            pair["fallback"] = why  # to the original
+            answer, ids, finish = original, tokenizer.answer(original), "eos"
+        pair |= {"reference": answer} | ({"original": original} if original else {})
+        status = "empty" if task == "answer" and not answer.strip() else "ok"
+        new = dict(rationale="", reference_ids=ids, rationale_ids=[], finish=finish, status=status)
+    if "messages" in row:
+        chat, answer = row["messages"], pair.pop("reference")
+        single = len(chat) == 1
+        pair |= {"prompt": chat[0]["content"], "response": answer} if single else {
+            "messages": [*chat, {"role": "assistant", "content": answer}]}  # fmt: skip
+    return pair | new
 
 
 def write_rows(args: argparse.Namespace, model: Transformer, encoder: Encoder, rows: list[dict]) -> Iterator[dict]:
     """Samples `rows` and yields their ledger rows as they end."""
     tokenizer, start, count = encoder.tokenizer, time.time(), 0
     asked = [request(row, args.task, encoder, args.cue) for row in rows]
-    prompts, cues = [p + forced + cue for p, forced, cue in asked], [cue for _, _, cue in asked]
-    stop = tokenizer.first_line_ends if args.task == "translation" else None
+    samples = sample(
+        model, [sum(parts, []) for parts in asked], args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
+        args.seed, args.batch_size, keys=[row["id"] for row in rows], scored=[len(cue) for _, _, cue in asked],
+        stop=tokenizer.first_line_ends if args.task == "translation" else None,
+    )  # fmt: skip
     with tqdm(total=len(rows), unit="row", disable=dist.get_rank() > 0) as bar:
-        for i, ids, logprobs, finish in sample(
-            model, prompts, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed,
-            args.batch_size, [row["id"] for row in rows], [len(cue) for cue in cues], stop,
-        ):  # fmt: skip
-            row = outcome(rows[i], args.task, tokenizer, asked[i][1], cues[i] + ids, finish)
-            if len(cues[i]) and not tokenizer.decode(ids).strip():
-                row["status"] = "empty"
-            yield row | {"logprob": sum(logprobs) / len(logprobs) if logprobs else None}
+        for i, ids, logprobs, finish in samples:
+            row = outcome(rows[i], args.task, tokenizer, *asked[i][1:], ids, finish)
+            # rounded: the last digits hang on the batch that the row was computed in
+            yield row | {"logprob": round(sum(logprobs) / len(logprobs), 4) if logprobs else None}
             count += len(ids)
             bar.update()
             bar.set_postfix_str(f"{count / (time.time() - start):,.0f} tokens/s")
@@ -344,7 +335,7 @@ def write_rows(args: argparse.Namespace, model: Transformer, encoder: Encoder, r
 def main(args: argparse.Namespace) -> None:
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
-    tokenizer = Tokenizer(args.model, args.chat)
+    tokenizer, context = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     args.cue = data.unescape(args.cue)
     rows = read_rows(args.data, args.direction, prompts=args.task == "answer")[: args.limit]
@@ -352,6 +343,11 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--cue follows a forced reference; it goes with --task rationale alone")
     if args.task == "translation" and any("source" not in row for row in rows):
         raise ValueError(f"{args.data[0]}: --task translation needs pairs with a source; use --task answer")
+    for row in rows:
+        length = sum(map(len, request(row, args.task, encoder, args.cue))) + args.max_new_tokens
+        if length > context.max_position_embeddings:
+            raise ValueError(f"{row['where']}: {length} tokens with --max-new-tokens do not fit the context of "
+                             f"{context.max_position_embeddings}; lower it, or take the row out")  # fmt: skip
     # 2. the settings that a row depends on, and the model
     meta = dict(
         task=args.task, model=str(args.model), model_hash=model_hash(args.model), tokenizer_hash=tokenizer.hash,
@@ -360,18 +356,10 @@ def main(args: argparse.Namespace) -> None:
         dtype=args.dtype, versions={"torch": torch.__version__, "sentencepiece": sentencepiece.__version__},
     )  # fmt: skip
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-
     # 3. the rows
-    def check(row: dict, old: dict) -> None:
-        for name in ("source", "reference"):
-            was = old.get("original", old.get("reference", old.get("response"))) if name == "reference" else old.get(name)
-            if args.task != "answer" and name in row and was != row[name] and "messages" not in old:
-                raise ValueError(f'{row["where"]}: row {row["id"]} of {args.out} has another {name}; choose another --out')
-
-    start = time.time()
-    complete(Path(args.out), meta, rows, lambda todo: write_rows(args, model, encoder, todo), check)
+    complete(Path(args.out), meta, rows, lambda todo: write_rows(args, model, encoder, todo))
     if rank == 0:
-        print(f"{args.out}: {len(rows)} rows, {time.time() - start:.0f} s")
+        print(f"{args.out}: {len(rows)} rows")
 
 
 def model_hash(folder: str | Path) -> str:

@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-FLOATS = ("F64", "F32", "F16", "BF16")
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 MAX_FILE_BYTES = 5_000_000_000
 
 
@@ -42,7 +45,7 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta and what the type needs (factor, ...)
+    rope: dict  # rope_type, rope_theta, and what the type needs
     sliding_window: int | None
     tie_word_embeddings: bool
     attention_bias: bool
@@ -50,34 +53,55 @@ class ModelConfig:
     raw: dict = field(repr=False, compare=False)
 
     @classmethod
-    def from_dict(cls, raw: dict, where: str | Path = "config.json") -> "ModelConfig":
-        """Reads the fields in all their spellings. ValueError names what is missing or would change the mathematics."""
+    def from_file(cls, path: str | Path) -> "ModelConfig":
+        """Reads config.json in all its spellings; an absent field means what transformers takes for it.
 
-        def refuse(name, value, wanted):
-            raise ValueError(f"{where}: {name} = {json.dumps(value)} is not implemented here, only {wanted}")
+        ValueError names a field that is missing or wrong, or that changes the mathematics in a way not implemented here.
+        """
+        try:
+            raw = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError:
+            raise ValueError(f"{path}: no such file; a model folder needs a config.json") from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not a JSON object ({e}); download it again") from None
 
-        names = raw.get("architectures") or [k for k, v in ARCHITECTURES.items() if v == raw.get("model_type")]
-        kind = ARCHITECTURES.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
-        if kind is None or raw.get("model_type", kind) != kind:
-            name = "architectures" if raw.get("architectures") else "model_type"
-            refuse(name, raw.get(name), "LlamaForCausalLM and MistralForCausalLM")
-        for name, wanted in [("hidden_act", "silu"), ("attention_dropout", 0), ("quantization_config", None)]:
-            if raw.get(name, wanted) not in (wanted, None):
-                refuse(name, raw[name], json.dumps(wanted))
-
-        def number(name, default=None, kinds=(int,)):
-            value = default if raw.get(name) is None else raw[name]
-            if type(value) not in kinds or not 0 < value < math.inf:
-                raise ValueError(f"{where}: {name} must be a positive number, found {json.dumps(value)}")
+        def number(name: str, default=None, fields: dict = raw, kind: type = int):
+            value = default if fields.get(name) is None else fields[name]
+            if type(value) not in (int, kind) or not 0 < value < math.inf:
+                raise ValueError(f"{path}: {name} must be a positive {kind.__name__}, found {json.dumps(value)}")
             return value
 
-        heads, width = number("num_attention_heads"), number("hidden_size")
-        # an absent field means what transformers takes for it, and that differs between the two families
-        kv_heads = 8 if kind == "mistral" and "num_key_value_heads" not in raw else heads
-        kv_heads, head_dim = number("num_key_value_heads", kv_heads), number("head_dim", width // heads)
+        named = "architectures" if raw.get("architectures") else "model_type"
+        family = raw.get(named)[0] if isinstance(raw.get(named), list) else raw.get(named)
+        mistral = family in ("MistralForCausalLM", "mistral")
+        # Llama-2 gives no rope_theta, transformers 4 rope_theta and rope_scaling, transformers 5 rope_parameters
+        rope = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name) or {}, dict):
+                raise ValueError(f"{path}: {name} must be an object, found {json.dumps(raw[name])}")
+            rope |= raw.get(name) or {}
+        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+        rope["rope_theta"] = number("rope_theta", raw.get("rope_theta") or 10000.0, rope, float)
+        implemented = {
+            named: (family, ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral")),
+            "hidden_act": (raw.get("hidden_act") or "silu", ("silu",)),
+            "attention_dropout": (raw.get("attention_dropout") or 0, (0,)),
+            "quantization_config": (raw.get("quantization_config"), (None,)),
+            "rope_type": (rope["rope_type"], ROPE_NEEDS),
+            "partial_rotary_factor": (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1, (1,)),
+        }
+        for name, (value, known) in implemented.items():
+            if value not in known:
+                raise ValueError(f"{path}: {name} {json.dumps(value)} is not implemented, only {', '.join(map(str, known))}")
+        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+        rope |= {name: number(name, None, rope, float) for name in ROPE_NEEDS[rope["rope_type"]]}
+
+        width, heads = number("hidden_size"), number("num_attention_heads")
+        kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
+        head_dim = number("head_dim", width // heads)
         if heads % kv_heads or head_dim % 2:
-            raise ValueError(f"{where}: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit")
-        window = raw.get("sliding_window", 4096) if kind == "mistral" else None  # Llama ignores the field
+            raise ValueError(f"{path}: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit together")
+        windowed = mistral and raw.get("sliding_window", 4096) is not None  # Llama ignores the field
         return cls(
             vocab_size=number("vocab_size"),
             hidden_size=width,
@@ -86,52 +110,15 @@ class ModelConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=number("max_position_embeddings", 131072 if kind == "mistral" else 2048),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, (int, float)),
-            rope=rope_parameters(raw, refuse, where),
-            sliding_window=None if window is None else number("sliding_window", 4096),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            attention_bias=kind == "llama" and bool(raw.get("attention_bias", False)),
-            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            max_position_embeddings=number("max_position_embeddings", 131072 if mistral else 2048),
+            rms_norm_eps=number("rms_norm_eps", 1e-6, kind=float),
+            rope=rope,
+            sliding_window=number("sliding_window", 4096) if windowed else None,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            attention_bias=bool(raw.get("attention_bias")) and not mistral,
+            mlp_bias=bool(raw.get("mlp_bias")) and not mistral,
             raw=raw,
         )
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "ModelConfig":
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; a model folder needs a config.json") from None
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}:{e.lineno}: broken JSON: {e.msg}") from None
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise ValueError(f"{path}: not a UTF-8 text file") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path}:1: wanted a JSON object")
-        return cls.from_dict(raw, path)
-
-
-def rope_parameters(raw: dict, refuse, where) -> dict:
-    """Rotary settings from `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
-    rope = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    rope["rope_type"] = rope.get("rope_type") or rope.pop("type", None) or "default"
-    rope["rope_theta"] = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0  # Llama-2's file has none
-    needs = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if rope["rope_type"] not in needs:
-        refuse("rope_type", rope["rope_type"], "default, linear and llama3")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1, 1.0):
-        refuse("partial_rotary_factor", rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")), 1.0)
-    if rope["rope_type"] == "llama3":
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-    for name in ("rope_theta", *needs[rope["rope_type"]]):
-        value = rope.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{where}: rotary embedding needs a positive {name}, found {json.dumps(value)}")
-    return rope
 
 
 class KVCache:
@@ -341,39 +328,36 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
 
 def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
     """Reads only headers; returns tensor name -> file once names, shapes and number types are known to fit."""
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.exists():
-        try:
-            files = sorted({folder / name for name in json.loads(index_file.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index_file}: not a safetensors index; download it again") from None
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
+    folder, single, found, wrong = Path(folder), Path(folder) / "model.safetensors", {}, []
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [single.name]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: not a safetensors index; download it again") from None
+    files = [folder / name for name in names]
+    if not index.exists() and not single.exists():
+        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no *.safetensors file; weights are read from safetensors alone")
-    found, wrong = {}, []
     for file in files:
-        if file.parent != folder or not file.exists():
-            raise ValueError(f"{file}: named by {index_file.name} and not in the folder; download it again")
         try:
             with safe_open(file, "pt") as f:
-                for name in f.keys():
-                    part = f.get_slice(name)
-                    if name not in shapes:
-                        # buffers of old checkpoints, and the copy that a tied head is of the embedding
-                        if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-                            wrong.append(f"surplus {name}")
-                    elif tuple(part.get_shape()) != tuple(shapes[name]):
-                        wrong.append(f"{name} has shape {part.get_shape()}, config.json wants {list(shapes[name])}")
-                    elif part.get_dtype() not in FLOATS:
-                        wrong.append(f"{name} has type {part.get_dtype()}, wanted one of {', '.join(FLOATS)}")
-                    elif name in found:
-                        wrong.append(f"{name} stands in both {found[name].name} and {file.name}")
-                    found[name] = file
+                parts = {name: f.get_slice(name) for name in f.keys()}
+                parts = {name: (list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
         except (SafetensorError, OSError) as e:
             raise ValueError(f"{file}: not a whole safetensors file ({e}); download it again") from None
+        for name, (shape, dtype) in parts.items():
+            if name not in shapes:
+                # buffers of old checkpoints, and the copy of the embedding that a tied head is
+                if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
+                    wrong.append(f"surplus {name}")
+            elif shape != list(shapes[name]):
+                wrong.append(f"{name} has shape {shape}, config.json wants {list(shapes[name])}")
+            elif dtype not in ("F64", "F32", "F16", "BF16"):
+                wrong.append(f"{name} has type {dtype}, which is no float that is read here")
+            elif name in found:
+                wrong.append(f"{name} stands in {found[name].name} and in {file.name}")
+            found[name] = file
     wrong += [f"missing {name}" for name in shapes if name not in found]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -393,33 +377,36 @@ def load_weights(parameters: dict[str, Tensor], index: dict[str, Path]) -> None:
 
 def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch.dtype) -> None:
     """Writes files of at most 5 GB, with an index if there are several. Gathers one tensor at a time; rank 0 writes."""
-    folder, width, error = Path(folder), torch.empty(0, dtype=dtype).element_size(), None
-    shards, room = [[]], MAX_FILE_BYTES
-    for name, p in parameters.items():
-        if p.numel() * width > room and shards[-1]:
+    folder, error, shards, room = Path(folder), None, [[]], MAX_FILE_BYTES
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
             shards.append([])
             room = MAX_FILE_BYTES
         shards[-1].append(name)
-        room -= p.numel() * width
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(names) > 1 else ["model.safetensors"]
-    for file, shard in zip(names, shards):
-        part = {}
-        for name in shard:
+        room -= size
+    places = {}
+    for i, names in enumerate(shards, 1):
+        file, part = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors", {}
+        for name in names:
             p = parameters[name]
-            full = p.full_tensor() if isinstance(p, DTensor) else p  # collective: every rank, also after an error
+            full = p.full_tensor() if isinstance(p, DTensor) else p  # collective: on every rank, also after an error
+            places[name] = file
             if is_first_rank():
                 part[name] = full.detach().to("cpu", dtype).contiguous()
-        if is_first_rank() and error is None:
-            try:
+        try:
+            if is_first_rank() and not error:
                 folder.mkdir(parents=True, exist_ok=True)
                 save_file(part, folder / file, metadata={"format": "pt"})
-            except (SafetensorError, OSError) as e:
-                error = OSError(f"{folder / file}: cannot be written ({e}); free space or choose another folder")
+        except (SafetensorError, OSError) as e:
+            error = OSError(f"{folder / file}: cannot be written ({e}); free space or choose another folder")
     if error:
         raise error
-    if is_first_rank() and len(names) > 1:
-        where = {name: file for file, shard in zip(names, shards) for name in shard}
-        total = sum(p.numel() * width for p in parameters.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text + "\n", encoding="utf-8")
+    if is_first_rank():
+        index = folder / "model.safetensors.index.json"
+        for old in [*folder.glob("model*.safetensors"), index]:  # of an earlier export with another number of files
+            if old.name not in places.values():
+                old.unlink(missing_ok=True)
+        if len(shards) > 1:
+            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+            index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

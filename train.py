@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-from data import Encoder, Example, Tokenizer, collate, fit, read_rows
+from data import Encoder, Example, Tokenizer, read_rows
 from model import ModelConfig, Transformer, load_weights, read_index, save_weights, start_processes
 
 # arguments that change speed, memory or what is written, never the update
@@ -39,22 +40,20 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json",
 
 def read_examples(files: list[str], args: argparse.Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Example]:
     """Encodes the rows of `files`. Rows that are too long are left out whole; rank 0 says how many."""
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system, args.rationale_coverage)
-    rows = read_rows(files, args.direction)
-    if args.rationale_weight == 0:  # vanilla: the reference ends the answer, so it gets its EOS
-        encoder.coverage = 0
-    length = min(args.max_length, config.max_position_embeddings)
-    examples, long = fit([encoder.example(row) for row in rows], length)
-    notes = [e.note for e in examples if e.note]
+    # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system, coverage)
+    every, length = [encoder.example(r) for r in read_rows(files, args.direction)], args.max_length
+    length = min(length, config.max_position_embeddings)
+    examples, long = [e for e in every if len(e) <= length], [e.id for e in every if len(e) > length]
     if dist.get_rank() == 0:
-        without = "".join(f", {notes.count(n)} rationales left out ({n})" for n in sorted(set(notes)))
-        some = f" (ids {', '.join(str(e.id) for e in long[:5])}{', ...' if len(long) > 5 else ''})" if long else ""
-        print(f"{' '.join(files)}: {len(examples)} examples, {len(long)} longer than {length} tokens left out{some}{without}")
+        notes = [f", {n} rationales left out ({note})" for note, n in Counter(e.note for e in examples if e.note).items()]
+        some = f" (ids {', '.join(map(str, long[:5]))}{', ...' if len(long) > 5 else ''})" if long else ""
+        print(f"{' '.join(files)}: {len(examples)} examples, {len(long)} longer than {length} tokens left out{some}", *notes, sep="")
     if not examples:
         raise ValueError(f"{files[0]}: no row fits --max-length {length}; raise it")
-    top = max(max(e.tokens) for e in examples)
-    if top >= config.vocab_size:
-        raise ValueError(f"{tokenizer.folder}: its tokenizer gives id {top}, the model's vocabulary is {config.vocab_size}")
+    if max(max(e.tokens) for e in examples) >= config.vocab_size:
+        raise ValueError(f"{tokenizer.folder}: its ids go beyond the model's vocabulary of {config.vocab_size}; use its own")
     return examples
 
 
@@ -96,68 +95,46 @@ def learning_rate(step: int, steps: int, args: argparse.Namespace) -> float:
     return args.learning_rate * factor[args.schedule]
 
 
-def token_losses(model: Transformer, examples: list[Example], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (-log P of each supervised token [N], which of them belong to a rationale [N])."""
-    tokens, select, targets, is_rationale = collate(examples, device)
-    logits = model(tokens, select)  # [N, V]: no logits where there is no loss
-    return F.cross_entropy(logits.float(), targets, reduction="none"), is_rationale
-
-
-def train_step(model, optimizer, examples: list[Example], args: argparse.Namespace, device, stop: bool) -> dict:
-    """One optimizer step on `examples`, the whole step's, of which this rank takes its parts."""
+def run(model: Transformer, examples: list[Example], args: argparse.Namespace, device, learn: bool) -> dict:
+    """Forward over `examples`, of which this rank takes its parts, and backward if `learn` -> the losses of all ranks."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
+    # every rank knows the whole step, so the number of its supervised tokens needs no communication
     counts = sum(len(e.reference) for e in examples), sum(len(e.rationale) for e in examples)
+    sums, w = torch.zeros(2, dtype=torch.float64), args.rationale_weight
     parts = micro_batches(examples, args.micro_batch_size, world_size)
-    sums = torch.zeros(3, dtype=torch.float64)  # reference, rationale, ranks that were told to stop
-    sums[2] = float(stop)
     for part in parts[rank::world_size]:
-        losses, is_rationale = token_losses(model, part, device)
-        weighted = torch.where(is_rationale, args.rationale_weight * losses, losses).sum()
-        # divided by the tokens of the whole step; fully_shard averages gradients over ranks, so multiply by their number
-        (weighted * world_size / sum(counts)).backward()
-        sums[0] += losses.detach()[~is_rationale].double().sum().cpu()
-        sums[1] += losses.detach()[is_rationale].double().sum().cpu()
+        tokens, select, targets, is_rationale = data.collate(part, device)
+        logits = model(tokens, select)  # [N, V]: no logits where there is no loss
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        if learn:  # fully_shard averages gradients over ranks: multiply by their number
+            (torch.where(is_rationale, w * losses, losses).sum() * world_size / sum(counts)).backward()
+        losses = losses.detach().double()
+        sums += torch.stack([losses[~is_rationale].sum(), losses[is_rationale].sum()]).cpu()
     dist.all_reduce(sums)
-    reference, rationale, stopped = sums.tolist()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
-    loss = (reference + args.rationale_weight * rationale) / sum(counts)
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(
-            f"loss {loss}, gradient norm {norm}: stopped before the weights were touched; lower --learning-rate or look at "
-            f"the rows of this step, ids {', '.join(str(e.id) for e in examples)}"
-        )
-    optimizer.step()
-    optimizer.zero_grad()
+    reference, rationale = sums.tolist()
     return dict(
-        loss=loss,
-        **means((reference, rationale), counts),
+        loss=(reference + w * rationale) / sum(counts),
+        reference_loss=reference / max(counts[0], 1),  # means over their own tokens
+        rationale_loss=rationale / max(counts[1], 1),
+        reference_tokens=counts[0],
+        rationale_tokens=counts[1],
         tokens=sum(map(len, examples)),
         padded_tokens=sum(len(part) * len(part[0]) for part in parts if part),
-        grad_norm=norm,
-        stopped=stopped > 0,
     )
 
 
-def means(sums, counts) -> dict:
-    """Losses over their own tokens; EOS counts with the segment it ends. No token, no mean."""
-    mean = [s / n if n else None for s, n in zip(sums, counts)]
-    return dict(reference_loss=mean[0], rationale_loss=mean[1], reference_tokens=counts[0], rationale_tokens=counts[1])
-
-
-@torch.no_grad()
-def validate(model, examples: list[Example], args: argparse.Namespace, device) -> dict:
-    """The loss on `examples`, as in training, over all ranks."""
-    model.eval()
-    sums = torch.zeros(2, dtype=torch.float64)
-    counts = sum(len(e.reference) for e in examples), sum(len(e.rationale) for e in examples)
-    for part in micro_batches(examples, args.micro_batch_size, dist.get_world_size())[dist.get_rank() :: dist.get_world_size()]:
-        losses, is_rationale = token_losses(model, part, device)
-        sums += torch.stack([losses[~is_rationale].double().sum(), losses[is_rationale].double().sum()]).cpu()
-    dist.all_reduce(sums)
-    model.train()
-    reference, rationale = sums.tolist()
-    loss = (reference + args.rationale_weight * rationale) / sum(counts)
-    return dict(valid_loss=loss, **means((reference, rationale), counts))
+def train_step(model, optimizer, examples: list[Example], args: argparse.Namespace, device) -> dict:
+    """One optimizer step on `examples`. ValueError, before the weights are touched, where loss or gradient is not finite."""
+    line = run(model, examples, args, device, learn=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
+    if not math.isfinite(line["loss"]) or not math.isfinite(norm):
+        raise ValueError(
+            f"loss {line['loss']}, gradient norm {norm}; the weights are as they were: lower --learning-rate, or look at the "
+            f"rows of this step, ids {', '.join(str(e.id) for e in examples)}"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return line | {"grad_norm": norm}
 
 
 def flops(config: ModelConfig, examples: list[Example]) -> float:
@@ -181,10 +158,8 @@ def matmul_rate(dtype: torch.dtype, device) -> float:
     return 2 * n**3 / best
 
 
-def shard(config: ModelConfig, args: argparse.Namespace, device, index: dict | None) -> Transformer:
-    """Builds the model in shards: float32 master weights, compute in --dtype, float32 reduction; no rank holds all of it."""
-    with torch.device("meta"):
-        model = Transformer(config)
+def shard(model: Transformer, args: argparse.Namespace, device, index: dict | None) -> None:
+    """Fills a model on `meta` in shards: float32 weights, compute in --dtype, float32 reduction; no rank holds all of it."""
     compute = torch.bfloat16 if args.dtype == "bfloat16" else None
     # by default the float32 cos and sin would be cast at every block
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -198,7 +173,7 @@ def shard(config: ModelConfig, args: argparse.Namespace, device, index: dict | N
         load_weights(dict(model.named_parameters()), index)
     else:
         model.initialize(args.seed)
-    return model.train()
+    model.train()
 
 
 def together(action) -> None:
@@ -278,25 +253,27 @@ def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
 
 def open_run(args: argparse.Namespace, examples: list[Example]) -> bool:
     """Prepares --out, or checks that it is the same run -> whether that is finished. Nothing there is overwritten."""
-    out, digest = Path(args.out), hashlib.sha256()
+    out, file, digest = Path(args.out), Path(args.out) / "args.json", hashlib.sha256()
     for e in examples:
         digest.update(f"{e.id} {e.prompt} {e.reference} {e.rationale}\n".encode())
     mine = vars(args) | {"data_hash": digest.hexdigest()[:16]}
-    file = out / "args.json"
     if file.exists() and args.resume:
-        old = json.loads(file.read_text("utf-8"))
+        old = json.loads(data.read_text(file))
         for name, value in mine.items():
             if name not in FREE and old.get(name) != value:
                 raise ValueError(f"{file}: {name} was {old.get(name)}, now it is {value}; --resume goes on with the same run")
-        return (out / "config.json").exists()
-    if out.exists() and any(out.iterdir()):
+    elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out}: is not empty; go on with --resume, or choose another --out")
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        temporary.replace(file)
-    return False
+
+    def write():
+        if dist.get_rank() == 0 and not file.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            file.with_suffix(".tmp").replace(file)
+
+    dist.barrier()  # until all have looked
+    together(write)
+    return (out / "config.json").exists()
 
 
 def keep_metrics(file: Path, step: int) -> None:
@@ -308,94 +285,88 @@ def keep_metrics(file: Path, step: int) -> None:
         temporary.replace(file)
 
 
-def main(args: argparse.Namespace) -> None:
-    # 1. processes
-    rank, world_size, device = start_processes()
-    signalled = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signalled.append(number))
+def report(line: dict, out: Path, text: str) -> None:
+    """A line of metrics.jsonl and one on the terminal, from rank 0."""
+    if dist.get_rank() == 0:
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(line) + "\n")
+        print(text, flush=True)
 
-    # 2. data and headers: what can be wrong is found before any weight is read
+
+@torch.no_grad()
+def validate(model, valid: dict[str, list[Example]], step: int, args: argparse.Namespace, device, out: Path) -> None:
+    model.eval()
+    for name, examples in valid.items():
+        line = run(model, examples, args, device, learn=False)
+        line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
+        report(line, out, f"{step:6d}  valid {name}  loss {line['valid_loss']:.4f}")
+    model.train()
+
+
+def main(args: argparse.Namespace) -> None:
+    # 1. processes, and a signal that ends the run after the step it falls in
+    rank, world_size, device = start_processes()
+    out, signals = Path(args.out), []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    # 2. headers and data: what can be wrong is found before any weight is read
     folder = args.tokenizer or args.model
-    if not folder:
+    if not folder or bool(args.model) == bool(args.config):
         raise ValueError("give --model, or --config with --tokenizer")
     config = ModelConfig.from_file(args.config or Path(args.model) / "config.json")
-    index = None
-    if not args.config:
-        with torch.device("meta"):
-            shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
-        index = read_index(args.model, shapes)
+    with torch.device("meta"):
+        model = Transformer(config)
+    index = read_index(args.model, {name: p.shape for name, p in model.named_parameters()}) if args.model else None
     tokenizer = Tokenizer(folder, args.chat)
     examples = read_examples(args.data, args, tokenizer, config)
     valid = {name: read_examples(files, args, tokenizer, config) for name, files in data.named_files(args.valid).items()}
-    steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch(examples, args))
-    out = Path(args.out)
-    together(lambda: None)  # every rank has read its arguments before rank 0 makes the folder
     if open_run(args, examples):
         print(f"{out}: this run is finished") if rank == 0 else None
         return
-    dist.barrier()
 
-    # 3. model and optimizer
-    model = shard(config, args, device, index)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]  # norms and biases are not decayed
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, fused=True)
+    # 3. model and optimizer; norms and biases are not decayed
+    shard(model, args, device, index)
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in zip(groups, (args.weight_decay, 0.0))]
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
 
     # 4. where we are
+    steps = args.max_steps or math.ceil(args.epochs * steps_per_epoch(examples, args))
     done = load_checkpoint(model, optimizer, out) if args.resume else 0
-    rate = matmul_rate(getattr(torch, args.dtype), device)
-    metrics = out / "metrics.jsonl"
+    peak = matmul_rate(getattr(torch, args.dtype), device) * world_size
     if rank == 0:
-        keep_metrics(metrics, done)
+        keep_metrics(out / "metrics.jsonl", done)
         count = sum(p.numel() for p in model.parameters())
-        print(f"{count:,} parameters, {world_size} x {device.type}, {rate * world_size / 1e12:.3g} Tflop/s; steps {done} to {steps}")
-
-    def log(line: dict) -> None:
-        if rank == 0:
-            with open(metrics, "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-
-    def check(step: int) -> None:
-        for name, examples in valid.items():
-            line = dict(step=step, valid=name, **validate(model, examples, args, device))
-            log(line)
-            if rank == 0:
-                print(f"{step:6d} valid {name}: loss {line['valid_loss']:.4f}", flush=True)
+        print(f"{count:,} parameters, {world_size} x {device.type}, {peak / 1e12:.3g} Tflop/s; steps {done} to {steps}")
+    if done == 0:
+        validate(model, valid, 0, args, device, out)
 
     # 5. the loop
-    if done == 0:
-        check(0)
     for step in range(done, steps):
-        start = time.perf_counter()
+        start, batch, rate = time.perf_counter(), batch_of(examples, step, args), learning_rate(step, steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args)
-        batch = batch_of(examples, step, args)
+            group["lr"] = rate
         try:
-            line = train_step(model, optimizer, batch, args, device, bool(signalled))
+            line = {"step": step + 1} | train_step(model, optimizer, batch, args, device)
         except ValueError as e:
             raise ValueError(f"step {step + 1}: {e}") from None
-        seconds, stopped = time.perf_counter() - start, line.pop("stopped")
-        cuda = device.type == "cuda"
+        seconds, cuda = time.perf_counter() - start, device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        line = dict(step=step + 1, **line, learning_rate=group["lr"], seconds=seconds)
-        line |= dict(mfu=flops(config, batch) / seconds / (rate * world_size), memory_gib=memory / 2**30)
-        log(line)
-        if rank == 0:
-            rationale = f"{line['rationale_loss']:.4f}" if line["rationale_tokens"] else "     -"
-            print(
-                f"{step + 1:6d}/{steps}  loss {line['loss']:.4f}  reference {line['reference_loss']:.4f}  rationale {rationale}  "
-                f"lr {group['lr']:.2e}  norm {line['grad_norm']:6.2f}  {line['tokens'] / seconds:7,.0f} tokens/s  "
-                f"mfu {line['mfu']:4.0%}  {line['memory_gib']:5.2f} GiB", flush=True)  # fmt: skip
-        last = step + 1 == steps
-        if args.valid_every and (step + 1) % args.valid_every == 0 or last:
-            check(step + 1)
-        if args.export_every and (step + 1) % args.export_every == 0:
+        line |= dict(learning_rate=rate, seconds=seconds, mfu=flops(config, batch) / seconds / peak, memory_gib=memory / 2**30)
+        parts = "  ".join(f"{n} {line[n + '_loss']:.4f}" for n in ("reference", "rationale"))
+        report(line, out, f"{step + 1:6d}/{steps}  loss {line['loss']:.4f}  {parts}  lr {rate:.2e}  norm {line['grad_norm']:6.2f}  "
+               f"{line['tokens'] / seconds:7,.0f} tokens/s  mfu {line['mfu']:4.0%}  {line['memory_gib']:5.2f} GiB")  # fmt: skip
+        last, due = step + 1 == steps, lambda every: every and (step + 1) % every == 0  # noqa: B023
+        if last or due(args.valid_every):
+            validate(model, valid, step + 1, args, device, out)
+        if due(args.export_every):
             export(model, out / f"step-{step + 1}", folder, args.dtype)
-        if stopped or (args.save_every and (step + 1) % args.save_every == 0 and not last):
+        stop = torch.tensor(float(bool(signals)))
+        dist.all_reduce(stop)  # one rank that is told to stop stops all
+        if (stop or due(args.save_every)) and not last:
             save_checkpoint(model, optimizer, out, step + 1)
-        if stopped:
+        if stop and not last:
             print(f"stopped by a signal after step {step + 1}; --resume goes on from here") if rank == 0 else None
             sys.exit(143)
 

@@ -49,7 +49,8 @@ def write_config(folder: Path, **changes) -> dict:
 
 def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     """A model folder without tokenizer: config.json and model.safetensors. A field set to ... is left out."""
-    model = Transformer(ModelConfig.from_dict(write_config(folder, **changes)))
+    write_config(folder, **changes)
+    model = Transformer(ModelConfig.from_file(folder / "config.json"))
     model.initialize(seed)
     with torch.no_grad():  # 0.02 is too small for a tiny width: every logit would be nearly the same
         for p in model.parameters():
