@@ -55,9 +55,17 @@ class Tokenizer:
             raise ValueError(f"{file}: not a SentencePiece model; download it again") from None
         config, stops = self._read("tokenizer_config.json"), self._read("generation_config.json").get("eos_token_id")
         try:
-            added = {v["content"]: int(k) for k, v in (config.get("added_tokens_decoder") or {}).items()}
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: added_tokens_decoder is not understood") from None
+            self._configure(config, stops, chat)
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: not understood; download it again") from None
+        if self.eos_id < 0:
+            raise ValueError(f"{file}: has no EOS token, so no answer could ever end")
+        self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
+        self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
+
+    def _configure(self, config: dict, stops: int | list[int] | None, chat: str) -> None:
+        """Added tokens, special ids and the chat format."""
+        added = {v["content"]: int(k) for k, v in (config.get("added_tokens_decoder") or {}).items()}
         added |= self._read("added_tokens.json")
         self.added = {id: text for text, id in sorted(added.items(), key=lambda item: item[1])}
         self.control = {i for i in range(len(self.sp)) if self.sp.is_control(i)} | set(self.added) - {self.sp.unk_id()}
@@ -66,12 +74,7 @@ class Tokenizer:
         self.vocab_size = max(len(self.sp), *(i + 1 for i in self.added), 0)
         self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
         self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
-        if self.eos_id < 0:
-            raise ValueError(f"{file}: has no EOS token, so no answer could ever end")
-        self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
         self.legacy = bool(config.get("legacy"))  # SentencePiece's space before every text, not only the first
-        self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
-
         template, other = config.get("chat_template") or "", self.folder / "chat_template.jinja"
         template = other.read_text("utf-8") if other.is_file() else template
         if isinstance(template, list):  # several, by name
@@ -108,7 +111,7 @@ class Tokenizer:
         if self.control.isdisjoint(ids):
             return ids
         # the text holds tags that are pieces of the vocabulary: cut each after its first character, and none is left
-        cuts = [0, *(m.start() + 1 for m in self.tags.finditer(text)), len(text)]
+        cuts = [0, *(max(m.start(), 1) for m in self.tags.finditer(" " + text)), len(text)]
         ids = [i for a, b in zip(cuts, cuts[1:]) for i in (self.sp_continue if a else sp).encode(text[a:b])]
         return [i for i in ids if i not in self.control]  # a tag of one character can't be cut: it is left out
 
@@ -278,7 +281,7 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
     `reference`, the answer. A ledger's row has `meta`, the settings it was written with. Several directions read each row
     once for each. ValueError names file and line.
     """
-    rows, directions = [], [split_direction(d) for d in directions] or [None]
+    rows, directions = [], [split_direction(d) for d in dict.fromkeys(directions)] or [None]
     for group in group_files(files):
         meta = read_meta(group[0])
         for direction in directions:
@@ -296,7 +299,7 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
                 else:
                     continue
                 row["id"] = len(rows) if row.get("id") is None else row["id"]
-                if not isinstance(row["id"], (int, str)):
+                if type(row["id"]) not in (int, str):
                     raise ValueError(f'{where}: "id" must be a number or a string, found {json.dumps(row["id"])[:40]}')
                 rows.append(row)
     return rows
@@ -315,7 +318,7 @@ def text_field(row: dict, name: str, where: str) -> str:
 
 def read_lines(group: tuple[str, ...], direction: tuple[str, str] | None) -> list[tuple[str, dict]]:
     """A TSV file or two line files as rows; languages by ending (x.de-en.tsv, x.de x.en), else by `direction`."""
-    columns = [read_text(file).removesuffix("\n").replace("\r", "").split("\n") for file in group]
+    columns = [[line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")] for file in group]
     langs = [Path(file).suffix[1:] for file in group] if len(group) == 2 else Path(group[0]).stem.split(".")[-1].split("-")
     if len(langs) != 2 or any(lang not in LANGUAGES for lang in langs):
         if direction is None:
@@ -416,7 +419,7 @@ def read_template(value: str | None) -> str | None:
         return None
     file = len(value) < 256 and "{source}" not in value and Path(value).is_file()
     text = read_text(value).removesuffix("\n") if file else unescape(value)
-    names = set(re.findall(r"\{(\w+)\}", text)) - {"source", "source_lang", "target_lang"}
+    names = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
     if names or "{source}" not in text:
         wrong = f"does not know {{{min(names)}}}" if names else "has no {source}"
         raise ValueError(f"--template {value}: {wrong}; use {{source}}, {{source_lang}}, {{target_lang}}")
@@ -466,7 +469,8 @@ class Encoder:
     def prompt(self, row: dict) -> list[int]:
         meta = row.get("meta", {})
         mine = dict(template=self.template, system=self.system, chat=self.tokenizer.chat_name)
-        for name in ("template", "system", "chat") if meta.get("tokenizer_hash") == self.tokenizer.hash else ():
+        same = meta.get("tokenizer_hash") == self.tokenizer.hash
+        for name in ("template", "system", *["chat"] * same) if meta else ():
             if mine[name] not in (None, meta.get(name)):
                 other = f"--chat {meta.get('chat')}; give it here too" if name == "chat" else f"another --{name}; leave it out"
                 raise ValueError(f"{row['where']}: the ledger was written with {other}")
@@ -492,7 +496,7 @@ class Encoder:
         """Status other than `ok` and rows outside the coverage train on reference + EOS; a cut text gets no EOS."""
         (reference, rationale), note = self.segments(row), ""
         cut = row.get("finish") == "length"  # of what was sampled: the rationale if there is one, else the reference
-        if rationale and row.get("status", "ok") != "ok":
+        if row.get("status", "ok") != "ok":
             note = row["status"]
         elif rationale and draw(row["id"]) >= self.coverage:
             note = "outside coverage"

@@ -16,15 +16,14 @@ from data import Encoder, Tokenizer, collate, read_rows, read_template
 
 WORDS = "The harbour|waits|Ärger,|naïve|港は静かだ|你好|🚀|👩‍🚀|\n|\n\n|\t|don't|3.14|привет".split("|")
 TAGS = ["[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<|user|>", "<|im_start|>", "<0x0A>", "<unk>"]
-ZEPHYR = (
-    "{% for message in messages %}\n"
-    "{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
-    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+ZEPHYR = "{% for message in messages %}\n{% if message['role'] == 'user' %}\n" + (
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 MENDER = "{% if messages[0]['role'] != 'system' %}{{'<|im_start|>system\nYou mend boats.<|im_end|>\n'}}{% endif %}"
-BOS = "{{ bos_token }}"
+BOS, V1, V3 = "{{ bos_token }}", "tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"
 MARKS = dict(llama2="<<SYS>>", mistral="[INST]", mistral_v3="[INST]", zephyr=ZEPHYR, chatml=CHATML, plain="")
 
 
@@ -46,38 +45,27 @@ def conversations(words: list[str]):
         yield [{"role": "system", "content": texts[0]}] * (seed % 2) + talk, texts[1]
 
 
-def mistral(folder: Path, file: str, template: str) -> Tokenizer:
-    vocabulary = Path(pytest.importorskip("mistral_common").__file__).parent / "data" / file
-    write(folder / "tokenizer.model", vocabulary.read_bytes())
-    write(folder / "tokenizer_config.json", {"chat_template": template})
-    return Tokenizer(folder)
-
-
-@pytest.mark.parametrize("file", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
-def test_mistral_prompts_and_answers_equal_the_official_encoder(tmp_path, file):
-    t = mistral(tmp_path, file, "{{ bos_token }}[INST]")
-    from mistral_common.protocol.instruct.messages import AssistantMessage
+@pytest.mark.parametrize("file, mark", [(V1, "[INST]"), (V3, "[INST]"), (V1, "<<SYS>>")])
+def test_mistral_and_llama2_prompts_and_answers_equal_the_official_encoders(tmp_path, file, mark):
+    common = pytest.importorskip("mistral_common")
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-    official = getattr(MistralTokenizer, file[-2:])()
-    for messages, text in conversations(WORDS + TAGS):
-        request, answer = ChatCompletionRequest(messages=messages), AssistantMessage(content=text.rstrip(" "))
-        assert t.chat(messages) == official.encode_chat_completion(request).tokens, messages
-        theirs = official.instruct_tokenizer.encode_assistant_message(answer, False)
-        assert [*t.answer(answer.content), t.eos_id] == theirs, text
-
-
-def test_llama2_prompts_equal_the_recipe_of_meta(tmp_path):
-    t = mistral(tmp_path, "tokenizer.model.v1", "{{ '<<SYS>>' }}[INST]")
-    sp = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    for messages, _ in conversations(WORDS + TAGS):
-        texts, ids = [m["content"] for m in messages], []
-        if messages[0]["role"] == "system":
-            texts = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}", *texts[2:]]
-        for user, answer in zip(texts[::2], texts[1::2]):
-            ids += [1] + sp.encode(f"[INST] {user.strip()} [/INST] {answer.strip()} ") + [2]
-        assert t.chat(messages) == ids + [1] + sp.encode(f"[INST] {texts[-1].strip()} [/INST]"), messages
+    write(tmp_path / "tokenizer.model", (Path(common.__file__).parent / "data" / file).read_bytes())
+    write(tmp_path / "tokenizer_config.json", {"chat_template": mark})
+    t, official = Tokenizer(tmp_path), getattr(MistralTokenizer, file[-2:])()
+    for messages, answer in conversations(WORDS + TAGS):
+        if mark == "[INST]":
+            forced = {"role": "assistant", "content": answer.rstrip(" "), "prefix": True}
+            ids = official.encode_chat_completion(ChatCompletionRequest(messages=[*messages, forced])).tokens
+            assert t.chat(messages) + t.answer(forced["content"]) == ids, messages
+        else:  # Meta's recipe
+            texts, ids = [m["content"] for m in messages], []
+            if messages[0]["role"] == "system":
+                texts = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}", *texts[2:]]
+            for user, said in zip(texts[::2], texts[1::2]):
+                ids += [1, *t.sp.encode(f"[INST] {user.strip()} [/INST] {said.strip()} "), 2]
+            assert t.chat(messages) == [*ids, 1, *t.sp.encode(f"[INST] {texts[-1].strip()} [/INST]")], messages
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -133,7 +121,8 @@ def test_no_text_is_too_odd_to_encode(tmp_path, tag, text, byte_fallback, left):
     assert not byte_fallback or t.decode(ids) == (left or text)
 
 
-GERMAN, ENGLISH = ([p[name] for p in PAIRS] for name in ("source", "reference"))
+ROWS = [PAIRS[0] | {"reference": "[Applause] The boat waits."}, *PAIRS[1:]]  # a line file may begin with a bracket
+GERMAN, ENGLISH = ([p[name] for p in ROWS] for name in ("source", "reference"))
 ALMA = [{"translation": {"de": de, "en": en}} for de, en in zip(GERMAN, ENGLISH)]
 BACK = [dict(source=e, reference=d, source_lang="en", target_lang="de") for d, e in zip(GERMAN, ENGLISH)]
 BARE = [dict(source=d, reference=e) for d, e in zip(GERMAN, ENGLISH)]
@@ -141,7 +130,7 @@ TSV, VST = ("".join(f"{a}\t{b}\n" for a, b in pair) for pair in (zip(GERMAN, ENG
 DE, EN = "\n".join(GERMAN) + "\n", "\n".join(ENGLISH)
 FORMATS = {
     "ALMA array": ({"a.json": json.dumps(ALMA, indent=1)}, "de-en"), "ALMA lines": ({"a.json": ALMA}, "de-en"),
-    "objects": ({"a.jsonl": PAIRS},), "objects array": ({"a.json": json.dumps(PAIRS, ensure_ascii=False)},),
+    "objects": ({"a.jsonl": ROWS},), "objects array": ({"a.json": json.dumps(ROWS, ensure_ascii=False)},),
     "objects back": ({"a.jsonl": BACK}, "de-en"), "bare objects": ({"a.jsonl": BARE}, "de-en"),
     "TSV": ({"a.de-en.tsv": TSV},), "TSV back": ({"a.en-de.tsv": VST}, "de-en"), "bare TSV": ({"a.tsv": TSV}, "de-en"),
     "lines": ({"a.de": DE, "a.en": EN},), "lines back": ({"a.en": EN, "a.de": DE}, "de-en"),
@@ -151,22 +140,15 @@ FORMATS = {
 
 @pytest.mark.parametrize("ending, bom", [("\n", ""), ("\r\n", ""), ("\n", "\ufeff")], ids=["LF", "CRLF", "BOM"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_rows(tmp_path, name, ending, bom):
+def test_every_format_gives_the_same_rows_one_way_and_both(tmp_path, name, ending, bom):
     files, *directions = FORMATS[name]
     paths = [write(tmp_path / file, content) for file, content in files.items()]
     for path in map(Path, paths):
         path.write_bytes((bom + path.read_text("utf-8").replace("\n", ending)).encode())
-    rows = read_rows(paths, directions)
-    assert [row.pop("id") for row in rows] == list(range(len(PAIRS)))
-    assert all(row.pop("where").startswith(paths[0] + ":") for row in rows) and rows == PAIRS
-
-
-@pytest.mark.parametrize("name", [name for name in FORMATS if "back" not in name])
-def test_both_directions_read_each_pair_once_each_way(tmp_path, name):
-    paths = [write(tmp_path / file, content) for file, content in FORMATS[name][0].items()]
-    rows = read_rows(paths, ["de-en", "en-de"])
-    assert [row.pop("id") for row in rows] == list(range(2 * len(PAIRS))) and all(row.pop("where") for row in rows)
-    assert all(rows.count(row) == 1 for row in PAIRS + BACK)
+    one, both = read_rows(paths, directions), read_rows(paths, ["de-en", "en-de"])
+    assert [row.pop("id") for row in one + both] == [*range(7), *range(14)]
+    assert all(row.pop("where").startswith(paths[0] + ":") for row in one + both)
+    assert one == ROWS and all(both.count(row) == 1 for row in ROWS + BACK)
 
 
 def test_conversations_read_alike_once_and_ids_are_kept_or_the_place_in_the_data(tmp_path):
@@ -179,11 +161,6 @@ def test_conversations_read_alike_once_and_ids_are_kept_or_the_place_in_the_data
     assert got == [([ask], *x) for x in [("So.", 0), ("So.", "x"), ("So.", 2), (None, 81), (None, 4)]]
     got_two = read_rows(files[:3], ["de-en", "en-de"])  # a conversation has no direction
     assert [(r["messages"], r["reference"], r["id"]) for r in got_two] == got[:3]
-
-
-def test_a_line_file_may_begin_with_a_bracket(tmp_path):
-    files = [write(tmp_path / "a.de", "[Beifall] Danke.\n"), write(tmp_path / "a.en", "[Applause] Thanks.\n")]
-    assert read_rows(files)[0]["source"] == "[Beifall] Danke."
 
 
 GOOD, LINE, SAID = json.dumps(PAIRS[0]) + "\n", "Tor\tgate\n", [{"role": "user", "content": "Why?"}]
@@ -228,20 +205,20 @@ def test_templates_know_three_names_and_leave_the_braces_of_a_source_alone(folde
     for text, words in (("{source} {text}", "does not know {text}"), ("Translate this.", "no {source}")):
         with pytest.raises(ValueError, match=words):
             read_template(text)
-    template = read_template(write(tmp_path / "t.txt", "{target_lang}: {source}\n"))
     row = PAIRS[0] | {"source": "{target_lang} {x} {"}
-    assert Encoder(Tokenizer(folder), template).messages(row)[0]["content"] == "English: {target_lang} {x} {"
-    assert read_template("a\\n{source}") == "a\n{source}"
+    for text in (write(tmp_path / "t.txt", "{target_lang}:\n{source}\n"), "{target_lang}:\\n{source}"):
+        [message] = Encoder(Tokenizer(folder), read_template(text)).messages(row)
+        assert message["content"] == "English:\n{target_lang} {x} {"
 
 
 CUT, COPY, MUTE = dict(finish="length"), dict(status="copy"), dict(rationale="", rationale_ids=[])
 
 
-def ledger(t: Tokenizer, folder: Path, meta: dict = {}, **fields) -> dict:
+def ledger(t: Tokenizer, folder: Path, meta: dict | None = None, **fields) -> dict:
     """One row as generate.py writes it, with some fields changed afterwards, read back."""
     row, first, why = dict(PAIRS[0], id=0, finish="eos", status="ok"), PAIRS[0]["reference"], "\n\nThe wind turns."
     row |= dict(rationale=why, reference_ids=t.answer(first), rationale_ids=t.continuation(first, t.answer(first), why))
-    meta = dict(tokenizer_hash=t.hash, chat=t.chat_name, template=data.TEMPLATE, system=None) | meta
+    meta = dict(tokenizer_hash=t.hash, chat=t.chat_name, template=data.TEMPLATE, system=None) | (meta or {})
     write(folder / "l.meta.json", meta)
     return read_rows([write(folder / "l.jsonl", [row | fields])])[0]
 
@@ -251,17 +228,16 @@ def test_targets_are_reference_rationale_and_eos_and_no_prompt_token_carries_los
     rows = [p | {"id": i, "where": "", "rationale": f"\n\n{p['source']}" * (i % 3)} for i, p in enumerate(PAIRS)]
     examples = [Encoder(t).example(row) for row in rows]
     tokens, select, targets, rationale = collate(examples)
-    at = 0
-    for e, row, line in zip(examples, rows, tokens.tolist()):
+    at, T = 0, tokens.shape[1]
+    for b, (e, row) in enumerate(zip(examples, rows)):
         first, n = len(e.prompt), len(e) - len(e.prompt)
-        mine, places, marks = (x[at : at + n].tolist() for x in (targets, select % tokens.shape[1], rationale))
+        mine, places, marks = (x[at : at + n].tolist() for x in (targets, select - b * T, rationale))
         assert t.decode(mine) == row["reference"] + row["rationale"] and t.decode(e.reference) == row["reference"]
         assert mine[-1] == t.end_id and mine.count(t.end_id) == 1 and places == [*range(first - 1, len(e) - 1)]
-        assert e.prompt + mine == line[: len(e) - 1] + mine[-1:] == collate([e])[0][0].tolist() + mine[-1:]
+        assert e.prompt + mine[:-1] == tokens[b, : len(e) - 1].tolist() == collate([e])[0][0].tolist()
         assert marks == [i >= len(e.reference) for i in range(n)] and any(marks) == bool(row["rationale"])
         at += n
     assert at == len(targets) == len(select) == len(rationale)
-    assert (select // tokens.shape[1]).tolist() == [b for b, e in enumerate(examples) for _ in e.tokens[len(e.prompt) :]]
 
 
 @pytest.mark.parametrize("fields, coverage, rationale, eos", [

@@ -22,12 +22,11 @@ TEMPLATE, CUE, ONE = "Put this from {source_lang} into {target_lang}: {source}",
 PROMPTS = [[1, 40 + n, *range(100, 100 + 3 * n)] for n in (0, 1, 0, 3, 4)]  # two are the same
 ASKED = [{"prompt": "What grows in the garden?"}, {"question_id": 81, "turns": ["Name a colour.", "And another."]}]
 JUDGED = {
-    "empty": ["", " \n\t "],
-    "repetitive": ["and so on and on " * 8],
+    "empty": ["", " \n\t "], "repetitive": ["and so on and on " * 8],
     "copy": ["The small owl sleeps by day in the old barn.", "in the OLD  barn.", "barn."],
     "wrong_script": ["Это слово значит дом.", "这个词的意思是房子"],
     "ok": ["Here the word barn was chosen because a stable holds horses.", "Because. " * 6, "12 + 3 = 15", "Grün."],
-}
+}  # fmt: skip
 SETTINGS = dict(
     seed=["--seed", 5], temperature=["--temperature", 0], top_p=["--top-p", 0.5], dtype=["--dtype", "bfloat16"],
     template=["--template", "{source}"], system=["--system", "Be brief."], cue=["--cue", "Note:"],
@@ -36,7 +35,6 @@ SETTINGS = dict(
 MISTAKES = {
     "no model": (["--model", "absent"], "absent"), "no data": (["--data", "absent.jsonl"], "absent.jsonl"),
     "temperature": (["--temperature", "-1"], "--temperature"), "top_p": (["--top-p", "0"], "--top-p"),
-    "batch size": (["--batch-size", "none"], "--batch-size"), "chat": (["--chat", "mistal"], "--chat"),
     "template": (["--template", "{text}"], "--template"), "direction": (["--direction", "en"], "--direction"),
     "context": (["--max-new-tokens", "500"], "512"), "cue": (["--task", "answer", "--cue", "So"], "--cue"),
     "out": (["--out", "/dev/null/l.jsonl"], "/dev/null"), "flag": (["--tempreature", "1"], "--tempreature"),
@@ -63,8 +61,8 @@ def mute(tmp_path_factory):
 
 @pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, seed=3), dict(temperature=0.7, top_p=0.8)], ids=str)
 def test_row_depends_on_seed_and_place_but_not_on_batch_size_or_other_rows(folder, settings):
-    model, greedy = Transformer.from_pretrained(folder), not settings
-    wanted, other = (generate(model, PROMPTS, 20, eos_ids=[2], batch_size=1, **settings | more) for more in ({}, {"seed": 9}))
+    model, greedy, seeds = Transformer.from_pretrained(folder), not settings, (settings, settings | {"seed": 9})
+    wanted, other = (generate(model, PROMPTS, 20, eos_ids=[2], batch_size=1, **more) for more in seeds)
     assert (wanted == other) == (wanted[0] == wanted[2]) == greedy
     for count, batch_size in [(5, 1), (5, 2), (5, 3), (5, 32), (2, 32)]:
         assert generate(model, PROMPTS[:count], 20, eos_ids=[2], batch_size=batch_size, **settings) == wanted[:count]
@@ -88,8 +86,7 @@ def test_sampling_follows_the_nucleus_of_the_softmax(size, temperature, top_p):
 
 
 def test_extreme_random_numbers_never_leave_the_nucleus():
-    logits = torch.tensor([[-torch.inf, 1.0, 3.0, 2.0, -200.0]]).expand(2, -1)
-    u = torch.tensor([0, np.nextafter(1, 0)], dtype=torch.float64)
+    logits, u = torch.tensor([[-torch.inf, 1.0, 3.0, 2.0, -200.0]] * 2), torch.tensor([0, np.nextafter(1, 0)])
     for settings, wanted in {(1.0, 1.0): {1, 3}, (1.0, 0.8): {2, 3}, (1.0, 1e-6): {2}, (0.0, 1.0): {2}}.items():
         assert set(choose(logits, u, *settings)[0].tolist()) == wanted
 
@@ -105,9 +102,8 @@ def test_tied_logits_are_chosen_alike_beside_any_other_row():
 def test_ledger_rows_hold_what_the_interface_promises(folder, pairs, tmp_path, temperature):
     ledger = run(folder, pairs, tmp_path / "l.jsonl", *CUE, "--temperature", temperature, "--system", "Be brief.")
     tokenizer, model, rows = Tokenizer(folder), Transformer.from_pretrained(folder), read_jsonl(ledger)
-    assert [row["id"] for row in rows] == list(range(7))
-    for row, pair in zip(rows, PAIRS):
-        assert {name: row[name] for name in pair} == pair
+    for n, (row, pair) in enumerate(zip(rows, PAIRS, strict=True)):
+        assert row["id"] == n and {name: row[name] for name in pair} == pair
         assert row["finish"] in ("eos", "length") and row["status"] in JUDGED
         reference, rationale = row["reference_ids"], row["rationale_ids"]
         assert tokenizer.decode(reference) == row["reference"] and rationale[0] == tokenizer.encode("a\n")[-1]
@@ -115,14 +111,12 @@ def test_ledger_rows_hold_what_the_interface_promises(folder, pairs, tmp_path, t
         assert (row["finish"] == "length") == (len(rationale) == 12 + 1) and not {*tokenizer.eos_ids} & {*rationale}
         asked = [{"role": "user", "content": f"Put this from German into English: {row['source']}"}]
         ids, n = tokenizer.chat(asked, "Be brief.") + reference + rationale, len(rationale)
-        with torch.no_grad():
-            scores = model(torch.tensor([ids[:-1]]))[0, -n:].log_softmax(-1)
+        scores = model(torch.tensor([ids[:-1]]))[0, -n:].log_softmax(-1)
         assert temperature or scores.argmax(-1).tolist()[1:] == rationale[1:]
         # written with four digits, and float32 summed in another order
         assert row["logprob"] == pytest.approx(scores[range(n), rationale].mean().item(), abs=1e-4)
     meta = json.loads((tmp_path / "l.meta.json").read_text("utf-8"))
-    wanted = dict(tokenizer_hash=tokenizer.hash, cue="\n", seed=0, template=TEMPLATE, temperature=temperature)
-    assert {name: meta[name] for name in wanted} == wanted
+    assert (meta["tokenizer_hash"], meta["cue"], meta["template"]) == (tokenizer.hash, "\n", TEMPLATE)
 
 
 @pytest.mark.parametrize("cue", ["", "\\n"])
@@ -134,14 +128,14 @@ def test_rationale_without_a_word_is_empty_and_keeps_its_cue(mute, pairs, tmp_pa
 
 def test_ledger_row_depends_neither_on_batch_size_nor_on_the_order_of_the_data(folder, tmp_path):
     named = [pair | {"id": f"row {n}"} for n, pair in enumerate(PAIRS)]
-    ledgers, file = [], tmp_path / "named.jsonl"
+    ledgers = []
     for n, given in [(64, named), (1, named), (3, named[::-1])]:
-        write_jsonl(file, given)
-        ledgers.append(sorted(read_jsonl(run(folder, file, tmp_path / f"{n}.l", *CUE, "--batch-size", n)), key=str))
-    for rows in zip(*ledgers):
+        more = write_jsonl(tmp_path / "named.jsonl", given), tmp_path / f"{n}.jsonl", *CUE, "--batch-size", n
+        ledgers.append(sorted(read_jsonl(run(folder, *more)), key=str))
+    for rows in zip(*ledgers, strict=True):
         scores = [row.pop("logprob") for row in rows]
         assert rows[0] == rows[1] == rows[2]
-        assert max(scores) - min(scores) < 1.1e-4  # one step of the last digit, where float32 sums straddle it
+        assert max(scores) - min(scores) < 1.1e-4  # one step of the last digit: float32 sums of other shapes
 
 
 @pytest.mark.parametrize("kept", [-40, -1, 0, None], ids=["torn", "newline torn", "emptied", "whole"])
@@ -161,8 +155,7 @@ def test_killed_and_parallel_runs_end_in_the_same_bytes(folder, tmp_path):
 
     def start(given, out, *launcher):
         command = [sys.executable, *launcher, SCRIPT, *arguments(folder, given, out, *ONE)]
-        threads = {"OMP_NUM_THREADS": "1"}  # as here: more threads would sum in another order
-        return subprocess.Popen(command, env=os.environ | threads)
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})  # as here: sums in the same order
 
     two, out = tmp_path / "two.jsonl", tmp_path / "killed.jsonl"
     parallel = start(few, two, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -170,8 +163,7 @@ def test_killed_and_parallel_runs_end_in_the_same_bytes(folder, tmp_path):
     while process.poll() is None and not (out.exists() and b"\n" in out.read_bytes()):
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    before = out.read_bytes()
+    _, before = process.wait(), out.read_bytes()
     assert 1 <= before.count(b"\n") < len(rows)
     whole = run(folder, many, tmp_path / "whole.jsonl", *ONE).read_bytes()
     assert whole.startswith(before) and run(folder, many, out, *ONE).read_bytes() == whole

@@ -13,6 +13,7 @@ import model as model_module
 from generate import generate
 from model import KVCache, Transformer
 
+INDEX = "model.safetensors.index.json"
 LINEAR, LLAMA3 = {"factor": 4.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 64}  # 64: waves of all three kinds
 MISTRAL = dict(architectures=["MistralForCausalLM"], model_type="mistral")
@@ -88,7 +89,7 @@ def test_greedy_ragged_batch_equals_transformers_token_for_token(tmp_path, chang
     eos = generate(model, prompts, max_new_tokens=8)[1][7]  # a token that does come up ends at least one row early
     mine = generate(model, prompts, max_new_tokens=20, eos_ids=[eos], batch_size=3)
     assert len(mine[1]) < 8
-    for prompt, ids in zip(prompts, mine):
+    for prompt, ids in zip(prompts, mine, strict=True):
         settings = dict(max_new_tokens=20, do_sample=False, eos_token_id=eos, pad_token_id=0)
         out = theirs.generate(torch.tensor([prompt]), **settings)
         assert ids == [i for i in out[0, len(prompt) :].tolist() if i != eos]
@@ -116,27 +117,20 @@ def test_transformers_reads_what_we_write_and_we_what_it_writes(tmp_path, change
     assert_close(Transformer.from_pretrained(tmp_path / "c")(tokens), mine(tokens), **CLOSE)
 
 
+@pytest.mark.parametrize("sizes", [[150_000], [150_000, 10**10], [10**10, 150_000], [300_000, 150_000]], ids=str)
 @torch.no_grad()
-def test_several_files_hold_the_same_model_as_one(tmp_path, monkeypatch):
-    one, tokens = Transformer.from_pretrained(write_model(tmp_path / "one")), random_tokens(1, 12)
-    monkeypatch.setattr(model_module, "MAX_FILE_BYTES", 150_000)
-    one.save_pretrained(tmp_path / "many")
-    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
-    files = {file.name: load_file(file) for file in (tmp_path / "many").glob("*.safetensors")}
-    assert len(files) > 2 and {name: file for file in files for name in files[file]} == index["weight_map"]
-    again = Transformer.from_pretrained(tmp_path / "many").state_dict()
-    assert all(again[name].equal(tensor) for name, tensor in one.state_dict().items())
-    assert_close(reference(tmp_path / "many")(tokens).logits, one(tokens), **CLOSE)
-
-
-@pytest.mark.parametrize("first, second", [(150_000, 5_000_000_000), (5_000_000_000, 150_000), (300_000, 150_000)])
-def test_saving_over_an_older_export_leaves_only_the_new_one(tmp_path, monkeypatch, first, second):
-    for seed, size in enumerate([first, second]):
+def test_export_in_several_files_or_over_an_older_one_is_the_same_model(tmp_path, monkeypatch, sizes):
+    for seed, size in enumerate(sizes):
         monkeypatch.setattr(model_module, "MAX_FILE_BYTES", size)
         write_model(tmp_path, seed=seed)
-    new = Transformer.from_pretrained(tmp_path).state_dict()
-    wanted = Transformer.from_pretrained(write_model(tmp_path / "fresh", seed=1)).state_dict()
-    assert all(new[name].equal(wanted[name]) for name in wanted)
+    files, index, tokens = sorted(tmp_path.glob("*.safetensors")), tmp_path / INDEX, random_tokens(1, 12)
+    assert len(files) == 1 if size == 10**10 else len(files) > 2 and index.exists()
+    where = {name: file.name for file in files for name in load_file(file)}
+    assert json.loads(index.read_text())["weight_map"] == where if index.exists() else len(files) == 1
+    wanted = Transformer.from_pretrained(write_model(tmp_path / "fresh", seed=seed))
+    mine = Transformer.from_pretrained(tmp_path).state_dict()
+    assert all(mine[name].equal(tensor) for name, tensor in wanted.state_dict().items())
+    assert_close(reference(tmp_path)(tokens).logits, wanted(tokens), **CLOSE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32], ids=str)
@@ -150,11 +144,6 @@ def test_weights_of_any_float_type_load_beside_rotary_buffers_of_old_checkpoints
 
 NORM, HEAD = "model.layers.1.input_layernorm.weight", "lm_head.weight"
 UP, BIAS = "model.layers.2.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.bias"
-INDEX = "model.safetensors.index.json"
-
-
-def broken(file, text):
-    return lambda folder: (folder / file).write_text(text)
 
 
 def tensors(change):
@@ -173,15 +162,16 @@ WRONG_FILES = {
     "surplus bias": (tensors(lambda t: t.update({BIAS: t[NORM].clone()})), BIAS),
     "misshapen": (tensors(lambda t: t.update({HEAD: t[HEAD][:9].clone()})), rf"{HEAD}.*\[9, 64\].*\[480, 64\]"),
     "integer": (tensors(lambda t: t.update({NORM: t[NORM].to(torch.int8)})), f"{NORM}.*I8"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json.*no such file"),
-    "broken config": (broken("config.json", '{\n"model_type": "llama",\n"vocab_size" 480}'), r"config\.json:3: "),
-    "config is a list": (broken("config.json", "[]"), "config.json"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-    "truncated weights": (lambda folder: os.truncate(folder / "model.safetensors", 99_000), "model.safetensors"),
-    "empty weights": (broken("model.safetensors", ""), "model.safetensors"),
-    "broken index": (broken(INDEX, '{"weight_map"'), INDEX),
-    "index without map": (broken(INDEX, "{}"), INDEX),
-    "index naming an absent file": (broken(INDEX, '{"weight_map": {"x": "absent.safetensors"}}'), "absent.safetensors"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json.*no such file"),
+    "broken config": (lambda f: (f / "config.json").write_text('{"eos": 2,\n\n"bos" 1}'), r"config\.json:3: "),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
+    "truncated weights": (lambda f: os.truncate(f / "model.safetensors", 99_000), "model.safetensors"),
+    "empty weights": (lambda f: (f / "model.safetensors").write_text(""), "model.safetensors"),
+    "broken index": (lambda f: (f / INDEX).write_text('{"weight_map"'), INDEX),
+    "index without map": (lambda f: (f / INDEX).write_text("{}"), INDEX),
+    "index of numbers": (lambda f: (f / INDEX).write_text('{"weight_map": {"x": 3}}'), INDEX),
+    "file of the index": (lambda f: (f / INDEX).write_text('{"weight_map": {"x": "absent"}}'), "absent"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What train.py promises: the update is exact, a run survives whatever ends it, and mistakes leave everything as it was."""
+"""What train.py promises: the update is exact, a run survives whatever ends it, mistakes leave everything as it was."""
 
 import hashlib
 import itertools
@@ -6,11 +6,10 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,42 +26,38 @@ from generate import generate
 from model import Transformer
 from train import main, parser
 
-STEP_FIELDS = set(
-    "step loss reference_loss rationale_loss reference_tokens rationale_tokens tokens padded_tokens learning_rate grad_norm "
-    "seconds mfu memory_gib".split()
-)
 VALID_FIELDS = set("step valid valid_loss reference_loss rationale_loss reference_tokens rationale_tokens".split())
+STEP_FIELDS = VALID_FIELDS - {"valid", "valid_loss"} | set("loss tokens padded_tokens learning_rate grad_norm".split())
 CLOCK = {"seconds", "mfu", "memory_gib"}  # what may differ between two runs of one command
 # batches of 3, 3 and 1 of 7 rows: with two ranks some micro-batches have unequal token counts, and one is empty
-TRAIN = "--batch-size 3 --micro-batch-size 2 --epochs 2 --save-every 2 --learning-rate 1e-3 --warmup-steps 2 --valid-every 3".split()
+TRAIN = "--batch-size 3 --micro-batch-size 2 --epochs 2 --save-every 2 --valid-every 3 --learning-rate 1e-3 "
+TRAIN += "--warmup-steps 2"
 DRIVER = """
 import json, os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 import safetensors.torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 rank, codes, count, job = os.environ.get("RANK", "0"), [], 0, {}
-full = lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
+full = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 def after(*_):
     global count
     count += 1
-    if count == job.get("step") and rank == job["rank"]:
+    if count == job["step"] and rank == job["rank"]:
         full(100_000) if job["what"] == "full" else os.kill(os.getpid(), getattr(signal, job["what"]))
 save_file = safetensors.torch.save_file
 def torn(tensors, name, *args, **kwargs):
     save_file(tensors, name, *args, **kwargs)
-    if job.get("what") == "torn" and count >= job["step"]:
-        os.truncate(name, os.path.getsize(name) // 2)
+    if job["what"] == "torn" and count == 4:
+        os.truncate(name, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
 safetensors.torch.save_file = torn
 register_optimizer_step_post_hook(after)
 import data, train
 for job in json.load(open(sys.argv[2])):
-    count, sys.argv[3:] = 0, []
     full(resource.RLIM_INFINITY)
-    where, sys.argv = sys.argv, ["train.py", *job["argv"]]
+    count, where, sys.argv = 0, sys.argv, ["train.py", *job["argv"]]
     try:
-        data.cli(train.main, train.parser())
-        codes.append(0)
+        codes.append(data.cli(train.main, train.parser()))
     except SystemExit as e:
         codes.append(e.code)
     sys.argv = where
@@ -75,8 +70,7 @@ def handlers():
     """Signals as pytest had them: a test that hangs must still heed Ctrl-C."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    [signal.signal(number, handler) for number, handler in before.items()]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +81,8 @@ def at(tmp_path_factory, folder) -> SimpleNamespace:
         text = "" if i == 2 else ("\nIt says: " + LINES[i])[: 17 + 4 * i]
         # a token a character, as a sampler may choose and no tokenizer would: the ledger's own ids must be used
         ids = [id for c in text for id in tokenizer.sp_continue.encode(c)]
-        row = dict(id=f"row{i}", **pair, rationale=text, reference_ids=tokenizer.answer(pair["reference"]), rationale_ids=ids)
+        row = dict(id=f"row{i}", **pair, rationale=text, rationale_ids=ids)
+        row["reference_ids"] = tokenizer.answer(pair["reference"])
         rows.append(row | dict(finish="length" if i == 0 else "eos", status={1: "copy", 2: "empty"}.get(i, "ok")))
     meta = dict(tokenizer_hash=tokenizer.hash, chat="chatml", system=None, template="Say in {target_lang}: {source}")
     (place / "ledger.meta.json").write_text(json.dumps(meta))
@@ -95,12 +90,12 @@ def at(tmp_path_factory, folder) -> SimpleNamespace:
     end, sequences = tokenizer.sp.piece_to_id("<|im_end|>"), {"joint": [], "vanilla": []}
     for row in rows:
         prompt = tokenizer.chat([{"role": "user", "content": f"Say in English: {row['source']}"}])
-        whole, reference = row["status"] == "ok", row["reference_ids"]
-        joint = (reference, row["rationale_ids"] + [end] * (row["finish"] == "eos")) if whole else (reference + [end], [])
-        sequences["joint"].append((prompt, *joint))
-        sequences["vanilla"].append((prompt, reference + [end], []))
-    command = ["--model", str(folder), "--data", str(ledger), "--valid", f"other={pairs}", str(ledger), "--dtype", "float32"]
-    return SimpleNamespace(folder=folder, place=place, ledger=ledger, pairs=pairs, command=command + TRAIN, **sequences)
+        reference, rationale = row["reference_ids"], row["rationale_ids"] + [end] * (row["finish"] == "eos")
+        vanilla = prompt, reference + [end], []
+        sequences["joint"].append((prompt, reference, rationale) if row["status"] == "ok" else vanilla)
+        sequences["vanilla"].append(vanilla)
+    command = f"--model {folder} --data {ledger} --valid other={pairs} {ledger} --dtype float32 {TRAIN}".split()
+    return SimpleNamespace(folder=folder, place=place, ledger=ledger, pairs=pairs, command=command, **sequences)
 
 
 def run(out: Path, *argv) -> SimpleNamespace:
@@ -123,7 +118,7 @@ def gap(a: SimpleNamespace, b: SimpleNamespace) -> float:
 
 def same_metrics(a: SimpleNamespace, b: SimpleNamespace, rel: float, but: tuple = ()) -> None:
     def numbers(line):  # no rationale, no mean
-        return {k: -1 if v is None else v for k, v in line.items() if k not in CLOCK.union(but, ["valid"])}
+        return {k: v or 0 for k, v in line.items() if k not in CLOCK.union(but, ["valid"])}
 
     assert [x["valid"] for x in a.valid] == [x["valid"] for x in b.valid]
     for mine, theirs in zip(a.steps + a.valid, b.steps + b.valid, strict=True):
@@ -171,17 +166,20 @@ def subprocesses(at) -> SimpleNamespace:
     (place / "driver.py").write_text(DRIVER)
     break_off(at, place / "onto two", 5)
 
-    def job(name, *argv, **how):
-        return dict(argv=[*at.command, "--out", str(place / name), *argv], **how)
+    def add(name, *argv, what="", step=3, rank="0"):
+        jobs.append(dict(argv=[*at.command, "--out", str(place / name), *argv], what=what, step=step, rank=rank))
 
-    (place / "one").write_text(json.dumps([job("killed", what="torn", step=4, rank="0")]))
-    jobs += [job("two"), job("onto two", "--resume")]
-    jobs += [job("term", what="SIGTERM", step=3, rank="1"), job("term", "--resume")]
-    jobs += [job("full", what="full", step=3, rank="0"), job("full", "--resume")]
-    jobs += [job("diverged", "--learning-rate", "1e30"), job("missing", "--data", "nowhere.jsonl")]
-    jobs += [job("dead", what="SIGKILL", step=3, rank="1")]
+    add("killed", what="torn", step=0)
+    (place / "one").write_text(json.dumps(jobs))
+    jobs.clear()
+    add("two", step=0), add("onto two", "--resume", step=0)
+    add("term", what="SIGTERM", rank="1"), add("term", "--resume", step=0)
+    add("full", what="full"), add("full", "--resume", step=0)
+    add("diverged", "--learning-rate", "1e30", step=0), add("missing", "--data", "nowhere.jsonl")
+    add("dead", what="SIGKILL", rank="1")
     (place / "many").write_text(json.dumps(jobs))
-    start = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    start = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
+    start |= dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     alone = subprocess.Popen([sys.executable, place / "driver.py", here, place / "one"], **start)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     both = subprocess.Popen([*torchrun, place / "driver.py", here, place / "many"], **start)
@@ -189,9 +187,9 @@ def subprocesses(at) -> SimpleNamespace:
         alone.communicate(timeout=60)
         errors = both.communicate(timeout=60)[1]  # a rank that waits for a dead one for ever would be caught here
     finally:
-        for group in (alone, both):
-            with suppress(ProcessLookupError):
-                os.killpg(group.pid, signal.SIGKILL)
+        for process in (alone, both):
+            process.terminate()  # if one hangs: torchrun ends its ranks, after 30 s by force
+            process.wait(timeout=40)
     codes = [json.loads((place / f"many{rank}").read_text()) for rank in (0, 1)]
     return SimpleNamespace(status=alone.returncode, codes=codes, errors=errors, torchrun=both.returncode)
 
@@ -205,40 +203,45 @@ def straight(at) -> SimpleNamespace:
 @pytest.mark.parametrize("weight, decay", [(1.0, 0.0), (0.33, 0.1), (0.0, 0.1)])
 def test_training_equals_a_plain_loop_written_with_transformers(at, tmp_path, weight, decay):
     transformers = pytest.importorskip("transformers")
-    rows, steps, peak = at.joint if weight else at.vanilla, 4, 3e-4
-    mine = run(tmp_path / "out", *at.command, "--batch-size", 7, "--micro-batch-size", 4, "--max-steps", steps, "--export-every", 2,
-               "--learning-rate", peak, "--rationale-weight", weight, "--weight-decay", decay, "--valid", at.ledger)  # fmt: skip
+    rows, peak = at.joint if weight else at.vanilla, 3e-4
+    some = f"--batch-size 7 --micro-batch-size 4 --max-steps 4 --export-every 2 --valid {at.ledger}".split()
+    some += f"--learning-rate {peak} --weight-decay {decay} --rationale-weight {weight}".split()
+    mine = run(tmp_path, *at.command, *some)
     model = transformers.AutoModelForCausalLM.from_pretrained(at.folder, dtype=torch.float32).train()
     groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW([dict(params=p, weight_decay=d) for p, d in zip(groups, (decay, 0))], lr=peak)
     counts = [sum(len(row[i]) for row in rows) for i in (1, 2)]
-    for line, rate in zip(mine.steps, [peak / 2, peak, peak, peak / 2], strict=True):  # two warm up, then half a cosine wave
+    # two steps of warm-up, then half a cosine wave
+    for line, rate in zip(mine.steps, [peak / 2, peak, peak, peak / 2], strict=True):
         sums = [0.0, 0.0]
         for prompt, reference, rationale in rows:
             ids = torch.tensor([prompt + reference + rationale])
             logits = model(ids).logits[0, len(prompt) - 1 : -1]
-            losses = F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none").split([len(reference), len(rationale)])
+            losses = F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
+            losses = losses.split([len(reference), len(rationale)])
             ((losses[0].sum() + weight * losses[1].sum()) / sum(counts)).backward()
             sums = [s + x.sum().item() for s, x in zip(sums, losses)]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        expected = [(sums[0] + weight * sums[1]) / sum(counts), sums[0] / counts[0], sums[1] / counts[1] if counts[1] else 0]
-        assert [line[k] or 0 for k in ("loss", "reference_loss", "rationale_loss")] == pytest.approx(expected, rel=1e-4)
+        loss, means = (sums[0] + weight * sums[1]) / sum(counts), [x / max(n, 1) for x, n in zip(sums, counts)]
+        found = [line[k] or 0 for k in ("loss", "reference_loss", "rationale_loss")]
+        assert found == pytest.approx([loss, *means], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)  # issue 3 allows these two
         assert line["learning_rate"] == pytest.approx(rate)
-        assert [line[k] for k in ("reference_tokens", "rationale_tokens", "tokens")] == [*counts, sum(map(len, sum(rows, ())))]
+        assert [line["reference_tokens"], line["rationale_tokens"]] == counts
+        assert line["tokens"] == sum(len(part) for row in rows for part in row)
     for name, p in model.state_dict().items():  # float32 sums in another order; a wrong rate or decay is 1e-4 and more
         assert torch.allclose(mine.weights[name], p, rtol=0, atol=1e-5), name
-    assert mine.valid[0]["valid_loss"] == pytest.approx(mine.steps[0]["loss"], rel=1e-5)  # the same rows, the same weights
-    exported, ids = transformers.AutoModelForCausalLM.from_pretrained(mine.out, dtype=torch.float32), torch.tensor([rows[0][0]])
+    assert mine.valid[0]["valid_loss"] == pytest.approx(mine.steps[0]["loss"], rel=1e-5)  # same rows, same weights
+    exported = transformers.AutoModelForCausalLM.from_pretrained(mine.out, dtype=torch.float32)
     with torch.no_grad():  # 1e-4: logits reach 10, and float32 has seven digits
         assert torch.allclose(Transformer.from_pretrained(mine.out)(ids), exported(ids).logits, atol=1e-4)
-    assert {"step-2", "step-4"} <= {p.name for p in mine.out.iterdir()}
     for part in ("model.safetensors", "config.json", "tokenizer.model", "tokenizer_config.json"):
         assert (mine.out / "step-4" / part).read_bytes() == (mine.out / part).read_bytes()
-    assert not torch.equal(load_file(mine.out / "step-2/model.safetensors")["lm_head.weight"], mine.weights["lm_head.weight"])
+    earlier = load_file(mine.out / "step-2/model.safetensors")
+    assert not torch.equal(earlier["lm_head.weight"], mine.weights["lm_head.weight"])
     assert Tokenizer(mine.out).hash == Tokenizer(at.folder).hash
 
 
@@ -249,7 +252,8 @@ def test_the_update_does_not_depend_on_micro_batches_or_recomputed_activations(a
         parts = run(tmp_path / str(name), *some, "--micro-batch-size", name if argv == [] else 8, *argv)
         assert gap(parts, whole) < 1e-6  # sums in another order; the weights moved by 5e-5
         same_metrics(parts, whole, 1e-5, ("padded_tokens",))
-        assert name != 1 or parts.steps[0]["padded_tokens"] == parts.steps[0]["tokens"] < whole.steps[0]["padded_tokens"]
+        padded = [r.steps[0]["padded_tokens"] for r in (parts, whole)]
+        assert name != 1 or parts.steps[0]["tokens"] == padded[0] < padded[1]
 
 
 def test_metrics_hold_each_step_once_and_each_validation(at, straight):
@@ -258,14 +262,16 @@ def test_metrics_hold_each_step_once_and_each_validation(at, straight):
         (0, "other"), (0, "ledger"), (1, None), (2, None), (3, None), (3, "other"), (3, "ledger"),
         (4, None), (5, None), (6, None), (6, "other"), (6, "ledger"),
     ]  # fmt: skip
-    assert all(set(x) == STEP_FIELDS for x in straight.steps) and all(set(x) == VALID_FIELDS for x in straight.valid)
+    assert all(set(x) >= STEP_FIELDS | CLOCK for x in straight.steps)
+    assert all(set(x) >= VALID_FIELDS for x in straight.valid)
     for x in straight.steps:  # weight 1
         parts = x["reference_loss"] * x["reference_tokens"] + (x["rationale_loss"] or 0) * x["rationale_tokens"]
         assert x["loss"] == pytest.approx(parts / (x["reference_tokens"] + x["rationale_tokens"]))
-        assert x["tokens"] <= x["padded_tokens"] and math.isfinite(x["mfu"]) and x["seconds"] > 0 and x["memory_gib"] > 0
-    assert straight.valid[0]["rationale_loss"] is None and straight.valid[0]["rationale_tokens"] == 0  # plain pairs
+        assert x["tokens"] <= x["padded_tokens"] and all(0 < x[name] < math.inf for name in CLOCK)
+    assert not straight.valid[0]["rationale_loss"] and straight.valid[0]["rationale_tokens"] == 0  # plain pairs
     for i, name in enumerate(("reference_tokens", "rationale_tokens"), 1):
-        assert sum(x[name] for x in straight.steps[:3]) == sum(len(row[i]) for row in at.joint) == straight.valid[1][name]
+        counted = sum(len(row[i]) for row in at.joint)
+        assert sum(x[name] for x in straight.steps[:3]) == counted == straight.valid[1][name]
     assert not (straight.out / "checkpoint").exists() and (straight.out / "args.json").exists()
 
 
@@ -297,7 +303,8 @@ def test_a_row_that_is_too_long_is_left_out_whole_and_named(at, tmp_path, capsys
 
 
 @pytest.mark.parametrize("how, step", [
-    ("power cut", 1), ("power cut", 4), ("SIGTERM", 2), ("SIGTERM", 5), ("disk full", 4), ("disk full", 6)])  # fmt: skip
+    ("power cut", 1), ("power cut", 4), ("SIGTERM", 3), ("SIGTERM", 5), ("disk full", 4), ("disk full", 6),
+])  # fmt: skip
 def test_a_run_that_is_broken_off_and_resumed_ends_in_the_same_bits(at, straight, tmp_path, how, step):
     break_off(at, tmp_path, step, how)
     # a signal may be heeded in its own step or, where the ranks have already talked, in the next
@@ -332,11 +339,11 @@ def test_two_ranks_make_the_run_of_one(at, straight, subprocesses):
 
 
 def test_a_failure_on_one_rank_ends_every_rank_with_one_message(at, subprocesses):
-    wanted = [0, 0, 143, 0, 2, 0, 2, 2]
-    assert subprocesses.codes == [wanted, wanted] and subprocesses.torchrun != 0
+    wanted = [None, None, 143, None, 2, None, 2, 2]
+    assert [codes[:8] for codes in subprocesses.codes] == [wanted, wanted] and subprocesses.torchrun != 0
     errors = [line for line in subprocesses.errors.splitlines() if line.startswith("error: ")]
     assert ["full" in errors[0], "step 2" in errors[1], "nowhere.jsonl" in errors[2]] == [True] * 3
-    assert len(errors) <= 4 and not (at.place / "missing").exists()  # the fourth, of the rank whose peer died, may be cut short
+    assert len(errors) <= 4 and not (at.place / "missing").exists()  # a fourth, where torchrun lets rank 0 say it
     again = run(at.place / "dead", *at.command, "--resume")  # a checkpoint of two ranks goes on in one process
     assert gap(again, result(at.place / "two")) < 1e-5  # as above
     assert [x["step"] for x in again.steps] == [1, 2, 3, 4, 5, 6]
@@ -369,7 +376,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(at, tmp_
 def test_random_weights_learn_seven_pairs_by_heart(at, tmp_path):
     write_config(tmp_path)
     argv = ["--config", tmp_path / "config.json", "--tokenizer", at.folder, "--data", at.pairs, "--dtype", "float32"]
-    run(tmp_path / "out", *argv, *"--max-steps 120 --learning-rate 3e-3 --schedule constant --save-every 0".split())
+    run(tmp_path / "out", *argv, *"--max-steps 100 --learning-rate 3e-3 --schedule constant --save-every 0".split())
     tokenizer, model = Tokenizer(tmp_path / "out"), Transformer.from_pretrained(tmp_path / "out")
     prompts = [tokenizer.chat([{"role": "user", "content": ask(pair)}]) for pair in PAIRS]
     answers = generate(model, prompts, max_new_tokens=80, eos_ids=tokenizer.eos_ids)
@@ -387,45 +394,43 @@ def test_ledgers_pairs_and_conversations_train_together(at, tmp_path):
     line, tokenizer = run(tmp_path / "out", *argv).steps[0], Tokenizer(at.folder)
     chats = [[{"role": "user", "content": ask(pair)}] for pair in PAIRS] + [turns[:1], turns[:3]]
     answers = [pair["reference"] for pair in PAIRS] + [LINES[1], LINES[3]]
-    references = sum(len(row[1]) for row in at.joint) + sum(len(tokenizer.answer(text)) + 1 for text in answers)  # and EOS
-    assert line["reference_tokens"] == references
-    assert line["rationale_tokens"] == (rationales := sum(len(row[2]) for row in at.joint))
-    prompts = sum(len(row[0]) for row in at.joint) + sum(len(tokenizer.chat(chat)) for chat in chats)
-    assert line["tokens"] == prompts + references + rationales
+    counts = [sum(len(row[i]) for row in at.joint) for i in range(3)]
+    counts[0] += sum(len(tokenizer.chat(chat)) for chat in chats)
+    counts[1] += sum(len(tokenizer.answer(text)) + 1 for text in answers)  # and EOS
+    assert [line["reference_tokens"], line["rationale_tokens"], line["tokens"]] == [*counts[1:], sum(counts)]
 
 
-def test_bfloat16_computes_near_float32_and_exports_its_own_type(at, straight, tmp_path):
+def test_bfloat16_computes_near_float32_and_exports_its_own_type(at, straight, tmp_path, monkeypatch):
+    # timing a bfloat16 product takes 12 s on a CPU without it
+    monkeypatch.setattr("train.matmul_rate", lambda *_: 1e12, raising=False)
     half = run(tmp_path, *at.command, "--dtype", "bfloat16")
     assert {w.dtype for w in half.weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
     losses = [[x["loss"] for x in r.steps] for r in (half, straight)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]  # eight bits, over a hundred tokens
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]  # bfloat16 has eight bits
 
 
-def test_a_row_of_no_use_trains_on_its_reference_and_eos_even_if_it_was_cut(at):
-    row = dict(read_jsonl(at.ledger)[2], finish="length", where="here", meta={})
-    example = data.Encoder(tokenizer := Tokenizer(at.folder)).example(row)
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_row_of_no_use_trains_on_its_reference_and_eos_even_if_it_was_cut(at, meta):
+    # nothing but control tokens up to the limit; meta: from a model of this tokenizer or of another
+    tokenizer, row = Tokenizer(at.folder), read_jsonl(at.ledger)[2]
+    row |= dict(finish="length", rationale_ids=[3, 3, 3], where="here")
+    row["meta"] = json.loads(at.ledger.with_suffix(".meta.json").read_text()) if meta else {}
+    example = data.Encoder(tokenizer).example(row)
     assert (example.reference, example.rationale) == (row["reference_ids"] + [tokenizer.end_id], [])
 
 
 @pytest.mark.parametrize("changes, words", [
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--model", "nowhere"], "nowhere"), (["--schedule", "steep"], "--schedule"),
-    (["--learning-rate", "-1"], "--learning-rate"), (["--max-steps", "some"], "--max-steps"),
-    (["--config", "nowhere.json"], "nowhere.json"), (["--valid", "nowhere.jsonl"], "nowhere.jsonl"),
+    ("--data nowhere.jsonl", "nowhere"), ("--model nowhere", "nowhere"), ("--valid nowhere.jsonl", "nowhere"),
+    ("--schedule steep", "--schedule"), ("--learning-rate -1", "--learning-rate"), ("--max-steps some", "--max-steps"),
+    (None, "--model"), (None, "--tokenizer"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(at, tmp_path, monkeypatch, capsys, changes, words):
-    monkeypatch.setattr(sys, "argv", ["train.py", *at.command, "--out", str(tmp_path / "out"), *changes])
+    argv = [*at.command, *changes.split()] if changes else ["--data", str(at.pairs)]  # neither --model nor --config
+    argv += ["--config", str(at.folder / "config.json")] if words == "--tokenizer" else []
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as e:
         data.cli(main, parser())
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
-    assert not (tmp_path / "out").exists()
-
-
-def test_without_a_model_the_message_says_what_to_give(at, tmp_path):
-    with pytest.raises(ValueError, match="--model"):
-        run(tmp_path / "out", "--data", at.pairs)
-    for name, gives in [("--config", "--tokenizer"), ("--tokenizer", "--model")]:
-        with pytest.raises(ValueError, match=gives):
-            run(tmp_path / "out", "--data", at.pairs, name, at.folder if name == "--tokenizer" else at.folder / "config.json")
     assert not (tmp_path / "out").exists()
