@@ -562,11 +562,11 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
     rank = int(os.environ.get("RANK", 0))
     try:
         main(parser.parse_args())
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         if isinstance(e, BrokenPipeError):
             os._exit(141)
-        if rank == 0:
-            print("error: " + " ".join(str(e).split("\n")), file=sys.stderr)
+        if rank == 0 or not isinstance(e, ValueError):  # a mistake in the data is the same on every rank
+            print("error: " + (f"rank {rank}: " if rank else "") + " ".join(str(e).split("\n")), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

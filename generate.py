@@ -10,6 +10,7 @@ not change it. The ledger grows in the order of the data, a line at a time, and 
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
 import unicodedata
@@ -36,13 +37,13 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple
     """logits [N, V], uniform numbers u [N] in [0, 1) -> tokens [N], log-probabilities [N] (at temperature 1, untruncated).
 
     Inverse of the cumulative distribution, so that one number a token decides. top_p keeps the smallest set of most
-    probable tokens whose mass reaches it (nucleus sampling, Holtzman et al. 2020), the first always.
+    probable tokens whose mass reaches it (nucleus sampling, Holtzman et al. 2020), and those tied with the last of them.
     """
     logprobs = logits.float().log_softmax(-1)
     if temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
     else:
-        probs = (logprobs / temperature).softmax(-1)
+        probs = ((logprobs - logprobs.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if top_p < 1:  # sorting a whole vocabulary costs more than a small model: try its head first
             head = probs.topk(min(256, probs.shape[-1])).values
             if (head.sum(-1) < top_p).any():
@@ -74,6 +75,8 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
     """
     config, device = model.config, next(model.parameters()).device
     keys, scored = keys or list(range(len(prompts))), scored or [0] * len(prompts)
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, wanted at least 1")
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= config.max_position_embeddings - max_new_tokens:
             raise ValueError(
@@ -98,6 +101,8 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
         tokens, scores = (x.tolist() for x in choose(logits, u, temperature, top_p))
         ended = []
         for b, token, score in zip(slots, tokens, scores):
+            if not math.isfinite(score):
+                raise FloatingPointError(f"row {keys[owner[b]]}: the model's logits are not finite; look at its weights")
             if token in eos:
                 ended.append((b, "eos"))
                 continue
@@ -164,7 +169,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int =
 def judge(text: str, given: list[str]) -> str:
     """Status of a rationale; `given` are the texts it follows (source, reference, or prompt and response).
 
-    empty: no visible character. repetitive: of 20 or more words, over half of the word 4-grams are repeats. copy: over 80 %
+    empty: no visible character. repetitive: of 20 or more words (between spaces), over half of the word 4-grams are repeats. copy: over 80 %
     of the word 3-grams (of the words, if fewer than 3) stand in one of `given`. wrong_script: over 20 % of the letters are of
     a script that is neither Latin nor used in `given`. The thresholds are ours; they are not yet measured.
     """
@@ -252,20 +257,21 @@ def complete(path: Path, meta: dict, rows: list[dict], produce: Callable[[list[d
             for row in produced:
                 ready[row["id"]] = json.dumps(row, ensure_ascii=False).encode()
                 while waiting and waiting[0] in ready:
-                    f.write(ready[waiting.popleft()] + b"\n")
+                    f.write(ready.pop(waiting.popleft()) + b"\n")
                 f.flush()
             f.writelines(ready[id] + b"\n" for id in waiting)
 
     todo = [row for row in rows if row["id"] not in done and row["id"] not in ready]
+    dist.barrier()  # until all have read what is finished
     if world_size > 1:
         mine, own = todo[rank::world_size], path.with_name(f"{path.name}.rank{rank}")
         append(own, [row["id"] for row in mine], produce(mine))
         dist.barrier()
+        todo = []
+    if rank == 0:
         parts = sorted(path.parent.glob(path.name + ".rank*"))
         for part in parts:
             ready |= read_finished(part)
-        todo = []
-    if rank == 0:
         append(path, ids, produce(todo) if todo else ())
         for part in parts:
             part.unlink()

@@ -77,8 +77,8 @@ class ModelConfig:
         # Llama-2 gives no rope_theta, transformers 4 rope_theta and rope_scaling, transformers 5 rope_parameters
         rope = {}
         for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(name) or {}, dict):
-                raise ValueError(f"{path}: {name} must be an object, found {json.dumps(raw[name])}")
+            if not isinstance(raw.get(name) or {}, dict) or any(isinstance(v, dict) for v in (raw.get(name) or {}).values()):
+                raise ValueError(f"{path}: {name} must be an object of plain values, found {json.dumps(raw[name])}")
             rope |= raw.get(name) or {}
         rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
         rope["rope_theta"] = number("rope_theta", raw.get("rope_theta") or 10000.0, rope, float)
@@ -87,14 +87,19 @@ class ModelConfig:
             "hidden_act": (raw.get("hidden_act") or "silu", ("silu",)),
             "attention_dropout": (raw.get("attention_dropout") or 0, (0,)),
             "quantization_config": (raw.get("quantization_config"), (None,)),
-            "rope_type": (rope["rope_type"], ROPE_NEEDS),
+            "rope_type": (rope["rope_type"], tuple(ROPE_NEEDS)),
             "partial_rotary_factor": (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1, (1,)),
         }
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            implemented[name] = raw.get(name) or False, (False, True)
         for name, (value, known) in implemented.items():
             if value not in known:
                 raise ValueError(f"{path}: {name} {json.dumps(value)} is not implemented, only {', '.join(map(str, known))}")
         rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
         rope |= {name: number(name, None, rope, float) for name in ROPE_NEEDS[rope["rope_type"]]}
+
+        if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+            raise ValueError(f"{path}: high_freq_factor must be above low_freq_factor")
 
         width, heads = number("hidden_size"), number("num_attention_heads")
         kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
@@ -332,6 +337,8 @@ def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, P
     index = folder / "model.safetensors.index.json"
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [single.name]
+        if any(Path(name).name != name for name in names):
+            raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: not a safetensors index; download it again") from None
     files = [folder / name for name in names]

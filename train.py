@@ -114,8 +114,8 @@ def run(model: Transformer, examples: list[Example], args: argparse.Namespace, d
     reference, rationale = sums.tolist()
     return dict(
         loss=(reference + w * rationale) / sum(counts),
-        reference_loss=reference / max(counts[0], 1),  # means over their own tokens
-        rationale_loss=rationale / max(counts[1], 1),
+        reference_loss=reference / counts[0] if counts[0] else None,  # means over their own tokens
+        rationale_loss=rationale / counts[1] if counts[1] else None,
         reference_tokens=counts[0],
         rationale_tokens=counts[1],
         tokens=sum(map(len, examples)),
@@ -150,12 +150,12 @@ def flops(config: ModelConfig, examples: list[Example]) -> float:
 def matmul_rate(dtype: torch.dtype, device) -> float:
     """Floating-point operations a second that a plain matrix product of `dtype` reaches here: the peak that mfu refers to."""
     n = 8192 if device.type == "cuda" else 1024
-    a, best = torch.randn(n, n, dtype=dtype, device=device), math.inf
-    for _ in range(5):
+    a, times = torch.randn(n, n, dtype=dtype, device=device), []
+    while not times or (len(times) < 8 and sum(times) < 0.5):
         start = time.perf_counter()
         (a @ a)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 def shard(model: Transformer, args: argparse.Namespace, device, index: dict | None) -> None:
@@ -176,11 +176,12 @@ def shard(model: Transformer, args: argparse.Namespace, device, index: dict | No
     model.train()
 
 
-def together(action) -> None:
-    """Runs `action` on every rank; if it fails on one, all of them raise, so that none waits for the others."""
+def together(action, first_rank_only: bool = False) -> None:
+    """Runs `action` and lets the ranks agree: if it fails on one, all of them raise, so that none waits for the others."""
     error = None
     try:
-        action()
+        if dist.get_rank() == 0 or not first_rank_only:
+            action()
     except OSError as e:
         error = str(e)
     errors = [None] * dist.get_world_size()
@@ -195,21 +196,17 @@ def save_checkpoint(model, optimizer, out: Path, step: int) -> None:
     temporary, state = folder.with_name(folder.name + ".tmp"), optimizer.state
     named = dict(model.named_parameters())
 
-    def write():
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        save_weights(named, temporary / "weights", torch.float32)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            save_weights({name: state[p][moment] for name, p in named.items()}, temporary / moment, torch.float32)
-        if dist.get_rank() == 0:
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            for old in folder.parent.iterdir():
-                if old != folder:
-                    shutil.rmtree(old)
+    def replace_old():
+        temporary.rename(folder)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old)
 
-    together(write)
+    together(lambda: shutil.rmtree(temporary, ignore_errors=True), first_rank_only=True)
+    for moment in ("weights", "exp_avg", "exp_avg_sq"):
+        tensors = named if moment == "weights" else {name: state[p][moment] for name, p in named.items()}
+        together(lambda: save_weights(tensors, temporary / moment, torch.float32))  # noqa: B023
+    together(replace_old, first_rank_only=True)
 
 
 def load_checkpoint(model, optimizer, out: Path) -> int:
@@ -231,24 +228,24 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
 
 def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
     """Writes a model folder in the compute type, the very weights that the forward pass used, with its tokenizer files."""
-    temporary = folder.with_name(folder.name + ".tmp") if not folder.exists() else folder / "model.tmp"
+    temporary = folder.with_name(folder.name + ".tmp")
 
-    def write():
-        if dist.get_rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name in TOKENIZER_FILES:
-                if (Path(source) / name).exists():
-                    shutil.copyfile(Path(source) / name, temporary / name)
-        model.save_pretrained(temporary, getattr(torch, dtype))
-        if dist.get_rank() == 0 and not folder.exists():
-            temporary.rename(folder)
-        elif dist.get_rank() == 0:  # into a folder that is there: config.json comes last and says that all is
-            for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-                file.replace(folder / file.name)
-            temporary.rmdir()
+    def begin():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name in TOKENIZER_FILES:
+            if (Path(source) / name).exists():
+                shutil.copyfile(Path(source) / name, temporary / name)
 
-    together(write)
+    def finish():
+        folder.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):  # last: it says that all is there
+            file.replace(folder / file.name)
+        temporary.rmdir()
+
+    together(begin, first_rank_only=True)
+    together(lambda: model.save_pretrained(temporary, getattr(torch, dtype)))
+    together(finish, first_rank_only=True)
 
 
 def open_run(args: argparse.Namespace, examples: list[Example]) -> bool:
@@ -266,13 +263,14 @@ def open_run(args: argparse.Namespace, examples: list[Example]) -> bool:
         raise ValueError(f"{out}: is not empty; go on with --resume, or choose another --out")
 
     def write():
-        if dist.get_rank() == 0 and not file.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            file.with_suffix(".tmp").replace(file)
+        out.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".tmp").write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        file.with_suffix(".tmp").replace(file)
 
+    new = not file.exists()
     dist.barrier()  # until all have looked
-    together(write)
+    if new:
+        together(write, first_rank_only=True)
     return (out / "config.json").exists()
 
 
@@ -300,6 +298,7 @@ def validate(model, valid: dict[str, list[Example]], step: int, args: argparse.N
         line = run(model, examples, args, device, learn=False)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
         report(line, out, f"{step:6d}  valid {name}  loss {line['valid_loss']:.4f}")
+    model.reshard()  # without a backward pass the root stays whole, and its parameters are other tensors
     model.train()
 
 
@@ -336,7 +335,7 @@ def main(args: argparse.Namespace) -> None:
     done = load_checkpoint(model, optimizer, out) if args.resume else 0
     peak = matmul_rate(getattr(torch, args.dtype), device) * world_size
     if rank == 0:
-        keep_metrics(out / "metrics.jsonl", done)
+        keep_metrics(out / "metrics.jsonl", done or -1)
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters, {world_size} x {device.type}, {peak / 1e12:.3g} Tflop/s; steps {done} to {steps}")
     if done == 0:
@@ -354,7 +353,8 @@ def main(args: argparse.Namespace) -> None:
         seconds, cuda = time.perf_counter() - start, device.type == "cuda"
         memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         line |= dict(learning_rate=rate, seconds=seconds, mfu=flops(config, batch) / seconds / peak, memory_gib=memory / 2**30)
-        parts = "  ".join(f"{n} {line[n + '_loss']:.4f}" for n in ("reference", "rationale"))
+        parts = [line[f"{name}_loss"] for name in ("reference", "rationale")]
+        parts = "reference {}  rationale {}".format(*("-" if x is None else f"{x:.4f}" for x in parts))
         report(line, out, f"{step + 1:6d}/{steps}  loss {line['loss']:.4f}  {parts}  lr {rate:.2e}  norm {line['grad_norm']:6.2f}  "
                f"{line['tokens'] / seconds:7,.0f} tokens/s  mfu {line['mfu']:4.0%}  {line['memory_gib']:5.2f} GiB")  # fmt: skip
         last, due = step + 1 == steps, lambda every: every and (step + 1) % every == 0  # noqa: B023
