@@ -342,7 +342,8 @@ def test_a_failure_on_one_rank_ends_every_rank_with_one_message(at, subprocesses
     wanted = [None, None, 143, None, 2, None, 2, 2]
     assert [codes[:8] for codes in subprocesses.codes] == [wanted, wanted] and subprocesses.torchrun != 0
     errors = [line for line in subprocesses.errors.splitlines() if line.startswith("error: ")]
-    assert ["full" in errors[0], "step 2" in errors[1], "nowhere.jsonl" in errors[2]] == [True] * 3
+    # a full disk is told by every rank, a mistake that all ranks see by the first
+    assert [sum(word in line for line in errors) for word in ("full", "step 2", "nowhere.jsonl")] == [2, 1, 1]
     assert len(errors) <= 4 and not (at.place / "missing").exists()  # a fourth, where torchrun lets rank 0 say it
     again = run(at.place / "dead", *at.command, "--resume")  # a checkpoint of two ranks goes on in one process
     assert gap(again, result(at.place / "two")) < 1e-5  # as above
