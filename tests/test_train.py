@@ -344,7 +344,7 @@ def test_a_failure_on_one_rank_ends_every_rank_with_one_message(at, subprocesses
     errors = [line for line in subprocesses.errors.splitlines() if line.startswith("error: ")]
     # a full disk is told by every rank, a mistake that all ranks see by the first
     assert [sum(word in line for line in errors) for word in ("full", "step 2", "nowhere.jsonl")] == [2, 1, 1]
-    assert len(errors) <= 4 and not (at.place / "missing").exists()  # a fourth, where torchrun lets rank 0 say it
+    assert len(errors) <= 5 and not (at.place / "missing").exists()  # a fifth, where torchrun lets rank 0 say it
     again = run(at.place / "dead", *at.command, "--resume")  # a checkpoint of two ranks goes on in one process
     assert gap(again, result(at.place / "two")) < 1e-5  # as above
     assert [x["step"] for x in again.steps] == [1, 2, 3, 4, 5, 6]
