@@ -1,10 +1,11 @@
-"""What was gained and what was lost: translation, and drift from the base model's own answers (RaDis, step 3).
+r"""What was gained and what was lost: translation, and drift from the base model's own answers (RaDis, step 3).
 
-    python evaluate.py --model DIR --out results/base --translation test.de-en.json --direction de-en --drift answers.jsonl
+    python evaluate.py --model DIR --out results/base --translation test.de-en.json --direction de-en \
+                       --drift answers.jsonl
     python evaluate.py --compare results/base results/vanilla results/radis
 
-Every measure is written with a 95 % bootstrap interval, and every item with what was asked and answered, so that anyone can
-count again. A run that was interrupted goes on from the items that are finished.
+Every measure has a 95 % bootstrap interval, and every item is written with what was asked and answered, so that anyone
+can count again. A run that was interrupted goes on from the items that are finished.
 """
 
 import argparse
@@ -22,15 +23,16 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer, collate, read_rows
+from data import Encoder, Tokenizer
 from generate import complete, model_hash, sample
 from model import Transformer, start_processes
 
-RESAMPLES, WHOLE = 1000, 32  # bootstrap draws; rows that are generated past their first line, to count what the stop saves
+RESAMPLES = 1000
+RUN_ON = 32  # the first sentences are generated past their first line, to see what stopping there saves
 
 
 def bootstrap(stats: np.ndarray, score: Callable[[np.ndarray], float]) -> dict:
-    """value = score(column sums of stats [n, k]) and the 2.5 and 97.5 percentiles of it over items drawn with replacement.
+    """score of the column sums of `stats` [n, k], and its 2.5 and 97.5 percentiles over items drawn with replacement.
 
     Efron 1979; for BLEU and chrF as Koehn 2004. The draws are seeded: the same items give the same interval.
     """
@@ -40,221 +42,211 @@ def bootstrap(stats: np.ndarray, score: Callable[[np.ndarray], float]) -> dict:
     return dict(value=score(stats.sum(0)), low=float(low), high=float(high), n=n)
 
 
-def ratio(sums: np.ndarray) -> float:
-    return float(sums[0] / sums[1]) if sums[1] else 0.0
+def mean(values: list[float], weights: list[float] | None = None) -> dict:
+    """Sum of the values over the sum of the weights (by default the mean), with its interval."""
+    stats = np.array([values, weights or [1.0] * len(values)], dtype=float).T
+    return bootstrap(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
 
 
-def share(values: list[float]) -> dict:
-    """The mean of one value an item, with its interval."""
-    return bootstrap(np.array([[v, 1.0] for v in values]), ratio)
+def progress(steps, **options):
+    return tqdm(steps, disable=dist.get_rank() > 0, **options)
 
 
-def bleu_for(language: str) -> BLEU:
-    """BLEU with sacreBLEU's tokenizer for the target language; `char` where the extra package for ja or ko is missing."""
-    try:
-        return BLEU(tokenize={"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a"))
-    except (ImportError, RuntimeError):
-        print(f"no sacrebleu[{language}] installed: BLEU for {language} is over characters (tok:char)")
-        return BLEU(tokenize="char")
+def asked(encoder: Encoder, row: dict) -> str:
+    return encoder.messages(row)[-1]["content"]
 
 
 def translate(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
-    """Greedy translations, cut at the first line: a RaDis model goes on to explain. The first rows run on, to see how far."""
+    """Greedy translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
     tokenizer = encoder.tokenizer
-    with tqdm(total=len(rows), unit="sentence", disable=dist.get_rank() > 0) as bar:
-        whole = [row for row in rows if row["place"] < WHOLE]
-        for part, stop in [(whole, None), (rows[len(whole) :], tokenizer.first_line_ends)]:
-            prompts = [encoder.prompt(row) for row in part]
-            out = sample(model, prompts, args.max_new_tokens, 0.0, 1.0, tokenizer.eos_ids, 0, args.batch_size,
-                         [row["id"] for row in part], stop=stop)  # fmt: skip
-            for i, ids, _, finish in out:
-                row, text = part[i], tokenizer.decode(ids)
-                line = next((n for n in range(1, len(ids) + 1) if tokenizer.first_line_ends(ids[:n])), len(ids))
-                yield dict(
-                    id=row["id"], source=row["source"], reference=row["reference"],
-                    prompt=encoder.messages(row)[-1]["content"], output=text, hypothesis=text.strip("\n").split("\n")[0].strip(),
-                    cut=line < len(ids) or tokenizer.first_line_ends(ids), tokens=line,
-                    tokens_after=None if stop else len(ids) - line, finish=finish,
-                )  # fmt: skip
-                bar.update()
+    for part in ([r for r in rows if r["place"] < RUN_ON], [r for r in rows if r["place"] >= RUN_ON]):
+        stop = tokenizer.first_line_ends if part and part[0]["place"] >= RUN_ON else None
+        prompts, eos = [encoder.prompt(row) for row in part], tokenizer.eos_ids
+        outputs = sample(model, prompts, args.max_new_tokens, eos_ids=eos, batch_size=args.batch_size, stop=stop)
+        for i, ids, _, finish in progress(outputs, total=len(part), unit="sentence"):
+            row, text = part[i], tokenizer.decode(ids)
+            end = next((n for n in range(1, len(ids) + 1) if tokenizer.first_line_ends(ids[:n])), None)
+            item = {name: row[name] for name in ("id", "source", "reference")}
+            item |= dict(prompt=asked(encoder, row), output=text, hypothesis=text.strip().split("\n")[0].strip())
+            after = None if stop else len(ids) - (end or len(ids))
+            yield item | dict(cut=end is not None, tokens=end or len(ids), tokens_after_cut=after, finish=finish)
+
+
+def bleu_for(language: str) -> BLEU:
+    """BLEU with sacreBLEU's tokenizer for the target language; `char` where the extra package for it is missing."""
+    try:
+        return BLEU(tokenize={"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a"))
+    except (ImportError, RuntimeError):
+        print(f"sacrebleu[{language}] is not installed: BLEU is over characters (tok:char)")
+        return BLEU(tokenize="char")
 
 
 def translation_measures(items: list[dict], target: str) -> tuple[dict, dict]:
-    """-> measures and sacreBLEU signatures of one test set."""
+    """-> measures and sacreBLEU's signatures of one test set."""
     hypotheses, references = [i["hypothesis"] for i in items], [[i["reference"] for i in items]]
     measures, signatures = {}, {}
     for name, metric in [("bleu", bleu_for(target)), ("chrf++", CHRF(word_order=2))]:
-        exact = metric.corpus_score(hypotheses, references)
+        value = metric.corpus_score(hypotheses, references).score
         stats = np.array(metric._extract_corpus_statistics(hypotheses, references))
-        found = bootstrap(stats, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)
-        measures[name] = found | {"value": exact.score}
+        measures[name] = bootstrap(stats, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)  # noqa: B023
+        measures[name]["value"] = value
         signatures[name] = str(metric.get_signature())
-    measures["cut"] = share([i["cut"] for i in items])
-    measures["empty"] = share([not i["hypothesis"] for i in items])
-    ran_on = [i["tokens_after"] for i in items if i["tokens_after"] is not None]
-    if ran_on:
-        measures["tokens_after_cut"] = share(ran_on)
+    measures["cut"] = mean([i["cut"] for i in items])  # share of outputs that went on after their first line
+    measures["empty"] = mean([not i["hypothesis"] for i in items])
+    measures["tokens_after_cut"] = mean([i["tokens_after_cut"] for i in items if i["tokens_after_cut"] is not None])
     return measures, signatures
 
 
 @torch.inference_mode()
 def likelihoods(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
-    """-log P of the base model's own answers under this model, EOS included where the answer ended by itself."""
+    """-log P of the base model's answers under this model; EOS counts where an answer ended by itself."""
     device = next(model.parameters()).device
-    order = sorted(rows, key=lambda row: len(row.get("reference_ids") or row["reference"]))
-    for start in tqdm(range(0, len(order), args.batch_size), unit="batch", disable=dist.get_rank() > 0):
-        part = order[start : start + args.batch_size]
-        examples = [encoder.example(row) for row in part]
-        tokens, select, targets, _ = collate(examples, device)
+    pairs = sorted(((encoder.example(row), row) for row in rows), key=lambda pair: len(pair[0]))
+    for start in progress(range(0, len(pairs), args.batch_size), unit="batch"):
+        part = pairs[start : start + args.batch_size]
+        tokens, select, targets, _ = data.collate([example for example, _ in part], device)
         losses = F.cross_entropy(model(tokens, select).float(), targets, reduction="none").double().cpu()
-        for row, example, nll in zip(part, examples, losses.split([len(e.reference) for e in examples])):
+        for (_, row), nll in zip(part, losses.split([len(e.reference) for e, _ in part])):
             sampled = len(row["reference_ids"])  # without EOS, which the ledger's log-probability leaves out
-            own = row["logprob"] * sampled if row.get("logprob") is not None else None
-            yield dict(
-                id=row["id"], prompt=encoder.messages(row)[-1]["content"], answer=row["reference"],
-                nll=nll.sum().item(), tokens=len(nll), sampled=sampled,
-                logprob=-nll[:sampled].sum().item(), base_logprob=own,
-            )  # fmt: skip
+            item = dict(id=row["id"], prompt=asked(encoder, row), answer=row["reference"], nll=nll.sum().item())
+            item |= dict(tokens=len(nll), sampled=sampled, logprob=-nll[:sampled].sum().item())
+            yield item | {"base_logprob": (row.get("logprob") or 0.0) * sampled}
 
 
 def answers(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """This model's own answers to the same prompts, sampled as the base model's were."""
-    tokenizer, meta = encoder.tokenizer, rows[0]["meta"] if rows else {}
-    with tqdm(total=len(rows), unit="answer", disable=dist.get_rank() > 0) as bar:
-        prompts, keys = [encoder.prompt(row) for row in rows], [row["id"] for row in rows]
-        settings = (meta["max_new_tokens"], meta["temperature"], meta["top_p"]) if rows else (1, 0.0, 1.0)
-        for i, ids, _, finish in sample(
-            model, prompts, *settings, tokenizer.eos_ids, meta.get("seed", 0), args.batch_size, keys
-        ):
-            text = tokenizer.decode(ids)
-            yield dict(id=keys[i], prompt=encoder.messages(rows[i])[-1]["content"], answer=text, tokens=len(ids), finish=finish)
-            bar.update()
+    prompts, keys, meta = (
+        [encoder.prompt(row) for row in rows],
+        [row["id"] for row in rows],
+        rows[0]["meta"] if rows else {},
+    )
+    names = ("max_new_tokens", "temperature", "top_p", "seed")
+    settings = {name: meta[name] for name in names} if rows else {"max_new_tokens": 1}
+    eos = encoder.tokenizer.eos_ids
+    outputs = sample(model, prompts, eos_ids=eos, batch_size=args.batch_size, keys=keys, **settings)
+    for i, ids, _, finish in progress(outputs, total=len(rows), unit="answer"):
+        answer = encoder.tokenizer.decode(ids)
+        yield dict(id=keys[i], prompt=asked(encoder, rows[i]), answer=answer, tokens=len(ids), finish=finish)
 
 
 def drift_measures(items: list[dict], own: list[dict], meta: dict) -> dict:
     """NLL a token; forward KL(base || this) a token, estimated on the base model's samples; mean length of own answers.
 
-    The estimate of KL, the mean of log P_base - log P_this, is unbiased where the ledger was sampled from the base model's
-    distribution as it is (temperature 1, top-p 1); otherwise it is left out.
+    The estimate of KL, the mean of log P_base - log P_this, is unbiased where the ledger was sampled from the base
+    model's distribution as it is (temperature 1, top-p 1); otherwise it is left out.
     """
-    measures = {"drift_nll": bootstrap(np.array([[i["nll"], i["tokens"]] for i in items]), ratio)}
+    measures = {"drift_nll": mean([i["nll"] for i in items], [i["tokens"] for i in items])}
     if meta.get("temperature") == 1 and meta.get("top_p") == 1:
-        gaps = [[i["base_logprob"] - i["logprob"], i["sampled"]] for i in items if i["base_logprob"] is not None]
-        measures["drift_kl"] = bootstrap(np.array(gaps), ratio)
-    return measures | {"drift_length": share([i["tokens"] for i in own])}
+        gaps = [i["base_logprob"] - i["logprob"] for i in items]
+        measures["drift_kl"] = mean(gaps, [i["sampled"] for i in items])
+    return measures | {"drift_length": mean([i["tokens"] for i in own])}
 
 
-def file_hash(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def run_items(name: str, stem: str, rows: list[dict], produce, settings: dict, args: argparse.Namespace) -> list[dict]:
-    """Writes items/NAME/STEM.jsonl, or finishes it, and reads it back."""
-    path = Path(args.out) / "items" / name / f"{stem}.jsonl"
-    complete(path, settings, rows, produce)
-    items = {item["id"]: item for _, item in data.read_json(path)}
-    return [items[row["id"]] for row in rows]
+def read_tests(args: argparse.Namespace) -> tuple[dict, dict]:
+    """-> translation rows and drift rows by stem, the file's name without ending."""
+    directions = args.direction * len(args.translation) if len(args.direction) == 1 else args.direction
+    if directions and args.translation and len(directions) != len(args.translation):
+        raise ValueError("give --direction once, or once for each --translation file")
+    tests, drifts = {}, {}
+    for i, file in enumerate(args.translation):
+        tests[Path(file).stem] = data.read_rows([file], directions[i : i + 1])[: args.limit]
+        if any("source" not in row for row in tests[Path(file).stem]):
+            raise ValueError(f"{file}: --translation needs pairs with a source and a reference")
+    for file in args.drift:
+        drifts[Path(file).stem] = data.read_rows([file])[: args.limit]
+        if any(row.get("meta", {}).get("task") != "answer" for row in drifts[Path(file).stem]):
+            raise ValueError(f"{file}: not the base model's answers; write them with generate.py --task answer")
+    if len(tests | drifts) < len(args.translation) + len(args.drift):
+        raise ValueError("two files have the same name without ending, and results are named by it; rename one")
+    return tests, drifts
 
 
 def main(args: argparse.Namespace) -> None:
     if args.compare:
         return compare(args.compare)
     # 1. everything that can be wrong with the files, before any weight is read
-    if not args.model or not args.out or not (args.translation or args.drift):
+    if not args.model or not args.out or not args.translation + args.drift:
         raise ValueError("give --model, --out and what to measure (--translation, --drift), or --compare")
     rank, _, device = start_processes()
-    tokenizer = Tokenizer(args.model, args.chat)
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    directions = args.direction * len(args.translation) if len(args.direction) == 1 else args.direction
-    if directions and args.translation and len(directions) != len(args.translation):
-        raise ValueError("give --direction once, or once for each --translation file")
-    tests, drifts = {}, {}
-    for i, file in enumerate(args.translation):
-        tests[Path(file).stem] = file, read_rows([file], directions[i : i + 1])[: args.limit]
-    for file in args.drift:
-        rows = read_rows([file])[: args.limit]
-        if not rows[0].get("meta"):
-            raise ValueError(f"{file}: not a ledger; write one with generate.py --task answer and the base model")
-        drifts[Path(file).stem] = file, [row | {"meta": rows[0]["meta"]} for row in rows]
-    if len(tests) < len(args.translation) or len(drifts) < len(args.drift):
-        raise ValueError("two files have the same name without ending, and results are named by it; rename one")
+    encoder = Encoder(Tokenizer(args.model, args.chat), data.read_template(args.template), args.system)
+    tests, drifts = read_tests(args)
     # 2. the settings that results depend on, and the model
     settings = dict(
-        chat=tokenizer.chat_name, system=args.system, template=encoder.template or data.TEMPLATE,
-        max_new_tokens=args.max_new_tokens, limit=args.limit, dtype=args.dtype, model=str(args.model),
-        model_hash=model_hash(args.model), files={name: file_hash(f) for name, (f, _) in (tests | drifts).items()},
+        model=str(args.model),
+        model_hash=model_hash(args.model),
+        chat=encoder.tokenizer.chat_name,
+        system=args.system,
+        template=encoder.template or data.TEMPLATE,
+        max_new_tokens=args.max_new_tokens,
+        dtype=args.dtype,
         versions={"torch": torch.__version__, "sacrebleu": sacrebleu.__version__},
-    )  # fmt: skip
-    same = {k: v for k, v in settings.items() if k not in ("files", "limit")}
+    )
+    files = {Path(f).stem: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in args.translation + args.drift}
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+
+    def items(name: str, stem: str, rows: list[dict], produce) -> list[dict]:
+        path = Path(args.out) / "items" / name / f"{stem}.jsonl"
+        complete(path, settings | {"file": files[stem]}, rows, lambda todo: produce(model, encoder, todo, args))
+        by_id = {item["id"]: item for _, item in data.read_json(path)}
+        return [by_id[row["id"]] for row in rows]
+
     # 3. the measures
     measures, signatures = {}, {}
-    for stem, (file, rows) in tests.items():
-        if any("source" not in row for row in rows):
-            raise ValueError(f"{file}: --translation needs pairs with a source and a reference")
+    for stem, rows in tests.items():
         rows = [row | {"place": i} for i, row in enumerate(rows)]
-        items = run_items("bleu", stem, rows, lambda todo: translate(model, encoder, todo, args),
-                          same | {"file": file_hash(file)}, args)  # fmt: skip
-        found, signed = translation_measures(items, rows[0]["target_lang"])
+        found, signed = translation_measures(items("bleu", stem, rows, translate), rows[0]["target_lang"])
         measures |= {f"{name}/{stem}": m for name, m in found.items()}
         signatures |= {f"{name}/{stem}": s for name, s in signed.items()}
-    for stem, (file, rows) in drifts.items():
-        here = same | {"file": file_hash(file)}
-        items = run_items("drift_nll", stem, rows, lambda todo: likelihoods(model, encoder, todo, args), here, args)
-        own = run_items("drift_length", stem, rows, lambda todo: answers(model, encoder, todo, args), here, args)
-        measures |= {f"{name}/{stem}": m for name, m in drift_measures(items, own, rows[0]["meta"]).items()}
+    for stem, rows in drifts.items():
+        scored, own = items("drift_nll", stem, rows, likelihoods), items("drift_length", stem, rows, answers)
+        measures |= {f"{name}/{stem}": m for name, m in drift_measures(scored, own, rows[0]["meta"]).items()}
     # 4. the results
     if rank == 0:
         file = Path(args.out) / "results.json"
-        text = json.dumps({"settings": settings | {"signatures": signatures}, "measures": measures}, indent=2, ensure_ascii=False)
+        settings |= {"files": files, "limit": args.limit, "signatures": signatures}
+        text = json.dumps({"settings": settings, "measures": measures}, indent=2, ensure_ascii=False)
         file.with_suffix(".tmp").write_text(text + "\n", "utf-8")
         file.with_suffix(".tmp").replace(file)
-        for name, m in measures.items():
-            print(f"{name:30} {m['value']:8.3f}  [{m['low']:.3f}, {m['high']:.3f}]  n {m['n']}  {signatures.get(name, '')}")
+        compare([args.out])
 
 
 def compare(folders: list[str]) -> None:
-    """One table of several runs, a column each, after a check that they were measured alike."""
+    """Prints one table of several runs, a column each, once it is sure that they were measured alike."""
     runs = []
     for folder in folders:
         path = Path(folder) / "results.json"
-        run = json.loads(data.read_text(path)) if path.exists() else None
-        if not isinstance(run, dict) or not {"settings", "measures"} <= set(run):
+        if not path.exists():
             raise ValueError(f"{path}: no results there; run evaluate.py --model ... --out {folder} first")
-        runs.append(run)
-    for folder, run in zip(folders[1:], runs[1:]):
-        for name in ("files", "limit", "max_new_tokens", "template", "system", "chat", "signatures"):
-            if run["settings"].get(name) != runs[0]["settings"].get(name):
-                raise ValueError(
-                    f"{folder}: measured with {name} {run['settings'].get(name)}, {folders[0]} with "
-                    f"{runs[0]['settings'].get(name)}; measure both alike"
-                )
-    cell = lambda m: f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" if m else "-"  # noqa: E731
-    table = [["measure", *(Path(f).name for f in folders), "n"]]
-    for name in runs[0]["measures"]:
-        ms = [run["measures"].get(name) for run in runs]
-        table.append([name, *map(cell, ms), str(ms[0]["n"])])
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    for row in table:
-        print("  ".join(text.ljust(w) for text, w in zip(row, widths)).rstrip())
+        runs.append(json.loads(data.read_text(path)))
+        for name in ("files", "limit", "max_new_tokens", "template", "system", "chat", "dtype", "signatures"):
+            mine, first = (run["settings"].get(name) for run in (runs[-1], runs[0]))
+            if mine != first:
+                raise ValueError(f"{path}: {name} was {mine}, in {folders[0]} {first}; measure both alike")
+    table = [["measure", *(Path(folder).name for folder in folders), "n"]]
+    for name, base in runs[0]["measures"].items():
+        cells = [run["measures"][name] for run in runs]
+        table.append([name, *(f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in cells), str(base["n"])])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     print("\n95 % bootstrap intervals over items, each run by itself")
-    for name, signature in (runs[0]["settings"].get("signatures") or {}).items():
+    for name, signature in runs[0]["settings"]["signatures"].items():
         print(f"{name}: {signature}")
 
 
 def parser() -> argparse.ArgumentParser:
     number = data.number
-    p = data.Arguments(description="Measures what a model gained (translation) and lost (drift), or compares such results.")
+    p = data.Arguments(description="Measures what a model gained (translation) and lost (drift), or compares results.")
     p.add_argument("--model", help="model folder")
     p.add_argument("--out", help="folder for results.json and items")
     p.add_argument("--translation", nargs="+", default=[], metavar="FILE", help="test pairs: BLEU, chrF++")
-    p.add_argument("--drift", nargs="+", default=[], metavar="LEDGER", help="the base model's answers (generate.py --task answer)")
+    p.add_argument("--drift", nargs="+", default=[], metavar="LEDGER", help="the base model's answers (--task answer)")
     p.add_argument("--compare", nargs="+", metavar="OUT", help="prints one table of finished results, the base first")
     data.common_arguments(p)
-    p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="tokens of a translation (default 256)")
+    p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="of a translation (default 256)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N items of each file")
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
-    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="default %(default)s here")
+    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="(%(default)s here)")
     return p
 
 

@@ -1,14 +1,13 @@
-"""The transformer: Llama and Mistral as one class, with the names and files of Hugging Face.
+"""The transformer of Llama and Mistral (Touvron et al. 2023, Jiang et al. 2023), with Hugging Face's names and files.
 
     model = Transformer.from_pretrained("Mistral-7B-Instruct-v0.2", dtype=torch.bfloat16)
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
 
 Dimensions: B batch, T new tokens, S cached tokens, C width, H heads, K key/value heads, D head size, V vocabulary.
-Every module has the name it has in a checkpoint, so loading and saving need no table of names.
-Rotary embedding: Su et al. 2021; RMSNorm: Zhang & Sennrich 2019; SwiGLU: Shazeer 2020; grouped-query attention: Ainslie
-et al. 2023; sliding window: Jiang et al. 2023; the assembly: Touvron et al. 2023.
+Every module has the name that it has in a checkpoint, so loading and saving need no table of names.
 """
 
+import copy
 import json
 import math
 import os
@@ -56,10 +55,10 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Reads config.json in all its spellings; an absent field means what transformers takes for it.
 
-        ValueError names a field that is missing or wrong, or that changes the mathematics in a way not implemented here.
+        ValueError names a field that is missing or wrong, or that asks for mathematics not implemented here.
         """
         try:
-            raw = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            raw = json.loads(Path(path).read_text(encoding="utf-8")) | {}
         except OSError:
             raise ValueError(f"{path}: no such file; a model folder needs a config.json") from None
         except (ValueError, TypeError) as e:
@@ -67,63 +66,72 @@ class ModelConfig:
 
         def number(name: str, default=None, fields: dict = raw, kind: type = int):
             value = default if fields.get(name) is None else fields[name]
-            if type(value) not in (int, kind) or not 0 < value < math.inf:
-                raise ValueError(f"{path}: {name} must be a positive {kind.__name__}, found {json.dumps(value)}")
+            require(
+                type(value) in (int, kind) and 0 < value < math.inf, path, name, value, f"a positive {kind.__name__}"
+            )
             return value
 
-        named = "architectures" if raw.get("architectures") else "model_type"
-        family = raw.get(named)[0] if isinstance(raw.get(named), list) else raw.get(named)
-        mistral = family in ("MistralForCausalLM", "mistral")
-        # Llama-2 gives no rope_theta, transformers 4 rope_theta and rope_scaling, transformers 5 rope_parameters
-        rope = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(name) or {}, dict) or any(isinstance(v, dict) for v in (raw.get(name) or {}).values()):
-                raise ValueError(f"{path}: {name} must be an object of plain values, found {json.dumps(raw[name])}")
-            rope |= raw.get(name) or {}
-        rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-        rope["rope_theta"] = number("rope_theta", raw.get("rope_theta") or 10000.0, rope, float)
-        implemented = {
-            named: (family, ("LlamaForCausalLM", "MistralForCausalLM", "llama", "mistral")),
-            "hidden_act": (raw.get("hidden_act") or "silu", ("silu",)),
-            "attention_dropout": (raw.get("attention_dropout") or 0, (0,)),
-            "quantization_config": (raw.get("quantization_config"), (None,)),
-            "rope_type": (rope["rope_type"], tuple(ROPE_NEEDS)),
-            "partial_rotary_factor": (rope.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1, (1,)),
-        }
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-            implemented[name] = raw.get(name) or False, (False, True)
-        for name, (value, known) in implemented.items():
-            if value not in known:
-                raise ValueError(f"{path}: {name} {json.dumps(value)} is not implemented, only {', '.join(map(str, known))}")
-        rope.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
-        rope |= {name: number(name, None, rope, float) for name in ROPE_NEEDS[rope["rope_type"]]}
-
-        if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
-            raise ValueError(f"{path}: high_freq_factor must be above low_freq_factor")
-
-        width, heads = number("hidden_size"), number("num_attention_heads")
+        mistral = is_mistral(raw, path)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = {name: number(name) for name in names}
+        heads = sizes["num_attention_heads"]
         kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
-        head_dim = number("head_dim", width // heads)
-        if heads % kv_heads or head_dim % 2:
-            raise ValueError(f"{path}: {heads} heads, {kv_heads} key/value heads, head_dim {head_dim} do not fit together")
+        require(heads % kv_heads == 0, path, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
+        head_dim = number("head_dim", sizes["hidden_size"] // heads)
+        require(head_dim % 2 == 0, path, "head_dim", head_dim, "an even number")
         windowed = mistral and raw.get("sliding_window", 4096) is not None  # Llama ignores the field
+        flags = {name: raw.get(name) or False for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
+        for name, value in flags.items():
+            require(value in (False, True), path, name, value, "true or false")
         return cls(
-            vocab_size=number("vocab_size"),
-            hidden_size=width,
-            intermediate_size=number("intermediate_size"),
-            num_hidden_layers=number("num_hidden_layers"),
-            num_attention_heads=heads,
+            **sizes,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=number("max_position_embeddings", 131072 if mistral else 2048),
             rms_norm_eps=number("rms_norm_eps", 1e-6, kind=float),
-            rope=rope,
+            rope=read_rope(raw, number, path),
             sliding_window=number("sliding_window", 4096) if windowed else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            attention_bias=bool(raw.get("attention_bias")) and not mistral,
-            mlp_bias=bool(raw.get("mlp_bias")) and not mistral,
+            tie_word_embeddings=flags["tie_word_embeddings"],
+            attention_bias=flags["attention_bias"] and not mistral,
+            mlp_bias=flags["mlp_bias"] and not mistral,
             raw=raw,
         )
+
+
+def require(fits: bool, path, name: str, value, wanted: str) -> None:
+    if not fits:
+        raise ValueError(f"{path}: {name} is {json.dumps(value)}, wanted {wanted}")
+
+
+def is_mistral(raw: dict, path) -> bool:
+    """Mistral or Llama? Refuses another architecture, and what would change the mathematics of these."""
+    name = "architectures" if raw.get("architectures") else "model_type"
+    family = raw[name][0] if isinstance(raw.get(name), list) else raw.get(name)
+    known = {"LlamaForCausalLM": False, "llama": False, "MistralForCausalLM": True, "mistral": True}
+    require(family in known, path, name, family, "LlamaForCausalLM or MistralForCausalLM: no other is implemented")
+    for name, wanted in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
+        require(raw.get(name) in (wanted, None), path, name, raw.get(name), f"{wanted}: no other is implemented")
+    return known[family]
+
+
+def read_rope(raw: dict, number, path) -> dict:
+    """Llama-2 gives no rotary settings, transformers 4 rope_theta and rope_scaling, transformers 5 rope_parameters."""
+    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = raw.get(name) or {}
+        plain = isinstance(given, dict) and not any(isinstance(value, (dict, list)) for value in given.values())
+        require(plain, path, name, given, "an object of plain values")
+        rope |= given
+    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
+    require(kind in ROPE_NEEDS, path, "rope_type", kind, f"one of {', '.join(ROPE_NEEDS)}: no other is implemented")
+    part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    require(part in (None, 1), path, "partial_rotary_factor", part, "1: no other is implemented")
+    rope["rope_theta"] = number("rope_theta", raw.get("rope_theta") or 10000.0, rope, float)
+    rope |= {name: number(name, None, rope, float) for name in ROPE_NEEDS[kind]}
+    if kind == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        require(low < high, path, "high_freq_factor", high, f"more than low_freq_factor, {low}")
+    return rope
 
 
 class KVCache:
@@ -142,7 +150,7 @@ class KVCache:
 
     def first(self, length: int) -> "KVCache":
         """A view of the first `length` slots: attention need not look at slots that no row has reached."""
-        view = object.__new__(KVCache)
+        view = copy.copy(self)
         view.keys, view.values = self.keys[:, :, :, :length], self.values[:, :, :, :length]
         return view
 
@@ -194,7 +202,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, positions=None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (y.view(B, T, -1, self.config.head_dim).transpose(1, 2) for y in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, D], [B, K, T, D]
         if cache is not None:
             k, v = cache.update(self.layer, k, v, positions)  # [B, K, S, D]
@@ -238,18 +247,14 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.activation_checkpointing = config, False
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, select: Tensor | None = None, cache: KVCache | None = None,
-                positions: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(self, tokens: Tensor, select: Tensor | None = None, cache=None, positions=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `select` [N], places in the flattened [B * T].
 
         Without a cache the attention is causal and pads belong on the right. With one, `positions` [B, T] gives each
@@ -290,7 +295,9 @@ class Transformer(nn.Module):
         for i, (name, p) in enumerate(self.named_parameters()):
             full = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
             if p.dim() > 1:
-                full.normal_(0, self.config.raw.get("initializer_range", 0.02), generator=torch.Generator().manual_seed(seed + i))
+                full.normal_(
+                    0, self.config.raw.get("initializer_range", 0.02), generator=torch.Generator().manual_seed(seed + i)
+                )
             local, start = local_rows(p)
             local.copy_(full[start : start + local.shape[0]])
 
@@ -333,17 +340,16 @@ def local_rows(p: Tensor) -> tuple[Tensor, int]:
 
 def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, Path]:
     """Reads only headers; returns tensor name -> file once names, shapes and number types are known to fit."""
-    folder, single, found, wrong = Path(folder), Path(folder) / "model.safetensors", {}, []
-    index = folder / "model.safetensors.index.json"
+    folder, found, wrong = Path(folder), {}, []
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [single.name]
-        if any(Path(name).name != name for name in names):
-            raise ValueError
+        if index.exists():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            files = [folder / Path(name).name for name in sorted(names)]
+        elif not files[0].exists():
+            files = sorted(folder.glob("*.safetensors"))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: not a safetensors index; download it again") from None
-    files = [folder / name for name in names]
-    if not index.exists() and not single.exists():
-        files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no *.safetensors file; weights are read from safetensors alone")
     for file in files:

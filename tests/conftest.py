@@ -30,13 +30,15 @@ Ein Lehrer fragt, ein Schüler antwortet, und beide lernen etwas.""".splitlines(
 PAIRS = [dict(source=b, reference=a, source_lang="de", target_lang="en") for a, b in zip(LINES[::2], LINES[1::2])]
 
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=480, hidden_size=64, intermediate_size=128,
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5,
-    rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="float32", bos_token_id=1, eos_token_id=2,
+    rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="float32", bos_token_id=1,
+    eos_token_id=2,
 )  # fmt: skip
 
 
@@ -54,7 +56,9 @@ def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     model.initialize(seed)
     with torch.no_grad():  # 0.02 is too small for a tiny width: every logit would be nearly the same
         for p in model.parameters():
-            p.mul_(6) if p.dim() > 1 else p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+            p.mul_(6) if p.dim() > 1 else p.add_(
+                0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            )
     model.save_pretrained(folder)
     return folder
 

@@ -191,7 +191,7 @@ WRONG_CONFIGS = {
     "quantization_config": dict(quantization_config={"quant_method": "awq", "bits": 4}),
     "Qwen2ForCausalLM": dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
     "model_type": dict(architectures=..., model_type="gpt2"), "vocab_size": dict(vocab_size=...),
-    "num_hidden_layers": dict(num_hidden_layers="two"), "3 key/value heads": dict(num_key_value_heads=3),
+    "num_hidden_layers": dict(num_hidden_layers="two"), "num_key_value_heads": dict(num_key_value_heads=3),
 }  # fmt: skip
 
 
