@@ -2,20 +2,21 @@
 
     python generate.py --model DIR --data train.de-en.json --direction de-en --out rationales.jsonl --cue '\\n'
 
-The sampler keeps a batch full: a row that ends is replaced at once by the next prompt, each row at its own position of
-a shared key/value cache. A row's random numbers hang on (seed, id) alone, so batch size, order, ranks and restarts do
-not change it. The ledger grows in the order of the data, a line at a time, and the same command finishes what is missing.
+The sampler keeps a batch full: a row that ends is replaced at once by the next prompt, each row at its own position
+of a shared key/value cache. A row's random numbers hang on (seed, id) alone, so batch size, order, ranks and restarts
+do not change it. The ledger grows in the order of the data, line by line; the same command finishes what is missing.
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import math
-import os
 import time
 import unicodedata
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -25,19 +26,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer, read_rows
+from data import Encoder, Tokenizer, number
 from model import KVCache, ModelConfig, Transformer, start_processes
 
 # SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that give it away
-PARAPHRASE = "{instruction}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{reference}"
+GUIDE = "{instruction}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{reference}"
 LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
 
 
+@dataclass
+class Row:
+    """A row in flight: what it reads, its random numbers, and what it has become so far."""
+
+    index: int
+    prompt: list[int]
+    scored: int  # tokens at the end of the prompt whose log-probabilities count
+    noise: list[float]
+    ids: list[int]
+    logprobs: list[float]
+
+
 def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
-    """logits [N, V], uniform numbers u [N] in [0, 1) -> tokens [N], log-probabilities [N] (at temperature 1, untruncated).
+    """logits [N, V], uniform numbers u [N] in [0, 1) -> tokens [N], their log-probabilities [N] (temperature 1, uncut).
 
     Inverse of the cumulative distribution, so that one number a token decides. top_p keeps the smallest set of most
-    probable tokens whose mass reaches it (nucleus sampling, Holtzman et al. 2020), and those tied with the last of them.
+    probable tokens whose mass reaches it (nucleus, Holtzman et al. 2020), and those tied with the last of them.
     """
     logprobs = logits.float().log_softmax(-1)
     if temperature == 0:
@@ -55,158 +68,122 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
 
 
-def uniforms(seed: int, key: str, count: int) -> Tensor:
-    """The random numbers [count] of the row `key`."""
+def uniforms(seed: int, key: int | str, count: int) -> list[float]:
+    """The random numbers of the row `key`."""
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
-    return torch.rand(count, dtype=torch.float64, generator=generator)
+    return torch.rand(count, dtype=torch.float64, generator=generator).tolist()
 
 
 @torch.inference_mode()
 def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 1.0, eos_ids: Iterable[int] = (), seed: int = 0, batch_size: int = 32,
-           keys: list | None = None, scored: list[int] | None = None,
-           stop: Callable[[list[int]], bool] | None = None) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
+           keys: list | None = None, scored: list[int] | None = None, stop: Callable[[list[int]], bool] | None = None,
+           ) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
     """Yields (index of the prompt, new ids without EOS, log-probabilities, "eos" or "length") as rows end.
 
     keys: names of the rows for their random numbers (default: the index). scored: how many tokens at the end of each
     prompt have their log-probability put before those of the new ids. stop(ids) ends a row as EOS would.
     ValueError where a prompt is empty or does not leave `max_new_tokens` of the model's context.
     """
-    config, device = model.config, next(model.parameters()).device
-    keys, scored = keys or list(range(len(prompts))), scored or [0] * len(prompts)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, wanted at least 1")
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= config.max_position_embeddings - max_new_tokens:
-            raise ValueError(
-                f"row {keys[i]}: {len(prompt)} tokens and {max_new_tokens} new ones do not fit the model's context of "
-                f"{config.max_position_embeddings}; leave the row out or lower --max-new-tokens"
-            )
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise ValueError(f"row {keys[i]}: token id outside the model's vocabulary of {config.vocab_size}")
-    if not prompts:
-        return
-    eos, waiting = set(eos_ids), list(range(len(prompts)))[::-1]
-    batch_size = min(batch_size, len(prompts))
-    length, dtype = max(map(len, prompts)) + max_new_tokens, next(model.parameters()).dtype
-    cache = KVCache(config, batch_size, length, dtype, device)
-    # per slot of the batch: index of its prompt (None: free), new ids, their log-probabilities, its random numbers
-    owner, ids, logprobs = [None] * batch_size, [[]] * batch_size, [[]] * batch_size
-    noise = torch.zeros(batch_size, max_new_tokens, dtype=torch.float64)
-
-    def accept(slots: list[int], logits: Tensor) -> list[int]:
-        """Chooses a token for each of `slots` and returns the slots whose rows have ended, with why."""
-        u = noise[slots, [len(ids[b]) for b in slots]].to(device)
-        tokens, scores = (x.tolist() for x in choose(logits, u, temperature, top_p))
-        ended = []
-        for b, token, score in zip(slots, tokens, scores):
-            if not math.isfinite(score):
-                raise FloatingPointError(f"row {keys[owner[b]]}: the model's logits are not finite; look at its weights")
-            if token in eos:
-                ended.append((b, "eos"))
-                continue
-            ids[b].append(token)
-            logprobs[b].append(score)
-            if stop and stop(ids[b]):
-                ended.append((b, "eos"))
-            elif len(ids[b]) == max_new_tokens:
-                ended.append((b, "length"))
-        return ended
-
-    while True:
-        ended, new = [], [b for b in range(len(owner)) if owner[b] is None][: len(waiting)]
-        for b in new:
-            owner[b], ids[b], logprobs[b] = waiting.pop(), [], []
-            noise[b] = uniforms(seed, str(keys[owner[b]]), max_new_tokens)
-        if new:
-            logits, before = prefill(model, cache, new, [prompts[owner[b]] for b in new], [scored[owner[b]] for b in new])
-            for b, scores in zip(new, before):
-                logprobs[b] += scores
-            ended = accept(new, logits) if max_new_tokens else [(b, "length") for b in new]
+    config, weight, eos = model.config, next(model.parameters()), set(eos_ids)
+    keys, scored, room = keys or range(len(prompts)), scored or [0] * len(prompts), config.max_position_embeddings
+    if min(batch_size, max_new_tokens) < 1:
+        raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}: wanted at least 1")
+    for key, prompt in zip(keys, prompts):
+        if not 0 < len(prompt) <= room - max_new_tokens:
+            fault = f"{len(prompt)} tokens and {max_new_tokens} new ones do not fit the model's context of {room}"
+            raise ValueError(f"row {key}: {fault}; leave the row out or lower --max-new-tokens")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(f"row {key}: token id outside the model's vocabulary of {config.vocab_size}")
+    waiting, slots = deque(range(len(prompts))), [None] * min(batch_size, len(prompts))  # a slot: a Row, or None
+    length = max(map(len, prompts), default=0) + max_new_tokens
+    cache = KVCache(config, len(slots), length, weight.dtype, weight.device)
+    while waiting or any(slots):
+        active = [b for b, row in enumerate(slots) if row is None][: len(waiting)]
+        if active:
+            for b in active:
+                i = waiting.popleft()
+                slots[b] = Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], [])
+            logits = prefill(model, cache, active, [slots[b] for b in active])
         else:
-            active = [b for b in range(len(owner)) if owner[b] is not None]
-            if not active:
-                return
-            if len(active) <= len(owner) // 2:  # the end is near: a smaller batch is faster
+            active = [b for b, row in enumerate(slots) if row]
+            if len(active) <= len(slots) // 2:  # the end is near: a smaller batch is faster
                 cache.keys, cache.values = cache.keys[:, active], cache.values[:, active]
-                owner, ids, logprobs = ([x[b] for b in active] for x in (owner, ids, logprobs))
-                noise, active = noise[active], list(range(len(active)))
+                slots, active = [slots[b] for b in active], list(range(len(active)))
             # a free slot reads token 0 at position 0, and nobody looks
-            at = [len(prompts[i]) + len(ids[b]) - 1 if i is not None else 0 for b, i in enumerate(owner)]
-            tokens = torch.tensor([[ids[b][-1] if owner[b] is not None else 0] for b in range(len(owner))], device=device)
-            logits = model(tokens, cache=cache.first(max(at) + 1), positions=torch.tensor(at, device=device)[:, None])
-            ended = accept(active, logits[active, 0])
-        for b, why in ended:
-            yield owner[b], ids[b], logprobs[b], why
-            owner[b] = None
+            last, at = zip(*((row.ids[-1], len(row.prompt) + len(row.ids) - 1) if row else (0, 0) for row in slots))
+            tokens, positions = torch.tensor([last, at], device=weight.device)[..., None]  # [B, 1] each
+            logits = model(tokens, cache=cache.first(max(at) + 1), positions=positions)[active, 0]
+        u = torch.tensor([slots[b].noise[len(slots[b].ids)] for b in active], dtype=torch.float64)
+        tokens, logprobs = choose(logits, u.to(weight.device), temperature, top_p)
+        for b, token, logprob in zip(active, tokens.tolist(), logprobs.tolist()):
+            row = slots[b]
+            if not math.isfinite(logprob):
+                raise FloatingPointError(f"row {keys[row.index]}: logits are not finite; look at the model's weights")
+            if token not in eos:
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+            ended = token in eos or (stop is not None and stop(row.ids))
+            if ended or len(row.ids) == max_new_tokens:
+                yield row.index, row.ids, row.logprobs, "eos" if ended else "length"
+                slots[b] = None
 
 
-def prefill(model, cache: KVCache, slots: list[int], prompts: list[list[int]], scored: list[int]):
-    """Runs `prompts` into `slots` of the cache -> logits [n, V] after each, log-probabilities of its last `scored` tokens."""
-    device, T = cache.keys.device, max(map(len, prompts))
-    tokens = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
-    own = KVCache(model.config, len(prompts), T, cache.keys.dtype, device)
-    places = [i * T + len(p) - 1 - back for i, p in enumerate(prompts) for back in range(scored[i], -1, -1)]
-    positions = torch.arange(T, device=device).expand(len(prompts), T)
-    logits = model(tokens, torch.tensor(places, device=device), own, positions)
+def prefill(model: Transformer, cache: KVCache, slots: list[int], rows: list[Row]) -> Tensor:
+    """Reads the prompts of `rows` into `slots` of the cache -> logits [N, V] after each. Scores their last tokens."""
+    device, T = cache.keys.device, max(len(row.prompt) for row in rows)
+    tokens = torch.tensor([row.prompt + [0] * (T - len(row.prompt)) for row in rows], device=device)
+    own = KVCache(model.config, len(rows), T, cache.keys.dtype, device)
+    places = [b * T + len(row.prompt) - 1 - back for b, row in enumerate(rows) for back in range(row.scored, -1, -1)]
+    places, positions = torch.tensor(places, device=device), torch.arange(T, device=device).expand(len(rows), T)
+    logits = model(tokens, places, own, positions)
     cache.keys[:, slots, :, :T], cache.values[:, slots, :, :T] = own.keys, own.values
-    parts = logits.split([n + 1 for n in scored])
-    before = [
-        part[:-1].float().log_softmax(-1).gather(-1, torch.tensor(p[-n:], device=device)[:, None])[:, 0].tolist() if n else []
-        for part, p, n in zip(parts, prompts, scored)
-    ]
-    return torch.stack([part[-1] for part in parts]), before
+    following = tokens.flatten().roll(-1)[places, None]  # after a prompt comes nothing: that score is dropped
+    scores, counts = logits.float().log_softmax(-1).gather(-1, following)[:, 0], [row.scored + 1 for row in rows]
+    for row, part in zip(rows, scores.split(counts)):
+        row.logprobs += part[:-1].tolist()
+    return torch.stack([part[-1] for part in logits.split(counts)])
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int = 256, temperature: float = 0.0,
-             top_p: float = 1.0, eos_ids: Iterable[int] = (), seed: int = 0, batch_size: int = 32) -> list[list[int]]:  # fmt: skip
-    """New ids of each prompt, in the order of the prompts, EOS not included. temperature 0 is argmax."""
-    out = sorted(sample(model, prompts, max_new_tokens, temperature, top_p, eos_ids, seed, batch_size))
-    return [ids for _, ids, _, _ in out]
+             top_p: float = 1.0, eos_ids: Iterable[int] = (), seed: int = 0, batch_size: int = 32,
+             ) -> list[list[int]]:  # fmt: skip
+    """New ids of each prompt, in the order of the prompts, EOS not included; see `sample`."""
+    rows = sample(model, prompts, max_new_tokens, temperature, top_p, eos_ids, seed, batch_size)
+    return [ids for _, ids, _, _ in sorted(rows)]
 
 
 def judge(text: str, given: list[str]) -> str:
     """Status of a rationale; `given` are the texts it follows (source, reference, or prompt and response).
 
-    empty: no visible character. repetitive: of 20 or more words (between spaces), over half of the word 4-grams are repeats. copy: over 80 %
-    of the word 3-grams (of the words, if fewer than 3) stand in one of `given`. wrong_script: over 20 % of the letters are of
-    a script that is neither Latin nor used in `given`. The thresholds are ours; they are not yet measured.
+    empty: no visible character. repetitive: 20 or more words (between spaces), over half of the word 4-grams repeats.
+    copy: over 80 % of the word 3-grams (of the words, if fewer than 3) stand in one of `given`. wrong_script: over 20 %
+    of the letters of a script neither Latin nor used in `given`. The thresholds are ours and not yet measured.
     """
 
-    def grams(t: str, n: int) -> list[tuple[str, ...]]:
-        words = t.casefold().split()
-        return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    def grams(text: str, n: int) -> list[tuple[str, ...]]:
+        words = text.casefold().split()
+        return list(zip(*(words[i:] for i in range(n))))
 
-    def scripts(t: str) -> list[str]:
-        return [unicodedata.name(c, "?").split()[0] for c in t if c.isalpha()]
+    def scripts(text: str) -> list[str]:
+        return [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
 
-    words = text.split()
-    if not words:
+    length, fours = len(text.split()), grams(text, 4)
+    if length == 0:
         return "empty"
-    fours = grams(text, 4)
-    if len(words) >= 20 and len(set(fours)) < len(fours) / 2:
+    if length >= 20 and len(set(fours)) < len(fours) / 2:
         return "repetitive"
-    n = min(3, len(words))
-    for other in given:
-        known = set(grams(other, n))
-        if sum(g in known for g in grams(text, n)) > 0.8 * len(grams(text, n)):
+    n = min(3, length)
+    for known in (set(grams(other, n)) for other in given):
+        if sum(gram in known for gram in grams(text, n)) > 0.8 * (length - n + 1):
             return "copy"
     known, letters = {"LATIN", *scripts(" ".join(given))}, scripts(text)
-    return "wrong_script" if sum(s not in known for s in letters) > 0.2 * len(letters) else "ok"
+    return "wrong_script" if sum(script not in known for script in letters) > 0.2 * len(letters) else "ok"
 
 
-def read_finished(path: Path) -> dict[int | str, bytes]:
-    """Finished rows by id, as the bytes they are. A last line that a kill has torn is left out."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        return {json.loads(line)["id"]: line for line in lines}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: not written by this script; choose another --out") from None
-
-
-def prepare(path: Path, meta: dict, rows: list[dict], files: list[Path]) -> None:
-    """Rank 0, before a row is written: refuses a ledger of other settings or data, and cuts torn lines off."""
+def check_settings(path: Path, meta: dict) -> None:
+    """ValueError where the ledger `path` was written under other settings than `meta`."""
     file = data.meta_path(path)
     if path.exists() and not file.exists():
         raise ValueError(f"{path}: exists and has no {file.name}, so it can't be gone on with; choose another --out")
@@ -215,124 +192,131 @@ def prepare(path: Path, meta: dict, rows: list[dict], files: list[Path]) -> None
         if name not in ("versions", "model") and old.get(name) != meta[name]:
             was, now = json.dumps(old.get(name)), json.dumps(meta[name])
             raise ValueError(f"{file}: {name} was {was}, this command has {now}; give the old value or another --out")
-    by_id = {row["id"]: row for row in rows}
-    for part in files:
-        for id, line in read_finished(part).items():
-            done, row = json.loads(line), by_id.get(id, {})
-            done["reference"] = done.get("original", done.get("reference"))
-            for name in ("source", "reference"):
-                if name in row and done[name] not in (None, row[name]):
-                    raise ValueError(f"{row['where']}: row {id} of {path} has another {name}; choose another --out")
-        whole = part.read_bytes().rfind(b"\n") + 1 if part.exists() else None
-        if whole is not None and whole < part.stat().st_size:
-            os.truncate(part, whole)
-    if not file.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".tmp").write_text(json.dumps(meta, ensure_ascii=False) + "\n", "utf-8")
-        file.with_suffix(".tmp").replace(file)
+
+
+def read_finished(files: list[Path], by_id: dict[int | str, dict]) -> dict[int | str, bytes]:
+    """Finished rows by id, as the bytes they are; a last line that a kill has torn is left out.
+
+    ValueError where a row has another source or reference than the data's row of its id.
+    """
+    finished = {}
+    for file in files:
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            try:
+                old = json.loads(line)
+                finished[old["id"]] = line
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{file}: not written by this script; choose another --out") from None
+            row, reference = by_id.get(old["id"], {}), old.get("original", old.get("reference"))
+            for name, was in [("source", old.get("source")), ("reference", reference)]:
+                if was is not None and row.get(name, was) != was:
+                    raise ValueError(f"{row['where']}: another {name} than row {row['id']} of {file}; change --out")
+    return finished
+
+
+def parts(path: Path) -> list[Path]:
+    """What several ranks have written towards the ledger `path`."""
+    return sorted(path.parent.glob(glob.escape(path.name) + ".rank*"))
+
+
+def append(file: Path, order: list[int | str], ready: dict[int | str, bytes], produced: Iterator[dict]) -> None:
+    """Appends the rows named in `order`, each as soon as it is there; rows that overtake others wait in `ready`."""
+    with open(file, "ab") as f:
+        f.truncate(file.read_bytes().rfind(b"\n") + 1)  # a last line that a kill has torn goes
+        for id in order:
+            while id not in ready:
+                row = next(produced)
+                ready[row["id"]] = json.dumps(row, ensure_ascii=False).encode()
+            f.write(ready.pop(id) + b"\n")
+            f.flush()
+    next(produced, None)  # there is none left: its progress bar ends
 
 
 def complete(path: Path, meta: dict, rows: list[dict], produce: Callable[[list[dict]], Iterator[dict]]) -> None:
     """Brings the ledger `path` to hold one line a row of `rows`, in their order. Every rank calls it.
 
-    `produce` yields finished rows in any order. The ledger only grows, and is at all times the beginning of what it will be:
-    rows that overtake others wait in memory. Several ranks fill a file each, which rank 0 appends in order at the end.
+    `produce` yields finished rows in any order. The ledger only grows, and is at all times the beginning of what it
+    will be. Several ranks fill a file each, which rank 0 appends in order at the end.
     """
-    rank, world_size, ids = dist.get_rank(), dist.get_world_size(), [row["id"] for row in rows]
-    for id, n in Counter(ids).items():
-        if n > 1:
-            row = [row for row in rows if row["id"] == id][1]
-            raise ValueError(f"{row['where']}: id {json.dumps(id)} stands twice in the data; ids must differ")
-    parts = sorted(path.parent.glob(path.name + ".rank*"))
-    if rank == 0:
-        prepare(path, meta, rows, [path, *parts])
-    dist.barrier()
-    done, ready = read_finished(path), {}
-    for part in parts:
-        ready |= read_finished(part)
-
-    def append(file: Path, order: list, produced: Iterator[dict]) -> None:
-        waiting = deque(id for id in order if id not in done)
-        with open(file, "ab") as f:
-            for row in produced:
-                ready[row["id"]] = json.dumps(row, ensure_ascii=False).encode()
-                while waiting and waiting[0] in ready:
-                    f.write(ready.pop(waiting.popleft()) + b"\n")
-                f.flush()
-            f.writelines(ready[id] + b"\n" for id in waiting)
-
-    todo = [row for row in rows if row["id"] not in done and row["id"] not in ready]
+    rank, world_size, file, by_id = dist.get_rank(), dist.get_world_size(), data.meta_path(path), {}
+    for row in rows:
+        if by_id.setdefault(row["id"], row) is not row:
+            raise ValueError(f"{row['where']}: id {json.dumps(row['id'])} stands twice in the data; ids must differ")
+    check_settings(path, meta)
+    done = read_finished([path] if path.exists() else [], by_id)
+    ready = read_finished(parts(path), by_id)
+    missing = [id for id in by_id if id not in done]
+    todo = [by_id[id] for id in missing if id not in ready]
+    if rank == 0 and not file.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file.with_suffix(".tmp").write_text(json.dumps(meta, ensure_ascii=False) + "\n", "utf-8")
+        file.with_suffix(".tmp").replace(file)
     dist.barrier()  # until all have read what is finished
     if world_size > 1:
-        mine, own = todo[rank::world_size], path.with_name(f"{path.name}.rank{rank}")
-        append(own, [row["id"] for row in mine], produce(mine))
-        dist.barrier()
+        mine = todo[rank::world_size]
+        append(path.with_name(f"{path.name}.rank{rank}"), [row["id"] for row in mine], ready, produce(mine))
+        dist.barrier()  # until all have written their part
         todo = []
     if rank == 0:
-        parts = sorted(path.parent.glob(path.name + ".rank*"))
-        for part in parts:
-            ready |= read_finished(part)
-        append(path, ids, produce(todo) if todo else ())
-        for part in parts:
+        append(path, missing, ready | read_finished(parts(path), by_id), produce(todo) if todo else iter(()))
+        for part in parts(path):
             part.unlink()
     dist.barrier()
 
 
 def request(row: dict, task: str, encoder: Encoder, cue: str) -> tuple[list[int], list[int], list[int]]:
     """-> ids of the prompt, of the forced reference, and of the cue, which the model reads in this order."""
+    tokenizer, text = encoder.tokenizer, row["reference"]
     if task == "rationale":
-        reference = encoder.tokenizer.answer(row["reference"])
-        return encoder.prompt(row), reference, encoder.tokenizer.continuation(row["reference"], reference, cue) if cue else []
+        reference = tokenizer.answer(text)
+        return encoder.prompt(row), reference, tokenizer.continuation(text, reference, cue)
     if task == "paraphrase":
         *before, last = encoder.messages(row)
-        content = PARAPHRASE.format(instruction=last["content"], reference=row["reference"])
-        row = row | {"messages": [*before, {"role": "user", "content": content}]}
+        guided = GUIDE.format(instruction=last["content"], reference=text)
+        row = row | {"messages": [*before, {"role": "user", "content": guided}]}
     return encoder.prompt(row), [], []
 
 
-def outcome(row: dict, task: str, tokenizer: Tokenizer, forced: list[int], cue: list[int], ids: list[int], finish: str) -> dict:
+def outcome(row: dict, task: str, tokenizer: Tokenizer, ids: list[int], finish: str) -> dict:
     """The ledger's row: the pair as it came, and what the model made of it."""
     pair = {name: row[name] for name in ("id", "source", "reference", "source_lang", "target_lang") if name in row}
+    (_, forced, cue), original, status = row["request"], row["reference"], "ok"
+    text = tokenizer.decode_after(forced, cue + ids)
     if task == "rationale":
-        text = tokenizer.decode_after(forced, cue + ids)
         given = [row["source"]] if "source" in row else [m["content"] for m in row["messages"]]
-        status = judge(tokenizer.decode_after(forced + cue, ids), [*given, row["reference"]])
-        new = dict(rationale=text, reference_ids=forced, rationale_ids=cue + ids, finish=finish, status=status)
+        status = judge(tokenizer.decode_after(forced + cue, ids), [*given, original])
+        new = dict(rationale=text, reference_ids=forced, rationale_ids=cue + ids)
     else:
-        answer, original = tokenizer.decode(ids), row["reference"]
         if task == "translation":  # one line is the translation; a rationale that follows is not wanted here
-            answer = answer.strip().split("\n")[0]
-            ids = ids if tokenizer.decode(ids) == answer else tokenizer.answer(answer)
-        why = "empty" if not answer.strip() else "cut" if finish == "length" else ""
-        why = "leak" if task == "paraphrase" and any(p in answer.casefold() for p in LEAKS) else why
-        if why and task != "answer":
-            pair["fallback"] = why  # to the original
-            answer, ids, finish = original, tokenizer.answer(original), "eos"
-        pair |= {"reference": answer} | ({"original": original} if original else {})
-        status = "empty" if task == "answer" and not answer.strip() else "ok"
-        new = dict(rationale="", reference_ids=ids, rationale_ids=[], finish=finish, status=status)
+            text = text.strip().split("\n")[0]
+            ids = ids if tokenizer.decode(ids) == text else tokenizer.answer(text)
+        leak = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
+        fault = "leak" if leak else "empty" if not text.strip() else "cut" if finish == "length" else ""
+        if task == "answer":
+            status = "empty" if fault == "empty" else "ok"
+        elif fault:
+            # the model's answer fails: back to the original
+            pair["fallback"], text, ids, finish = fault, original, tokenizer.answer(original), "eos"
+        pair |= {"reference": text} | ({"original": original} if original else {})
+        new = dict(rationale="", reference_ids=ids, rationale_ids=[])
     if "messages" in row:
         chat, answer = row["messages"], pair.pop("reference")
-        single = len(chat) == 1
-        pair |= {"prompt": chat[0]["content"], "response": answer} if single else {
-            "messages": [*chat, {"role": "assistant", "content": answer}]}  # fmt: skip
-    return pair | new
+        turn = {"prompt": chat[0]["content"], "response": answer}
+        pair |= turn if len(chat) == 1 else {"messages": [*chat, {"role": "assistant", "content": answer}]}
+    return pair | new | dict(finish=finish, status=status)
 
 
-def write_rows(args: argparse.Namespace, model: Transformer, encoder: Encoder, rows: list[dict]) -> Iterator[dict]:
+def write_rows(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, rows: list[dict]) -> Iterator[dict]:
     """Samples `rows` and yields their ledger rows as they end."""
-    tokenizer, start, count = encoder.tokenizer, time.time(), 0
-    asked = [request(row, args.task, encoder, args.cue) for row in rows]
-    samples = sample(
-        model, [sum(parts, []) for parts in asked], args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids,
-        args.seed, args.batch_size, keys=[row["id"] for row in rows], scored=[len(cue) for _, _, cue in asked],
-        stop=tokenizer.first_line_ends if args.task == "translation" else None,
-    )  # fmt: skip
+    settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
+    settings |= dict(keys=[row["id"] for row in rows], scored=[len(row["request"][2]) for row in rows])
+    settings |= dict(stop=tokenizer.first_line_ends if args.task == "translation" else None, eos_ids=tokenizer.eos_ids)
+    start, count = time.time(), 0
     with tqdm(total=len(rows), unit="row", disable=dist.get_rank() > 0) as bar:
-        for i, ids, logprobs, finish in samples:
-            row = outcome(rows[i], args.task, tokenizer, *asked[i][1:], ids, finish)
+        for i, ids, logprobs, finish in sample(model, [sum(row["request"], []) for row in rows], **settings):
             # rounded: the last digits hang on the batch that the row was computed in
-            yield row | {"logprob": round(sum(logprobs) / len(logprobs), 4) if logprobs else None}
+            mean = round(sum(logprobs) / len(logprobs), 4) if logprobs else None
+            yield outcome(rows[i], args.task, tokenizer, ids, finish) | {"logprob": mean}
             count += len(ids)
             bar.update()
             bar.set_postfix_str(f"{count / (time.time() - start):,.0f} tokens/s")
@@ -341,29 +325,28 @@ def write_rows(args: argparse.Namespace, model: Transformer, encoder: Encoder, r
 def main(args: argparse.Namespace) -> None:
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
-    tokenizer, context = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    args.cue = data.unescape(args.cue)
-    rows = read_rows(args.data, args.direction, prompts=args.task == "answer")[: args.limit]
+    tokenizer, config = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
+    encoder, args.cue = Encoder(tokenizer, data.read_template(args.template), args.system), data.unescape(args.cue)
+    rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")[: args.limit]
     if args.cue and args.task != "rationale":
         raise ValueError("--cue follows a forced reference; it goes with --task rationale alone")
-    if args.task == "translation" and any("source" not in row for row in rows):
-        raise ValueError(f"{args.data[0]}: --task translation needs pairs with a source; use --task answer")
     for row in rows:
-        length = sum(map(len, request(row, args.task, encoder, args.cue))) + args.max_new_tokens
-        if length > context.max_position_embeddings:
-            raise ValueError(f"{row['where']}: {length} tokens with --max-new-tokens do not fit the context of "
-                             f"{context.max_position_embeddings}; lower it, or take the row out")  # fmt: skip
+        if args.task == "translation" and "source" not in row:
+            raise ValueError(f"{row['where']}: --task translation needs pairs with a source; use --task answer")
+        row["request"] = request(row, args.task, encoder, args.cue)
+        length, context = sum(map(len, row["request"])) + args.max_new_tokens, config.max_position_embeddings
+        if length > context:
+            fault = f"{length} tokens with --max-new-tokens do not fit the context of {context}"
+            raise ValueError(f"{row['where']}: {fault}; lower it, or take the row out")
     # 2. the settings that a row depends on, and the model
-    meta = dict(
-        task=args.task, model=str(args.model), model_hash=model_hash(args.model), tokenizer_hash=tokenizer.hash,
-        chat=tokenizer.chat_name, system=args.system, template=encoder.template or data.TEMPLATE, cue=args.cue,
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-        dtype=args.dtype, versions={"torch": torch.__version__, "sentencepiece": sentencepiece.__version__},
-    )  # fmt: skip
+    names = ("task", "model", "system", "cue", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
+    meta = {name: getattr(args, name) for name in names}
+    meta |= dict(chat=tokenizer.chat_name, template=encoder.template or data.TEMPLATE)
+    meta |= dict(model_hash=model_hash(args.model), tokenizer_hash=tokenizer.hash)
+    meta |= dict(versions={"torch": torch.__version__, "sentencepiece": sentencepiece.__version__})
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     # 3. the rows
-    complete(Path(args.out), meta, rows, lambda todo: write_rows(args, model, encoder, todo))
+    complete(Path(args.out), meta, rows, lambda todo: write_rows(args, model, tokenizer, todo))
     if rank == 0:
         print(f"{args.out}: {len(rows)} rows")
 
@@ -380,21 +363,20 @@ def model_hash(folder: str | Path) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    number = data.number
     p = data.Arguments(description="Lets a model write rationales (or translations, paraphrases, answers) for pairs.")
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument("--data", required=True, nargs="+", help="pairs; for --task answer prompts")
     p.add_argument("--out", required=True, help="ledger to write or to finish, JSONL")
     p.add_argument("--task", default="rationale", choices=("rationale", "translation", "paraphrase", "answer"))
     data.common_arguments(p)
-    p.add_argument("--cue", default="", help="text forced between reference and rationale, such as '\\n' (default: none)")
+    p.add_argument("--cue", default="", help="text forced between reference and rationale, such as '\\n' (default: '')")
     p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="tokens of a row (default 256)")
-    p.add_argument("--temperature", type=number(0), default=1.0, help="0 is greedy (default 1: the model's own distribution)")
+    p.add_argument("--temperature", type=number(0), default=1.0, help="0 is greedy (default 1: the model as it is)")
     p.add_argument("--top-p", type=number(1e-6, 1), default=1.0, help="nucleus, a share of the mass (default 1: all)")
-    p.add_argument("--seed", type=number(0, kind=int), default=0, help="with the row's id, all its randomness (default 0)")
+    p.add_argument("--seed", type=number(0, kind=int), default=0, help="of a row's randomness, with its id (default 0)")
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N rows only")
-    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="default %(default)s here")
+    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="(%(default)s here)")
     return p
 
 
