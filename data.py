@@ -12,6 +12,7 @@ may merge across any boundary of strings.
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -26,13 +27,22 @@ from sentencepiece import SentencePieceProcessor
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the wording of the RaDis paper is not known
 TEMPLATE = "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
+FIELDS = ("source", "source_lang", "target_lang")  # what a template may name
 NAMES = (
-    "ar Arabic cs Czech de German en English es Spanish et Estonian fi Finnish fr French hi Hindi is Icelandic it Italian "
-    "ja Japanese ko Korean lt Lithuanian lv Latvian nl Dutch pl Polish pt Portuguese ro Romanian ru Russian tr Turkish "
-    "uk Ukrainian zh Chinese"
+    "ar Arabic cs Czech de German en English es Spanish et Estonian fi Finnish fr French hi Hindi is Icelandic "
+    "it Italian ja Japanese ko Korean lt Lithuanian lv Latvian nl Dutch pl Polish pt Portuguese ro Romanian ru Russian "
+    "tr Turkish uk Ukrainian zh Chinese"
 ).split()
 LANGUAGES = dict(zip(NAMES[::2], NAMES[1::2]))
+TURNS = ("user", "assistant")
 CHATS = ("llama2", "mistral", "zephyr", "chatml", "plain")
+MARKS = {"<|im_start|>": "chatml", "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral"}  # in chat templates
+
+
+def check(ok, where: str | Path, message: str, *found) -> None:
+    """ValueError `WHERE: MESSAGE, found VALUE` unless `ok`."""
+    if not ok:
+        raise ValueError(f"{where}: {message}" + "".join(f", found {json.dumps(value)[:40]}" for value in found))
 
 
 class Tokenizer:
@@ -44,8 +54,7 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, chat: str = "auto"):
         self.folder, file = Path(folder), Path(folder) / "tokenizer.model"
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file; a model folder needs its SentencePiece tokenizer.model")
+        check(file.is_file(), file, "no such file; a model folder needs its SentencePiece tokenizer.model")
         proto = file.read_bytes()
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
@@ -53,60 +62,51 @@ class Tokenizer:
             self.sp_continue = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{file}: not a SentencePiece model; download it again") from None
-        config, stops = self._read("tokenizer_config.json"), self._read("generation_config.json").get("eos_token_id")
+        config_file = self.folder / "tokenizer_config.json"
+        config = read_object(config_file)
         try:
-            self._configure(config, stops, chat)
+            self._read_tokens(config)
+            self._read_chat(config, chat)
         except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"{self.folder / 'tokenizer_config.json'}: not understood; download it again") from None
-        if self.eos_id < 0:
-            raise ValueError(f"{file}: has no EOS token, so no answer could ever end")
+            raise ValueError(f"{config_file}: not understood; download it again") from None
+        check(self.eos_id >= 0, file, "has no EOS token, so no answer could ever end")
         self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
         self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
 
-    def _configure(self, config: dict, stops: int | list[int] | None, chat: str) -> None:
-        """Added tokens, special ids and the chat format."""
-        added = {v["content"]: int(k) for k, v in (config.get("added_tokens_decoder") or {}).items()}
-        added |= self._read("added_tokens.json")
-        self.added = {id: text for text, id in sorted(added.items(), key=lambda item: item[1])}
+    def _read_tokens(self, config: dict) -> None:
+        ids = {token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()}
+        self.ids = ids | read_object(self.folder / "added_tokens.json")
+        self.added = {id: text for text, id in sorted(self.ids.items(), key=lambda item: item[1])}
         self.control = {i for i in range(len(self.sp)) if self.sp.is_control(i)} | set(self.added) - {self.sp.unk_id()}
         tags = sorted({self.sp.id_to_piece(i).replace("▁", " ") for i in self.control if i < len(self.sp)}, key=len)
         self.tags = re.compile("|".join(f"(?={re.escape(tag)})" for tag in tags))
-        self.vocab_size = max(len(self.sp), *(i + 1 for i in self.added), 0)
+        self.vocab_size = max([len(self.sp), *(i + 1 for i in self.added)])
         self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
         self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
         self.legacy = bool(config.get("legacy"))  # SentencePiece's space before every text, not only the first
-        template, other = config.get("chat_template") or "", self.folder / "chat_template.jinja"
-        template = other.read_text("utf-8") if other.is_file() else template
+
+    def _read_chat(self, config: dict, chat: str) -> None:
+        template, file = config.get("chat_template") or "", self.folder / "chat_template.jinja"
+        template = file.read_text("utf-8") if file.is_file() else template
         if isinstance(template, list):  # several, by name
             template = next((t["template"] for t in template if t.get("name") == "default"), "")
         self.template = template.replace("\\n", "\n")
-        marks = {"<|im_start|>": "chatml", "<|user|>": "zephyr", "<<SYS>>": "llama2", "[INST]": "mistral"}
-        known = [name for mark, name in marks.items() if mark in self.template]
-        if chat == "auto" and self.template and not known:
-            raise ValueError(f"{self.folder}: chat template not known here; give --chat {'|'.join(CHATS)}")
-        self.chat_name = chat if chat != "auto" else (known or ["plain"])[0]
+        known = [name for mark, name in MARKS.items() if mark in self.template] if self.template else ["plain"]
+        check(known or chat != "auto", self.folder, f"chat template not known here; give --chat {'|'.join(CHATS)}")
+        self.chat_name = known[0] if chat == "auto" else chat
         self.end_id = self._id("<|im_end|>", self.eos_id) if self.chat_name == "chatml" else self.eos_id
+        stops = read_object(self.folder / "generation_config.json").get("eos_token_id")
         self.eos_ids = sorted({self.end_id, self.eos_id, *(stops if isinstance(stops, list) else [stops])} - {None})
-
-    def _read(self, name: str) -> dict:
-        path = self.folder / name
-        try:
-            return json.loads(path.read_text("utf-8")) | {} if path.is_file() else {}
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not a JSON object; download it again") from None
 
     def _id(self, piece: str | dict | None, default: int) -> int:
         """The id of an added token or a piece of the vocabulary."""
         piece = piece["content"] if isinstance(piece, dict) else piece
-        id = next((i for i, text in self.added.items() if text == piece), None)
-        id = self.sp.piece_to_id(piece) if id is None and piece else id
-        return default if id is None or id == self.sp.unk_id() else id
+        id = self.ids.get(piece, self.sp.piece_to_id(piece or ""))
+        return default if id == self.sp.unk_id() else id
 
-    def encode(self, text: str) -> list[int]:
-        """Text to ids, without BOS or EOS, never with a control token."""
-        return self._encode(text, self.sp)
-
-    def _encode(self, text: str, sp: SentencePieceProcessor) -> list[int]:
+    def encode(self, text: str, within: bool = False) -> list[int]:
+        """Text to ids, without BOS or EOS, never with a control token. `within`: the text goes on from one before."""
+        sp = self.sp_continue if within else self.sp
         ids = sp.encode(text)
         if self.control.isdisjoint(ids):
             return ids
@@ -132,13 +132,13 @@ class Tokenizer:
     def answer(self, text: str) -> list[int]:
         """Ids of an assistant's answer as they follow `chat`, without EOS."""
         if self.chat_name in ("zephyr", "chatml"):  # goes on within the text that ends "assistant\n"
-            return self._encode(text, self.sp_continue)
+            return self.encode(text, within=True)
         return self.encode(text if self.adds_space or self.chat_name != "plain" else " " + text)
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
         """Ids of `text` after an answer's beginning `before`, whose ids stay `ids` even where both would merge."""
         whole = self.answer(before + text)
-        return whole[len(ids) :] if whole[: len(ids)] == ids else self._encode(text, self.sp_continue)
+        return whole[len(ids) :] if whole[: len(ids)] == ids else self.encode(text, within=True)
 
     def chat(self, messages: list[dict], system: str | None = None) -> list[int]:
         """Ids of a conversation, up to where the assistant's answer begins.
@@ -148,71 +148,60 @@ class Tokenizer:
         """
         if messages and messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        roles = [m["role"] for m in messages]
-        if len(roles) % 2 == 0 or roles != alternating(len(roles)):
-            raise ValueError(f"roles must be user, assistant, ..., user; found {', '.join(roles) or 'none'}")
-        format = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}.get(self.chat_name, self._tagged)
-        return format([m["content"] for m in messages], system)
+        roles, texts = [m["role"] for m in messages], [m["content"] for m in messages]
+        in_turn = all(role == TURNS[i % 2] for i, role in enumerate(roles))
+        check(in_turn and len(roles) % 2, "roles", "wanted user, assistant, ..., user", roles)
+        formats = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}
+        return formats.get(self.chat_name, self._tagged)(texts, system)
 
     def _llama2(self, texts: list[str], system: str | None) -> list[int]:
         if system:
-            texts = [f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}", *texts[1:]]
+            texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         ids = []
         for user, answer in zip(texts[::2], texts[1::2]):
             ids += [self.bos_id, *self.encode(f"[INST] {user.strip()} [/INST] {answer.strip()} "), self.eos_id]
-        return ids + [self.bos_id, *self.encode(f"[INST] {texts[-1].strip()} [/INST]")]
+        return [*ids, self.bos_id, *self.encode(f"[INST] {texts[-1].strip()} [/INST]")]
 
     def _mistral(self, texts: list[str], system: str | None) -> list[int]:
         # in v1 the tags are text; from v3 on they are control tokens, and the system prompt moves to the last turn
         begin, end = self._id("[INST]", -1), self._id("[/INST]", -1)
         v3 = begin in self.control
-        ids, system_at = [self.bos_id], len(texts) - 1 if v3 else 0
-        for i, text in enumerate(texts):
-            text = f"{system}\n\n{text}" if system and i == system_at else text
-            if i % 2:
-                ids += [*self.encode(text.rstrip(" ") if v3 else text), self.eos_id]
-            else:
-                ids += [begin, *self.encode(text), end] if v3 else self.encode(f"[INST] {text} [/INST]")
+        if system:
+            at = len(texts) - 1 if v3 else 0
+            texts[at] = f"{system}\n\n{texts[at]}"
+        ids = [self.bos_id]
+        for user, answer in zip(texts[::2], [*texts[1::2], None]):
+            ids += [begin, *self.encode(user), end] if v3 else self.encode(f"[INST] {user} [/INST]")
+            if answer is not None:
+                ids += [*self.encode(answer.rstrip(" ") if v3 else answer), self.eos_id]
         return ids
 
     def _tagged(self, texts: list[str], system: str | None) -> list[int]:
         """ChatML (each turn between two control tokens) and Zephyr (tags are text, EOS ends a turn)."""
-        chatml, start, sp = self.chat_name == "chatml", self._id("<|im_start|>", None), self.sp
-        if chatml and (start is None or self._id("<|im_end|>", None) is None):
-            raise ValueError(f"{self.folder}: the vocabulary has no <|im_start|>, <|im_end|>; give another --chat")
+        chatml, start = self.chat_name == "chatml", self._id("<|im_start|>", -1)
+        found = min(start, self._id("<|im_end|>", -1)) >= 0
+        check(found or not chatml, self.folder, "the vocabulary has no <|im_start|>, <|im_end|>; give another --chat")
         if chatml and system is None:  # some templates put one in
-            found = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.template)
-            system = found and found[1]
-        turns = [("system", system)] if system is not None else []
-        turns += zip(alternating(len(texts) + 1), [*texts, None])
+            own = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.template)
+            system = own and own[1]
+        opening = [("system", system)] if system is not None else []
         parts = [self.bos_id] if "bos_token" in self.template else []
-        for i, (role, text) in enumerate(turns):
+        for i, (role, text) in enumerate([*opening, *zip(itertools.cycle(TURNS), [*texts, ""])]):
             between = "\n" if i else ""
-            parts += [between, start, f"{role}\n"] if chatml else [f"{between}<|{role}|>\n"]
-            if text is not None:
-                parts[-1] += text
-                parts.append(self.end_id)
+            parts += [between, start, f"{role}\n{text}"] if chatml else [f"{between}<|{role}|>\n{text}"]
+            parts.append(self.end_id)
         ids = []
-        for part in filter(lambda part: part != "", parts):
-            ids += [part] if isinstance(part, int) else self._encode(part, sp)
-            sp = self.sp if self.legacy else self.sp_continue
+        for part in parts[:-1]:  # the answer, which is to come, does not end here
+            within = len(ids) > 0 and not self.legacy
+            ids += [part] if isinstance(part, int) else self.encode(part, within)
         return ids
 
     def _plain(self, texts: list[str], system: str | None) -> list[int]:
         return [self.bos_id] * (self.bos_id >= 0) + self.encode("\n\n".join([system, *texts] if system else texts))
 
 
-def alternating(n: int) -> list[str]:
-    return ["user" if i % 2 == 0 else "assistant" for i in range(n)]
-
-
-def split_direction(direction: str) -> tuple[str, str]:
-    if not re.fullmatch(r"[A-Za-z_]+-[A-Za-z_]+", direction) or len(set(direction.split("-"))) == 1:
-        raise ValueError(f'--direction "{direction}": give two languages, such as de-en')
-    return tuple(direction.split("-"))
-
-
 def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-8-sig")
@@ -221,53 +210,77 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as e:
         line = data.count(b"\n", 0, e.start) + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte 0x{data[e.start]:02x}); convert the file") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
+    check(text.strip(), path, "the file is empty")
     return text
+
+
+def parse_json(text: str, path: str | Path, line: int = 1):
+    """The value that `text`, which begins in this line of the file, holds."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}:{line + e.lineno - 1}: broken JSON: {e.msg}") from None
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object that is the whole file; {} if there is no file."""
+    value = parse_json(read_text(path), path) if path.exists() else {}
+    check(isinstance(value, dict), path, "wanted a JSON object", value)
+    return value
 
 
 def read_json(path: str | Path) -> list[tuple[str, dict]]:
     """Objects of a JSON array, or of one object a line, each with where it stands, `FILE:LINE`."""
-    text, rows, line, at = read_text(path), [], 1, 0
-    try:
-        if text.lstrip().startswith("["):
-            objects, decoder = json.loads(text), json.JSONDecoder()
-            for row in objects:  # once more, for the lines
-                start = re.compile(r"[\s,]*").match(text, at or text.index("[") + 1).end()
-                line, at = line + text.count("\n", at, start), decoder.raw_decode(text, start)[1]
-                rows.append((f"{path}:{line}", row))
-                line += text.count("\n", start, at)
-        else:
-            for line, row in enumerate(text.split("\n"), 1):
-                rows += [(f"{path}:{line}", json.loads(row))] if row.strip() else []
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}:{line if e.doc != text else e.lineno}: broken JSON: {e.msg}") from None
+    text, rows = read_text(path), []
+    if text.lstrip().startswith("["):
+        decoder, line, start, end = json.JSONDecoder(), 1, 0, text.index("[") + 1
+        for row in parse_json(text, path):  # each is decoded once more, to learn its line
+            before, start = start, re.compile(r"[\s,]*").match(text, end).end()
+            end = decoder.raw_decode(text, start)[1]
+            line += text.count("\n", before, start)
+            rows.append((f"{path}:{line}", row))
+    else:
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{path}:{n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
     for where, row in rows:
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: wanted a JSON object, found {json.dumps(row)[:40]}")
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
+        check(isinstance(row, dict), where, "wanted a JSON object", row)
+    check(rows, path, "holds no rows")
+    return rows
+
+
+def read_lines(files: tuple[str, ...]) -> list[tuple[str, dict]]:
+    """Rows of a TSV file or of two line files. Endings may name the languages: x.de-en.tsv, x.de x.en."""
+    columns = [[line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")] for file in files]
+    if len(files) == 2:
+        languages, pairs, (n, m) = [Path(file).suffix[1:] for file in files], zip(*columns), map(len, columns)
+        check(n == m, f"{files[0]}:{min(n, m) + 1}", f"{n} lines, each with its translation, but {files[1]} has {m}")
+    else:
+        languages, pairs = Path(files[0]).stem.split(".")[-1].split("-"), (line.split("\t") for line in columns[0])
+    named = len(languages) == 2 and set(languages) <= set(LANGUAGES)
+    fields, rows = ("source", "reference", "source_lang", "target_lang"), []
+    for n, cells in enumerate(pairs, 1):
+        check(len(cells) == 2, f"{files[0]}:{n}", f"wanted source, tab, reference; found {len(cells) - 1} tabs")
+        rows.append((f"{files[0]}:{n}", dict(zip(fields, [*cells, *languages] if named else cells))))
     return rows
 
 
 def group_files(files: list[str]) -> list[tuple[str, ...]]:
     """JSON and TSV files stand alone; other files are line files and come in pairs, `train.de train.en`."""
-    groups, files = [], list(files)
-    while files:
-        file = files.pop(0)
+    groups, files = [], iter(files)
+    for file in files:
         ending = Path(file).suffix
-        begins = "" if ending[1:] in LANGUAGES else read_text(file).lstrip()[0]
-        alone = ending in (".json", ".jsonl", ".tsv") or begins in ("{", "[")
-        if not alone and not files and read_text(file):
-            raise ValueError(f"{file}: a line file needs a second one beside it, such as train.de train.en")
-        groups.append((file,) if alone else (file, files.pop(0)))
+        alone = ending in (".json", ".jsonl", ".tsv")
+        if not alone:
+            alone = read_text(file).lstrip()[0] in "{[" and ending[1:] not in LANGUAGES
+        groups.append((file,) if alone else (file, *itertools.islice(files, 1)))
+        check(alone or len(groups[-1]) == 2, file, "a line file needs a second one, as in train.de train.en")
     return groups
 
 
 def named_files(items: list[str]) -> dict[str, list[str]]:
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own, line files come in pairs."""
-    names = {item.partition("=")[2] or item: item.partition("=")[0] if "=" in item else Path(item).stem for item in items}
-    named = {}
+    parts, named = [item.partition("=") for item in items], {}
+    names = {file or name: name if file else Path(name).stem for name, _, file in parts}
     for group in group_files(list(names)):
         named.setdefault(names[group[0]], []).extend(group)
     return named
@@ -276,141 +289,115 @@ def named_files(items: list[str]) -> dict[str, list[str]]:
 def read_rows(files: list[str], directions: list[str] = (), prompts: bool = False) -> list[dict]:
     """Reads pairs, conversations and ledgers (`prompts`: prompts alone) into one list, in order.
 
-    A row is what its file says, with `id` (its place in the data if the file has none) and `where` (FILE:LINE) added. A
-    pair has source, reference, source_lang, target_lang; others have `messages`, the conversation before the answer, and
-    `reference`, the answer. A ledger's row has `meta`, the settings it was written with. Several directions read each row
-    once for each. ValueError names file and line.
+    A row is what its file says, with `id` (its place in the data if the file has none) and `where` (FILE:LINE) added.
+    A pair has source, reference, source_lang, target_lang; others have `messages`, the conversation before the answer,
+    and `reference`, the answer. A ledger's row has `meta`, the settings it was written with. Several directions read
+    each row once for each. ValueError names file and line.
     """
     rows, directions = [], [split_direction(d) for d in dict.fromkeys(directions)] or [None]
     for group in group_files(files):
-        meta = read_meta(group[0])
-        for direction in directions:
-            lines = len(group) == 2 or group[0].endswith(".tsv")
-            # where nothing names the languages, the first direction does
-            for where, row in read_lines(group, directions[0]) if lines else read_json(group[0]):
-                row = dict(row, where=where)
-                if "reference_ids" in row:
-                    check_ids(row)
-                    row["meta"] = meta
-                if "translation" in row or "source" in row:
-                    read_pair(row, direction, directions[0])
-                elif direction is directions[0]:  # a conversation has no direction
-                    read_conversation(row, prompts)
-                else:
-                    continue
-                row["id"] = len(rows) if row.get("id") is None else row["id"]
-                if type(row["id"]) not in (int, str):
-                    raise ValueError(f'{where}: "id" must be a number or a string, found {json.dumps(row["id"])[:40]}')
-                rows.append(row)
+        meta, lines = read_meta(group[0]), len(group) == 2 or Path(group[0]).suffix == ".tsv"
+        found = read_lines(group) if lines else read_json(group[0])
+        for direction, (where, row) in itertools.product(directions, found):
+            row = dict(row, where=where)
+            if "reference_ids" in row:
+                check_ledger(row)
+                row["meta"] = meta
+            if "translation" in row or "source" in row:
+                read_pair(row, direction, directions[0])
+            elif direction is directions[0]:
+                read_conversation(row, prompts)
+            else:
+                continue  # a conversation has no direction
+            row["id"] = len(rows) if row.get("id") is None else row["id"]
+            check(type(row["id"]) in (int, str), where, '"id" must be a number or a string', row["id"])
+            rows.append(row)
     return rows
 
 
-def text_field(row: dict, name: str, where: str) -> str:
+def split_direction(direction: str) -> tuple[str, str]:
+    found = re.fullmatch(r"([A-Za-z_]+)-([A-Za-z_]+)", direction)
+    check(found and found[1] != found[2], f'--direction "{direction}"', "give two languages, such as de-en")
+    return found.groups()
+
+
+def check_ledger(row: dict) -> None:
+    ok = isinstance(row.get("rationale", ""), str) and row.get("finish") in ("eos", "length")
+    check(ok, row["where"], 'a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
+    for name in ("reference_ids", "rationale_ids"):
+        ok = isinstance(row.get(name), list) and all(type(i) is int and i >= 0 for i in row[name])
+        check(ok, row["where"], f'"{name}" must be a list of token ids')
+
+
+def text_field(row: dict, name: str, where: str, may_be_empty: bool = False) -> str:
     value = row.get(name)
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: "{name}" must be a string, found {json.dumps(value)[:40]}')
-    if not value.strip():
-        raise ValueError(f'{where}: "{name}" is empty; take the row out or fill it in')
-    if any("\ud800" <= c <= "\udfff" for c in value):
-        raise ValueError(f'{where}: "{name}" holds half of a surrogate pair, which is no character; mend the row')
+    check(isinstance(value, str), where, f'"{name}" must be a string', value)
+    check(value.strip() or (may_be_empty and not value), where, f'"{name}" is empty; take the row out or fill it in')
+    check(not re.search(r"[\ud800-\udfff]", value), where, f'"{name}" holds a lone surrogate, which is no character')
     return value
-
-
-def read_lines(group: tuple[str, ...], direction: tuple[str, str] | None) -> list[tuple[str, dict]]:
-    """A TSV file or two line files as rows; languages by ending (x.de-en.tsv, x.de x.en), else by `direction`."""
-    columns = [[line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")] for file in group]
-    langs = [Path(file).suffix[1:] for file in group] if len(group) == 2 else Path(group[0]).stem.split(".")[-1].split("-")
-    if len(langs) != 2 or any(lang not in LANGUAGES for lang in langs):
-        if direction is None:
-            raise ValueError(f"{group[0]}: languages unknown; give --direction, such as de-en")
-        langs = direction
-    if len(group) == 2 and len(columns[0]) != len(columns[1]):
-        raise ValueError(
-            f"{group[0]}:{min(map(len, columns)) + 1}: {len(columns[0])} lines, but {group[1]} has {len(columns[1])}; "
-            "line N of one must translate line N of the other"
-        )
-    rows = []
-    for n, cells in enumerate(zip(*columns) if len(group) == 2 else (line.split("\t") for line in columns[0]), 1):
-        if len(cells) != 2:
-            raise ValueError(f"{group[0]}:{n}: wanted source, tab, reference; found {len(cells) - 1} tabs")
-        row = dict(source=cells[0], reference=cells[1], source_lang=langs[0], target_lang=langs[1])
-        rows.append((f"{group[0]}:{n}", row))
-    return rows
 
 
 def read_pair(row: dict, direction: tuple[str, str] | None, default: tuple[str, str] | None) -> None:
     """Brings a two-way row (ALMA's `translation`), or one with source and reference, into `direction`."""
     where, own = row["where"], None
     if "translation" in row:
-        pair = row.pop("translation")
-        if not isinstance(pair, dict):
-            raise ValueError(f'{where}: "translation" must be {{"de": ..., "en": ...}}, found {json.dumps(pair)[:40]}')
+        texts = row.pop("translation")
+        check(isinstance(texts, dict), where, '"translation" must be {"de": "...", "en": "..."}', texts)
+        check(direction, where, "a two-way row; say which way by --direction, such as de-en")
+        names = {language: language for language in texts}
     else:
-        own = row.get("source_lang"), row.get("target_lang")
-        if own == (None, None) and direction is None:
-            raise ValueError(f'{where}: no "source_lang", "target_lang"; add them or give --direction, such as de-en')
-        own = default if own == (None, None) else tuple(text_field(row, f"{s}_lang", where) for s in ("source", "target"))
-        pair = {lang: text_field(row, name, where) for lang, name in zip(own, ("source", "reference"))}
-    wanted = direction or own
-    if wanted is None:
-        raise ValueError(f"{where}: a two-way row; say which way by --direction, such as de-en")
-    if not set(wanted) <= set(pair) or ("reference_ids" in row and wanted != own):
-        raise ValueError(f"{where}: has {', '.join(pair)}, but --direction is {'-'.join(wanted)}")
-    row |= {"source": text_field(pair, wanted[0], where), "reference": text_field(pair, wanted[1], where)}
-    row |= {"source_lang": wanted[0], "target_lang": wanted[1]}
+        texts, own = row, default
+        if {row.get("source_lang"), row.get("target_lang")} != {None}:
+            own = text_field(row, "source_lang", where), text_field(row, "target_lang", where)
+        wanted = 'wanted two languages, as "source_lang" and "target_lang" or by --direction de-en'
+        check(own and own[0] != own[1], where, wanted)
+        names = dict(zip(own, ("source", "reference")))
+    languages = direction or own
+    fits = set(languages) <= set(names) and ("reference_ids" not in row or languages == own)
+    check(fits, where, f"has {', '.join(names)}, but --direction is {'-'.join(languages)}")
+    source, reference = (text_field(texts, names[language], where) for language in languages)
+    row |= dict(source=source, reference=reference, source_lang=languages[0], target_lang=languages[1])
 
 
 def read_conversation(row: dict, prompts: bool) -> None:
-    """Sets `messages`, the conversation before the answer, and `reference`, the answer (None where only prompts are wanted)."""
-    where, messages = row["where"], row.get("messages")
-    if messages is not None:
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise ValueError(f'{where}: "messages" must be a list of {{"role", "content"}}')
+    """Sets `messages`, the conversation before the answer, and `reference`, the answer (None where there is none)."""
+    where, said = row["where"], row.get("messages")
+    if said is not None:
+        ok = isinstance(said, list) and said and all(isinstance(m, dict) for m in said)
+        check(ok, where, '"messages" must be a list of {"role", "content"}')
+        turns = [(m.get("role"), m, "content") for m in said]
     elif "turns" in row:  # FastChat's questions: the first turn
-        turns = row["turns"] if isinstance(row["turns"], list) else []
-        messages = [{"role": "user", "content": text_field({"turns": (turns or [None])[0]}, "turns", where)}]
+        first = row["turns"][0] if isinstance(row["turns"], list) and row["turns"] else None
+        turns = [("user", {"turns": first}, "turns")]
         row["id"] = row.get("id", row.get("question_id"))
-    elif "prompt" in row:
-        messages = [{"role": "user", "content": row["prompt"]}]
-        if not prompts or "response" in row:
-            messages.append({"role": "assistant", "content": row.get("response")})
     else:
-        raise ValueError(f'{where}: has {", ".join(row)}; wanted "translation", "source", "messages" or "prompt"')
-    roles = [m.get("role") for m in messages if m is not messages[0] or m.get("role") != "system"]
-    if not roles or roles != alternating(len(roles)):
-        raise ValueError(f"{where}: roles must be user and assistant in turn, found {', '.join(map(str, roles))}")
-    for m in messages:
-        name = {"user": "prompt", "assistant": "response"}.get(m["role"], "system") if "prompt" in row else "content"
-        if "reference_ids" not in row or m is not messages[-1] or m.get("content") != "":  # a model may have said nothing
-            text_field({name: m.get("content")}, name, where)
-    if len(roles) % 2 and not prompts:
-        raise ValueError(f"{where}: has no answer to learn; the last message must be the assistant's")
-    answered = len(roles) % 2 == 0
-    row |= {"messages": messages[:-1] if answered else messages, "reference": messages[-1]["content"] if answered else None}
-
-
-def check_ids(row: dict) -> None:
-    for name in ("reference_ids", "rationale_ids"):
-        ids = row.get(name)
-        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-            raise ValueError(f'{row["where"]}: "{name}" must be a list of token ids')
-    if not isinstance(row.get("rationale", ""), str) or row.get("finish") not in ("eos", "length"):
-        raise ValueError(f'{row["where"]}: a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
+        check(
+            "prompt" in row, where, 'wanted "translation", "source", "messages" or "prompt"', sorted({*row} - {"where"})
+        )
+        turns = [("user", row, "prompt")]
+        turns += [("assistant", row, "response")] if "response" in row or not prompts else []
+    roles = [role for role, _, _ in turns]
+    answers = roles[1:] if roles[0] == "system" else roles
+    in_turn = answers and all(role == TURNS[i % 2] for i, role in enumerate(answers))
+    check(in_turn, where, "roles must be user and assistant in turn", roles)
+    messages = []
+    for role, holder, name in turns:
+        mute = "reference_ids" in row and len(messages) == len(turns) - 1  # a model may have said nothing
+        messages.append({"role": role, "content": text_field(holder, name, where, may_be_empty=mute)})
+    answered = roles[-1] == "assistant"
+    check(answered or prompts, where, "has no answer to learn; the last message must be the assistant's")
+    row["reference"] = messages.pop()["content"] if answered else None
+    row["messages"] = messages
 
 
 def meta_path(ledger: str | Path) -> Path:
+    """Where the settings of a ledger stand: beside it, as NAME.meta.json."""
     return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
 
 
 def read_meta(ledger: str | Path) -> dict:
-    path = meta_path(ledger)
-    return read_json(path)[0][1] if path.exists() else {}
-
-
-def fill(template: str, row: dict) -> str:
-    """The instruction of a pair. One pass: braces in the source are never read as a name."""
-    values = {"source": row["source"]} | {k: LANGUAGES.get(row[k], row[k]) for k in ("source_lang", "target_lang")}
-    return re.sub(r"\{(source|source_lang|target_lang)\}", lambda m: values[m[1]], template)
+    """The settings that a ledger was written with; {} for other files."""
+    return read_object(meta_path(ledger))
 
 
 def read_template(value: str | None) -> str | None:
@@ -419,10 +406,9 @@ def read_template(value: str | None) -> str | None:
         return None
     file = len(value) < 256 and "{source}" not in value and Path(value).is_file()
     text = read_text(value).removesuffix("\n") if file else unescape(value)
-    names = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
-    if names or "{source}" not in text:
-        wrong = f"does not know {{{min(names)}}}" if names else "has no {source}"
-        raise ValueError(f"--template {value}: {wrong}; use {{source}}, {{source_lang}}, {{target_lang}}")
+    for name in re.findall(r"\{([\w ]+)\}", text):
+        check(name in FIELDS, f"--template {value}", f"does not know {{{name}}}, only {{{'}, {'.join(FIELDS)}}}")
+    check("{source}" in text, f"--template {value}", "has no {source}")
     return text
 
 
@@ -463,29 +449,33 @@ class Encoder:
 
     def messages(self, row: dict) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
+        if "messages" in row:
+            return row["messages"]
         template = self.template or row.get("meta", {}).get("template") or TEMPLATE
-        return row.get("messages") or [{"role": "user", "content": fill(template, row)}]
+        values = {name: LANGUAGES.get(row[name], row[name]) for name in FIELDS} | {"source": row["source"]}
+        # in one pass: braces in the source are never read as a name
+        return [{"role": "user", "content": re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)}]
 
     def prompt(self, row: dict) -> list[int]:
-        meta = row.get("meta", {})
-        mine = dict(template=self.template, system=self.system, chat=self.tokenizer.chat_name)
-        same = meta.get("tokenizer_hash") == self.tokenizer.hash
-        for name in ("template", "system", *["chat"] * same) if meta else ():
-            if mine[name] not in (None, meta.get(name)):
-                other = f"--chat {meta.get('chat')}; give it here too" if name == "chat" else f"another --{name}; leave it out"
-                raise ValueError(f"{row['where']}: the ledger was written with {other}")
+        """Ids up to where the answer begins. ValueError if the row's ledger was written with another prompt."""
+        meta, mine = row.get("meta", {}), {"template": self.template, "system": self.system}
+        if meta.get("tokenizer_hash") == self.tokenizer.hash:
+            mine["chat"] = self.tokenizer.chat_name
+        for name, value in mine.items():
+            ok = not meta or value in (None, meta.get(name))
+            check(ok, row["where"], f"--{name} must be as the ledger was written", meta.get(name))
         try:
             return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
         except ValueError as e:
             raise ValueError(f"{row['where']}: {e}") from None
 
     def segments(self, row: dict) -> tuple[list[int], list[int]]:
-        """Ids of reference and rationale: the ledger's own, unless its tokenizer or, after an edit, its text is another."""
+        """Ids of reference and rationale: the ledger's, unless its tokenizer or, after an edit, its text is another."""
         t, text, more = self.tokenizer, row["reference"], row.get("rationale") or ""
         reference, rationale = row.get("reference_ids", []), row.get("rationale_ids", [])
         ours = row.get("meta", {}).get("tokenizer_hash") == t.hash
-        if ours and max([*reference, *rationale], default=0) >= t.vocab_size:
-            raise ValueError(f"{row['where']}: token id outside the vocabulary of {t.vocab_size}; write the ledger anew")
+        known = not ours or max([*reference, *rationale], default=0) < t.vocab_size
+        check(known, row["where"], f"token id outside the vocabulary of {t.vocab_size}; write the ledger anew")
         if not ours or (t.decode(reference) != text and reference != t.answer(text)):
             reference, ours = t.answer(text), False
         if not ours or t.decode_after(reference, rationale) != more:
@@ -495,25 +485,22 @@ class Encoder:
     def example(self, row: dict) -> Example:
         """Status other than `ok` and rows outside the coverage train on reference + EOS; a cut text gets no EOS."""
         (reference, rationale), note = self.segments(row), ""
-        cut = row.get("finish") == "length"  # of what was sampled: the rationale if there is one, else the reference
+        # in [0, 1) and from the id alone, so that a larger coverage contains a smaller one
+        share = int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:7]) / 2**56
         if row.get("status", "ok") != "ok":
             note = row["status"]
-        elif rationale and draw(row["id"]) >= self.coverage:
+        elif rationale and share >= self.coverage:
             note = "outside coverage"
-        end = [] if cut and not note else [self.tokenizer.end_id]
+        # cut is what was sampled: the rationale if there is one, else the reference
+        end = [] if row.get("finish") == "length" and not note else [self.tokenizer.end_id]
         if rationale and not note:
             return Example(row["id"], self.prompt(row), reference, rationale + end)
         return Example(row["id"], self.prompt(row), reference + end, [], note)
 
 
-def draw(id: int | str) -> float:
-    """A number in [0, 1) that hangs on the id alone, so that a larger coverage contains a smaller one."""
-    return int.from_bytes(hashlib.sha256(str(id).encode()).digest()[:7]) / 2**56
-
-
 def collate(examples: list[Example], device="cpu") -> tuple[torch.Tensor, ...]:
-    """-> tokens [B, T], padded on the right with 0; and for the N supervised tokens: select [N], the places in B * T whose
-    logits predict them; targets [N]; is_rationale [N], bool. Pads are known by length, never by their id."""
+    """-> tokens [B, T], padded on the right with 0; and for the N supervised tokens: select [N], the places in B * T
+    whose logits predict them; targets [N]; is_rationale [N], bool. Pads are known by length, never by their id."""
     T = max([2, *map(len, examples)]) - 1  # the last token is predicted, never read
     tokens, select, targets, segment = torch.zeros(max(len(examples), 1), T, dtype=torch.long), [], [], []
     for b, e in enumerate(examples):
@@ -550,8 +537,9 @@ def default_dtype() -> str:
 
 
 def common_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--direction", nargs="+", default=[], metavar="de-en", help="languages; several mix the directions")
-    parser.add_argument("--chat", default="auto", choices=("auto", *CHATS), help="chat format (default: the model's own)")
+    """The options of every script that reads pairs."""
+    parser.add_argument("--direction", nargs="+", default=[], metavar="de-en", help="languages; several mix directions")
+    parser.add_argument("--chat", default="auto", choices=("auto", *CHATS), help="chat format (default: the model's)")
     parser.add_argument("--system", help="system prompt (default: the model's own)")
     parser.add_argument("--template", help="instruction, text or file, with {source} {source_lang} {target_lang}")
 
@@ -562,18 +550,18 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
     rank = int(os.environ.get("RANK", 0))
     try:
         main(parser.parse_args())
-    except (ValueError, OSError, FloatingPointError) as e:
-        if isinstance(e, BrokenPipeError):
-            os._exit(141)
-        if rank == 0 or not isinstance(e, ValueError):  # a mistake in the data is the same on every rank
-            print("error: " + (f"rank {rank}: " if rank else "") + " ".join(str(e).split("\n")), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os._exit(141)
+    except (ValueError, OSError, FloatingPointError) as e:
+        if rank == 0 or not isinstance(e, ValueError):  # a mistake in the data is the same on every rank
+            print("error: " + (f"rank {rank}: " if rank else "") + str(e).replace("\n", " "), file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as e:
         if "gloo" not in str(e) and "NCCL" not in str(e):
             raise
-        print(f"error: rank {rank}: lost the connection to another rank, which has ended; its own message says why", file=sys.stderr)
+        print(f"error: rank {rank}: lost another rank, which has ended; its own message says why", file=sys.stderr)
         sys.exit(2)
 
 
@@ -581,13 +569,13 @@ def main(args: argparse.Namespace) -> None:
     tokenizer, rows = Tokenizer(args.model, args.chat), read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
-    if args.show >= len(examples):
-        raise ValueError(f"--show {args.show}: the data has rows 0 to {len(examples) - 1}")
+    check(args.show < len(examples), f"--show {args.show}", f"the data has rows 0 to {len(examples) - 1}")
     long = sum(len(e) > args.max_length for e in examples)
     print(f"{len(examples)} rows, {long} longer than {args.max_length} tokens (left out); chat {tokenizer.chat_name}")
     for name in ("prompt", "reference", "rationale"):
         lengths = sorted(len(getattr(e, name)) for e in examples)
-        print(f"{name:>10} {sum(lengths):>10,} tokens  median {lengths[len(lengths) // 2]:>5}  longest {lengths[-1]:>5}")
+        median = lengths[len(lengths) // 2]
+        print(f"{name:>10} {sum(lengths):>10,} tokens  median {median:>5}  longest {lengths[-1]:>5}")
     notes = [e.note for e in examples if e.note]
     print(f"{len(notes)} rationales left out", *(f"({notes.count(n)} {n})" for n in sorted(set(notes))))
     e, colour = examples[args.show], sys.stdout.isatty() or args.colour
