@@ -555,14 +555,16 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
     except BrokenPipeError:
         os._exit(141)
     except (ValueError, OSError, FloatingPointError) as e:
-        if rank == 0 or not isinstance(e, ValueError):  # a mistake in the data is the same on every rank
-            print("error: " + (f"rank {rank}: " if rank else "") + str(e).replace("\n", " "), file=sys.stderr)
-        sys.exit(2)
+        common = isinstance(e, ValueError)  # a mistake in the data is the same on every rank
+        message = (f"rank {rank}: " if rank else "") + str(e).replace("\n", " ") if not (rank and common) else ""
     except RuntimeError as e:
         if "gloo" not in str(e) and "NCCL" not in str(e):
             raise
-        print(f"error: rank {rank}: lost another rank, which has ended; its own message says why", file=sys.stderr)
-        sys.exit(2)
+        message = f"rank {rank}: lost another rank, which has ended; its own message says why"
+    else:
+        return
+    sys.stderr.write(f"error: {message}\n" if message else "")  # at once, or lines of several ranks would mix
+    sys.exit(2)
 
 
 def main(args: argparse.Namespace) -> None:
