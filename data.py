@@ -29,9 +29,11 @@ from sentencepiece import SentencePieceProcessor
 TEMPLATE = "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
 FIELDS = ("source", "source_lang", "target_lang")  # what a template may name
 NAMES = (
-    "ar Arabic cs Czech de German en English es Spanish et Estonian fi Finnish fr French hi Hindi is Icelandic "
-    "it Italian ja Japanese ko Korean lt Lithuanian lv Latvian nl Dutch pl Polish pt Portuguese ro Romanian ru Russian "
-    "tr Turkish uk Ukrainian zh Chinese"
+    "ar Arabic bg Bulgarian ca Catalan cs Czech da Danish de German el Greek en English es Spanish et Estonian fa "
+    "Persian fi Finnish fr French gu Gujarati ha Hausa he Hebrew hi Hindi hr Croatian hu Hungarian id Indonesian is "
+    "Icelandic it Italian ja Japanese kk Kazakh km Khmer ko Korean lt Lithuanian lv Latvian ms Malay nl Dutch no "
+    "Norwegian pl Polish ps Pashto pt Portuguese ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv "
+    "Swedish sw Swahili ta Tamil th Thai tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese"
 ).split()
 LANGUAGES = dict(zip(NAMES[::2], NAMES[1::2]))
 TURNS = ("user", "assistant")
@@ -126,7 +128,7 @@ class Tokenizer:
 
     def first_line_ends(self, ids: list[int]) -> bool:
         """Whether the last of `ids` ends the first line that is not empty."""
-        newline = "\n" in self.sp.decode([ids[-1]]) or self.sp.id_to_piece(ids[-1]) == "<0x0A>"
+        newline = "\n" in self.decode(ids[-1:]) or ids[-1] == self.sp.piece_to_id("<0x0A>")
         return newline and "\n" in self.decode(ids).lstrip()
 
     def answer(self, text: str) -> list[int]:
@@ -299,7 +301,7 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
         meta, lines = read_meta(group[0]), len(group) == 2 or Path(group[0]).suffix == ".tsv"
         found = read_lines(group) if lines else read_json(group[0])
         for direction, (where, row) in itertools.product(directions, found):
-            row = dict(row, where=where)
+            row = {name: value for name, value in row.items() if name != "meta"} | {"where": where}
             if "reference_ids" in row:
                 check_ledger(row)
                 row["meta"] = meta
@@ -309,7 +311,10 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
                 read_conversation(row, prompts)
             else:
                 continue  # a conversation has no direction
-            row["id"] = len(rows) if row.get("id") is None else row["id"]
+            own = (
+                row.get("id") if direction is directions[0] else row.get("id") and f"{row['id']} {'-'.join(direction)}"
+            )
+            row["id"] = len(rows) if own is None else own
             check(type(row["id"]) in (int, str), where, '"id" must be a number or a string', row["id"])
             rows.append(row)
     return rows
@@ -332,7 +337,7 @@ def check_ledger(row: dict) -> None:
 def text_field(row: dict, name: str, where: str, may_be_empty: bool = False) -> str:
     value = row.get(name)
     check(isinstance(value, str), where, f'"{name}" must be a string', value)
-    check(value.strip() or (may_be_empty and not value), where, f'"{name}" is empty; take the row out or fill it in')
+    check(value.strip() or may_be_empty, where, f'"{name}" is empty; take the row out or fill it in')
     check(not re.search(r"[\ud800-\udfff]", value), where, f'"{name}" holds a lone surrogate, which is no character')
     return value
 
@@ -354,8 +359,12 @@ def read_pair(row: dict, direction: tuple[str, str] | None, default: tuple[str, 
         names = dict(zip(own, ("source", "reference")))
     languages = direction or own
     fits = set(languages) <= set(names) and ("reference_ids" not in row or languages == own)
-    check(fits, where, f"has {', '.join(names)}, but --direction is {'-'.join(languages)}")
-    source, reference = (text_field(texts, names[language], where) for language in languages)
+    way = ", and a ledger goes one way" if "reference_ids" in row else ""
+    check(fits, where, f"has {', '.join(names)}{way}, but --direction is {'-'.join(languages)}")
+    for language in languages:
+        check(language in LANGUAGES, where, f"unknown language; known are {', '.join(LANGUAGES)}", language)
+    source = text_field(texts, names[languages[0]], where)
+    reference = text_field(texts, names[languages[1]], where, may_be_empty="reference_ids" in row)
     row |= dict(source=source, reference=reference, source_lang=languages[0], target_lang=languages[1])
 
 
@@ -375,7 +384,8 @@ def read_conversation(row: dict, prompts: bool) -> None:
             "prompt" in row, where, 'wanted "translation", "source", "messages" or "prompt"', sorted({*row} - {"where"})
         )
         turns = [("user", row, "prompt")]
-        turns += [("assistant", row, "response")] if "response" in row or not prompts else []
+        check("response" in row or prompts, where, 'has no "response"; prompts alone go with generate.py --task answer')
+        turns += [("assistant", row, "response")] if "response" in row else []
     roles = [role for role, _, _ in turns]
     answers = roles[1:] if roles[0] == "system" else roles
     in_turn = answers and all(role == TURNS[i % 2] for i, role in enumerate(answers))
@@ -388,6 +398,12 @@ def read_conversation(row: dict, prompts: bool) -> None:
     check(answered or prompts, where, "has no answer to learn; the last message must be the assistant's")
     row["reference"] = messages.pop()["content"] if answered else None
     row["messages"] = messages
+
+
+def without_meta(rows: list[dict]) -> str:
+    """What to tell of ledger rows whose settings are lost: their ids can't be trusted, so their text is tokenised."""
+    lost = sum("reference_ids" in row and not row["meta"] for row in rows)
+    return f", {lost} ledger rows tokenised anew (no meta.json beside them)" if lost else ""
 
 
 def meta_path(ledger: str | Path) -> Path:
@@ -458,12 +474,15 @@ class Encoder:
 
     def prompt(self, row: dict) -> list[int]:
         """Ids up to where the answer begins. ValueError if the row's ledger was written with another prompt."""
-        meta, mine = row.get("meta", {}), {"template": self.template, "system": self.system}
+        meta, mine = row.get("meta", {}), {"system": self.system}
+        if "messages" not in row:
+            mine["template"] = self.template
         if meta.get("tokenizer_hash") == self.tokenizer.hash:
             mine["chat"] = self.tokenizer.chat_name
         for name, value in mine.items():
             ok = not meta or value in (None, meta.get(name))
-            check(ok, row["where"], f"--{name} must be as the ledger was written", meta.get(name))
+            written = f"the ledger was written with {json.dumps(meta.get(name))}"
+            check(ok, row["where"], f"--{name} is {json.dumps(value)}, {written}")
         try:
             return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
         except ValueError as e:
@@ -487,12 +506,13 @@ class Encoder:
         (reference, rationale), note = self.segments(row), ""
         # in [0, 1) and from the id alone, so that a larger coverage contains a smaller one
         share = int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:7]) / 2**56
-        if row.get("status", "ok") != "ok":
+        ledger = "rationale" in row  # elsewhere status and finish are somebody's own fields
+        if ledger and row.get("status", "ok") != "ok":
             note = row["status"]
         elif rationale and share >= self.coverage:
             note = "outside coverage"
         # cut is what was sampled: the rationale if there is one, else the reference
-        end = [] if row.get("finish") == "length" and not note else [self.tokenizer.end_id]
+        end = [] if ledger and row.get("finish") == "length" and not note else [self.tokenizer.end_id]
         if rationale and not note:
             return Example(row["id"], self.prompt(row), reference, rationale + end)
         return Example(row["id"], self.prompt(row), reference + end, [], note)
@@ -524,7 +544,7 @@ def number(low: float, high: float = math.inf, kind: type = float):
 
     def parse(text: str):
         value = kind(text)
-        if not low <= value <= high:
+        if not low <= value <= high or not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is out of range, wanted {low:g} to {high:g}")
         return value
 
@@ -573,7 +593,8 @@ def main(args: argparse.Namespace) -> None:
     examples = [encoder.example(row) for row in rows]
     check(args.show < len(examples), f"--show {args.show}", f"the data has rows 0 to {len(examples) - 1}")
     long = sum(len(e) > args.max_length for e in examples)
-    print(f"{len(examples)} rows, {long} longer than {args.max_length} tokens (left out); chat {tokenizer.chat_name}")
+    left_out = f"{long} longer than {args.max_length} tokens (left out){without_meta(rows)}"
+    print(f"{len(examples)} rows, {left_out}; chat {tokenizer.chat_name}")
     for name in ("prompt", "reference", "rationale"):
         lengths = sorted(len(getattr(e, name)) for e in examples)
         median = lengths[len(lengths) // 2]

@@ -9,6 +9,7 @@ can count again. A run that was interrupted goes on from the items that are fini
 """
 
 import argparse
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -24,8 +25,8 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer
-from generate import complete, model_hash, sample
-from model import Transformer, start_processes
+from generate import check_length, complete, model_hash, sample
+from model import ModelConfig, Transformer, start_processes
 
 RESAMPLES = 1000
 RUN_ON = 32  # the first sentences are generated past their first line, to see what stopping there saves
@@ -62,7 +63,8 @@ def translate(model, encoder: Encoder, rows: list[dict], args: argparse.Namespac
     for part in ([r for r in rows if r["place"] < RUN_ON], [r for r in rows if r["place"] >= RUN_ON]):
         stop = tokenizer.first_line_ends if part and part[0]["place"] >= RUN_ON else None
         prompts, eos = [encoder.prompt(row) for row in part], tokenizer.eos_ids
-        outputs = sample(model, prompts, args.max_new_tokens, eos_ids=eos, batch_size=args.batch_size, stop=stop)
+        limits = dict(eos_ids=eos, stop=stop, limit=tokenizer.vocab_size)
+        outputs = sample(model, prompts, args.max_new_tokens, batch_size=args.batch_size, **limits)
         for i, ids, _, finish in progress(outputs, total=len(part), unit="sentence"):
             row, text = part[i], tokenizer.decode(ids)
             end = next((n for n in range(1, len(ids) + 1) if tokenizer.first_line_ends(ids[:n])), None)
@@ -91,7 +93,7 @@ def translation_measures(items: list[dict], target: str) -> tuple[dict, dict]:
         measures[name] = bootstrap(stats, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)  # noqa: B023
         measures[name]["value"] = value
         signatures[name] = str(metric.get_signature())
-    measures["cut"] = mean([i["cut"] for i in items])  # share of outputs that went on after their first line
+    measures["cut"] = mean([i["cut"] for i in items])  # share of outputs with a line break after the first line
     measures["empty"] = mean([not i["hypothesis"] for i in items])
     measures["tokens_after_cut"] = mean([i["tokens_after_cut"] for i in items if i["tokens_after_cut"] is not None])
     return measures, signatures
@@ -123,42 +125,45 @@ def answers(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace)
     names = ("max_new_tokens", "temperature", "top_p", "seed")
     settings = {name: meta[name] for name in names} if rows else {"max_new_tokens": 1}
     eos = encoder.tokenizer.eos_ids
-    outputs = sample(model, prompts, eos_ids=eos, batch_size=args.batch_size, keys=keys, **settings)
+    settings |= dict(keys=keys, eos_ids=eos, limit=encoder.tokenizer.vocab_size)
+    outputs = sample(model, prompts, batch_size=args.batch_size, **settings)
     for i, ids, _, finish in progress(outputs, total=len(rows), unit="answer"):
         answer = encoder.tokenizer.decode(ids)
         yield dict(id=keys[i], prompt=asked(encoder, rows[i]), answer=answer, tokens=len(ids), finish=finish)
 
 
-def drift_measures(items: list[dict], own: list[dict], meta: dict) -> dict:
+def drift_measures(items: list[dict], own: list[dict], meta: dict, tokenizer: Tokenizer) -> dict:
     """NLL a token; forward KL(base || this) a token, estimated on the base model's samples; mean length of own answers.
 
-    The estimate of KL, the mean of log P_base - log P_this, is unbiased where the ledger was sampled from the base
-    model's distribution as it is (temperature 1, top-p 1); otherwise it is left out.
+    KL is estimated as the mean of log P_base - log P_this over the sampled tokens, EOS not included; only where the
+    ledger was sampled from the base model's distribution as it is (temperature 1, top-p 1), in the same tokens.
     """
     measures = {"drift_nll": mean([i["nll"] for i in items], [i["tokens"] for i in items])}
-    if meta.get("temperature") == 1 and meta.get("top_p") == 1:
+    if meta.get("temperature") == 1 and meta.get("top_p") == 1 and meta["tokenizer_hash"] == tokenizer.hash:
         gaps = [i["base_logprob"] - i["logprob"] for i in items]
         measures["drift_kl"] = mean(gaps, [i["sampled"] for i in items])
     return measures | {"drift_length": mean([i["tokens"] for i in own])}
 
 
-def read_tests(args: argparse.Namespace) -> tuple[dict, dict]:
-    """-> translation rows and drift rows by stem, the file's name without ending."""
-    directions = args.direction * len(args.translation) if len(args.direction) == 1 else args.direction
-    if directions and args.translation and len(directions) != len(args.translation):
+def read_tests(args: argparse.Namespace) -> tuple[dict, dict, dict]:
+    """-> translation rows, drift rows, and the hash of the data, each by stem: the file's name without ending."""
+    groups = data.group_files(args.translation)
+    directions = args.direction * len(groups) if len(args.direction) == 1 else args.direction
+    if directions and groups and len(directions) != len(groups):
         raise ValueError("give --direction once, or once for each --translation file")
-    tests, drifts = {}, {}
-    for i, file in enumerate(args.translation):
-        tests[Path(file).stem] = data.read_rows([file], directions[i : i + 1])[: args.limit]
-        if any("source" not in row for row in tests[Path(file).stem]):
-            raise ValueError(f"{file}: --translation needs pairs with a source and a reference")
-    for file in args.drift:
-        drifts[Path(file).stem] = data.read_rows([file])[: args.limit]
-        if any(row.get("meta", {}).get("task") != "answer" for row in drifts[Path(file).stem]):
-            raise ValueError(f"{file}: not the base model's answers; write them with generate.py --task answer")
-    if len(tests | drifts) < len(args.translation) + len(args.drift):
-        raise ValueError("two files have the same name without ending, and results are named by it; rename one")
-    return tests, drifts
+    tests, drifts, hashes = {}, {}, {}
+    for group in [*groups, *((file,) for file in args.drift)]:
+        stem, drift = Path(group[0]).stem, group[0] in args.drift
+        if stem in hashes:
+            raise ValueError(f"{group[0]}: same name without ending as another file, and results go by it; rename one")
+        rows = data.read_rows(group, [] if drift else directions[len(tests) : len(tests) + 1])[: args.limit]
+        (drifts if drift else tests)[stem] = [row | {"place": i} for i, row in enumerate(rows)]
+        hashes[stem] = hashlib.sha256(b"".join(Path(file).read_bytes() for file in group)).hexdigest()[:16]
+        if drift and any(row.get("meta", {}).get("task") != "answer" for row in rows):
+            raise ValueError(f"{group[0]}: not the base model's answers; write them with generate.py --task answer")
+        if not drift and any("source" not in row for row in rows):
+            raise ValueError(f"{group[0]}: --translation needs pairs with a source and a reference")
+    return tests, drifts, hashes
 
 
 def main(args: argparse.Namespace) -> None:
@@ -168,42 +173,47 @@ def main(args: argparse.Namespace) -> None:
     if not args.model or not args.out or not args.translation + args.drift:
         raise ValueError("give --model, --out and what to measure (--translation, --drift), or --compare")
     rank, _, device = start_processes()
-    encoder = Encoder(Tokenizer(args.model, args.chat), data.read_template(args.template), args.system)
-    tests, drifts = read_tests(args)
-    # 2. the settings that results depend on, and the model
-    settings = dict(
-        model=str(args.model),
-        model_hash=model_hash(args.model),
-        chat=encoder.tokenizer.chat_name,
-        system=args.system,
-        template=encoder.template or data.TEMPLATE,
-        max_new_tokens=args.max_new_tokens,
-        dtype=args.dtype,
-        versions={"torch": torch.__version__, "sacrebleu": sacrebleu.__version__},
-    )
-    files = {Path(f).stem: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in args.translation + args.drift}
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+    tokenizer, config = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
+    as_written = Encoder(tokenizer)  # a ledger brings the settings of its prompts
+    tests, drifts, hashes = read_tests(args)
+    for row in sum(tests.values(), []):
+        check_length(row, len(encoder.prompt(row)), args.max_new_tokens, config)
+    for row in sum(drifts.values(), []):
+        check_length(row, len(as_written.prompt(row)), row["meta"]["max_new_tokens"], config)
+    # 2. the settings that results depend on, and the model, read once it is needed
+    settings = dict(model=str(args.model), model_hash=model_hash(args.model), chat=tokenizer.chat_name)
+    settings |= dict(system=args.system, template=encoder.template or data.TEMPLATE, dtype=args.dtype)
+    settings |= dict(max_new_tokens=args.max_new_tokens)
+    settings |= dict(versions={"torch": torch.__version__, "sacrebleu": sacrebleu.__version__})
+    file = Path(args.out) / "results.json"
+    old = data.read_object(file) or {"settings": settings | {"limit": args.limit}, "measures": {}}
+    for name, value in (settings | {"limit": args.limit}).items():
+        if name not in ("model", "versions") and old["settings"].get(name) != value:
+            raise ValueError(f"{file}: {name} was {old['settings'].get(name)}, now {value}; choose another --out")
+    load = functools.cache(lambda: Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device))
 
-    def items(name: str, stem: str, rows: list[dict], produce) -> list[dict]:
+    def items(name: str, stem: str, rows: list[dict], produce, encoder: Encoder) -> list[dict]:
         path = Path(args.out) / "items" / name / f"{stem}.jsonl"
-        complete(path, settings | {"file": files[stem]}, rows, lambda todo: produce(model, encoder, todo, args))
+        complete(path, settings | {"file": hashes[stem]}, rows, lambda todo: produce(load(), encoder, todo, args))
         by_id = {item["id"]: item for _, item in data.read_json(path)}
         return [by_id[row["id"]] for row in rows]
 
     # 3. the measures
-    measures, signatures = {}, {}
+    measures, signatures = old["measures"], old["settings"].get("signatures", {})
     for stem, rows in tests.items():
-        rows = [row | {"place": i} for i, row in enumerate(rows)]
-        found, signed = translation_measures(items("bleu", stem, rows, translate), rows[0]["target_lang"])
+        found, signed = translation_measures(items("bleu", stem, rows, translate, encoder), rows[0]["target_lang"])
         measures |= {f"{name}/{stem}": m for name, m in found.items()}
         signatures |= {f"{name}/{stem}": s for name, s in signed.items()}
     for stem, rows in drifts.items():
-        scored, own = items("drift_nll", stem, rows, likelihoods), items("drift_length", stem, rows, answers)
-        measures |= {f"{name}/{stem}": m for name, m in drift_measures(scored, own, rows[0]["meta"]).items()}
-    # 4. the results
+        scored = items("drift_nll", stem, rows, likelihoods, as_written)
+        found = drift_measures(
+            scored, items("drift_length", stem, rows, answers, as_written), rows[0]["meta"], tokenizer
+        )
+        measures |= {f"{name}/{stem}": m for name, m in found.items()}
+    # 4. the results, beside those of an earlier run into the same folder
     if rank == 0:
-        file = Path(args.out) / "results.json"
-        settings |= {"files": files, "limit": args.limit, "signatures": signatures}
+        settings |= {"files": old["settings"].get("files", {}) | hashes, "limit": args.limit, "signatures": signatures}
         text = json.dumps({"settings": settings, "measures": measures}, indent=2, ensure_ascii=False)
         file.with_suffix(".tmp").write_text(text + "\n", "utf-8")
         file.with_suffix(".tmp").replace(file)
@@ -217,7 +227,8 @@ def compare(folders: list[str]) -> None:
         path = Path(folder) / "results.json"
         if not path.exists():
             raise ValueError(f"{path}: no results there; run evaluate.py --model ... --out {folder} first")
-        runs.append(json.loads(data.read_text(path)))
+        runs.append(data.read_object(path))
+        data.check({"settings", "measures"} <= set(runs[-1]), path, "not written by evaluate.py; choose another folder")
         for name in ("files", "limit", "max_new_tokens", "template", "system", "chat", "dtype", "signatures"):
             mine, first = (run["settings"].get(name) for run in (runs[-1], runs[0]))
             if mine != first:

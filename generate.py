@@ -46,17 +46,20 @@ class Row:
     logprobs: list[float]
 
 
-def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float, limit: int | None = None):
     """logits [N, V], uniform numbers u [N] in [0, 1) -> tokens [N], their log-probabilities [N] (temperature 1, uncut).
+
+    limit: only ids below it are chosen, where the tokenizer knows fewer than the padded vocabulary of the model.
 
     Inverse of the cumulative distribution, so that one number a token decides. top_p keeps the smallest set of most
     probable tokens whose mass reaches it (nucleus, Holtzman et al. 2020), and those tied with the last of them.
     """
     logprobs = logits.float().log_softmax(-1)
     if temperature == 0:
-        tokens = logits.argmax(-1, keepdim=True)
+        tokens = logits[:, :limit].argmax(-1, keepdim=True)
     else:
-        probs = ((logprobs - logprobs.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        allowed = logprobs[:, :limit]
+        probs = ((allowed - allowed.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if top_p < 1:  # sorting a whole vocabulary costs more than a small model: try its head first
             head = probs.topk(min(256, probs.shape[-1])).values
             if (head.sum(-1) < top_p).any():
@@ -79,11 +82,12 @@ def uniforms(seed: int, key: int | str, count: int) -> list[float]:
 def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 1.0, eos_ids: Iterable[int] = (), seed: int = 0, batch_size: int = 32,
            keys: list | None = None, scored: list[int] | None = None, stop: Callable[[list[int]], bool] | None = None,
-           ) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
+           limit: int | None = None) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
     """Yields (index of the prompt, new ids without EOS, log-probabilities, "eos" or "length") as rows end.
 
     keys: names of the rows for their random numbers (default: the index). scored: how many tokens at the end of each
-    prompt have their log-probability put before those of the new ids. stop(ids) ends a row as EOS would.
+    prompt have their log-probability put before those of the new ids. stop(ids) ends a row as EOS would. limit: no id
+    from there on is chosen.
     ValueError where a prompt is empty or does not leave `max_new_tokens` of the model's context.
     """
     config, weight, eos = model.config, next(model.parameters()), set(eos_ids)
@@ -116,7 +120,7 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             tokens, positions = torch.tensor([last, at], device=weight.device)[..., None]  # [B, 1] each
             logits = model(tokens, cache=cache.first(max(at) + 1), positions=positions)[active, 0]
         u = torch.tensor([slots[b].noise[len(slots[b].ids)] for b in active], dtype=torch.float64)
-        tokens, logprobs = choose(logits, u.to(weight.device), temperature, top_p)
+        tokens, logprobs = choose(logits, u.to(weight.device), temperature, top_p, limit)
         for b, token, logprob in zip(active, tokens.tolist(), logprobs.tolist()):
             row = slots[b]
             if not math.isfinite(logprob):
@@ -195,23 +199,37 @@ def check_settings(path: Path, meta: dict) -> None:
 
 
 def read_finished(files: list[Path], by_id: dict[int | str, dict]) -> dict[int | str, bytes]:
-    """Finished rows by id, as the bytes they are; a last line that a kill has torn is left out.
-
-    ValueError where a row has another source or reference than the data's row of its id.
-    """
+    """Finished rows by id, as the bytes they are; ValueError where a row answers another row than the data's."""
     finished = {}
     for file in files:
-        for line in file.read_bytes().split(b"\n")[:-1]:
+        for line in mend(file.read_bytes()).split(b"\n")[:-1]:
             try:
                 old = json.loads(line)
                 finished[old["id"]] = line
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}: not written by this script; choose another --out") from None
-            row, reference = by_id.get(old["id"], {}), old.get("original", old.get("reference"))
-            for name, was in [("source", old.get("source")), ("reference", reference)]:
-                if was is not None and row.get(name, was) != was:
+            row = by_id.get(old["id"], {})
+            asked = row["messages"][-1]["content"] if "messages" in row else None
+            reference = old.get("original", old.get("reference", old.get("response")))
+            pairs = [(name, old.get(name), row.get(name)) for name in ("source", "source_lang", "target_lang")]
+            for name, was, now in [
+                *pairs,
+                ("reference", reference, row.get("reference")),
+                ("prompt", old.get("prompt"), asked),
+            ]:
+                if None not in (was, now) and was != now:
                     raise ValueError(f"{row['where']}: another {name} than row {row['id']} of {file}; change --out")
     return finished
+
+
+def mend(content: bytes) -> bytes:
+    """A ledger's bytes without a last line that a kill has torn; one that is whole gets its line break."""
+    tail = content[content.rfind(b"\n") + 1 :]
+    try:
+        json.loads(tail)
+    except ValueError:
+        return content[: len(content) - len(tail)]
+    return content + b"\n"
 
 
 def parts(path: Path) -> list[Path]:
@@ -222,7 +240,10 @@ def parts(path: Path) -> list[Path]:
 def append(file: Path, order: list[int | str], ready: dict[int | str, bytes], produced: Iterator[dict]) -> None:
     """Appends the rows named in `order`, each as soon as it is there; rows that overtake others wait in `ready`."""
     with open(file, "ab") as f:
-        f.truncate(file.read_bytes().rfind(b"\n") + 1)  # a last line that a kill has torn goes
+        content = file.read_bytes()
+        whole = mend(content)
+        f.truncate(min(len(whole), len(content)))
+        f.write(whole[len(content) :])
         for id in order:
             while id not in ready:
                 row = next(produced)
@@ -311,6 +332,7 @@ def write_rows(args: argparse.Namespace, model: Transformer, tokenizer: Tokenize
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
     settings |= dict(keys=[row["id"] for row in rows], scored=[len(row["request"][2]) for row in rows])
     settings |= dict(stop=tokenizer.first_line_ends if args.task == "translation" else None, eos_ids=tokenizer.eos_ids)
+    settings |= dict(limit=tokenizer.vocab_size)
     start, count = time.time(), 0
     with tqdm(total=len(rows), unit="row", disable=dist.get_rank() > 0) as bar:
         for i, ids, logprobs, finish in sample(model, [sum(row["request"], []) for row in rows], **settings):
@@ -334,21 +356,29 @@ def main(args: argparse.Namespace) -> None:
         if args.task == "translation" and "source" not in row:
             raise ValueError(f"{row['where']}: --task translation needs pairs with a source; use --task answer")
         row["request"] = request(row, args.task, encoder, args.cue)
-        length, context = sum(map(len, row["request"])) + args.max_new_tokens, config.max_position_embeddings
-        if length > context:
-            fault = f"{length} tokens with --max-new-tokens do not fit the context of {context}"
-            raise ValueError(f"{row['where']}: {fault}; lower it, or take the row out")
+        check_length(row, sum(map(len, row["request"])), args.max_new_tokens, config)
     # 2. the settings that a row depends on, and the model
     names = ("task", "model", "system", "cue", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
     meta = {name: getattr(args, name) for name in names}
     meta |= dict(chat=tokenizer.chat_name, template=encoder.template or data.TEMPLATE)
     meta |= dict(model_hash=model_hash(args.model), tokenizer_hash=tokenizer.hash)
     meta |= dict(versions={"torch": torch.__version__, "sentencepiece": sentencepiece.__version__})
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+
+    def produce(todo: list[dict]) -> Iterator[dict]:  # the weights are read once it is sure that they are needed
+        model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+        return write_rows(args, model, tokenizer, todo)
+
     # 3. the rows
-    complete(Path(args.out), meta, rows, lambda todo: write_rows(args, model, tokenizer, todo))
+    complete(Path(args.out), meta, rows, produce)
     if rank == 0:
         print(f"{args.out}: {len(rows)} rows")
+
+
+def check_length(row: dict, prompt: int, new: int, config: ModelConfig) -> None:
+    """ValueError where a prompt of that many tokens, and the new ones, are more than the model's context."""
+    if prompt + new > config.max_position_embeddings:
+        fault = f"{prompt} tokens and {new} new ones do not fit the context of {config.max_position_embeddings}"
+        raise ValueError(f"{row['where']}: {fault}; lower --max-new-tokens, or take the row out")
 
 
 def model_hash(folder: str | Path) -> str:

@@ -55,14 +55,15 @@ def read_examples(files: list[str], args: Namespace, tokenizer: Tokenizer, confi
     # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system, coverage)
-    examples = [encoder.example(row) for row in data.read_rows(files, args.direction)]
+    rows = data.read_rows(files, args.direction)
+    examples = [encoder.example(row) for row in rows]
     length = min(args.max_length, config.max_position_embeddings)
     long = [str(e.id) for e in examples if len(e) > length]
     examples = [e for e in examples if len(e) <= length]
     text = f"{' '.join(files)}: {len(examples)} examples, {len(long)} longer than {length} tokens left out"
     text += f" (first {', '.join(long[:5])})" if long else ""
     notes = Counter(e.note if args.rationale_weight else "weight 0" for e in examples if e.note)
-    say(text + "".join(f", {n} rationales left out ({note})" for note, n in notes.items()))
+    say(text + data.without_meta(rows) + "".join(f", {n} rationales left out ({note})" for note, n in notes.items()))
     if not examples:
         raise ValueError(f"{files[0]}: no row fits --max-length {length}; raise it")
     if max(max(e.tokens) for e in examples) >= config.vocab_size:
@@ -253,13 +254,12 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
 
 def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
     """Writes a model folder in the compute type, the very weights of the forward pass, with its tokenizer files."""
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder / "export.tmp"  # within, so on the same file system
     with together() as first:
         model.save_pretrained(temporary, getattr(torch, dtype))
         if first:
             for file in [f for pattern in TOKENIZER_FILES for f in Path(source).glob(pattern) if f.is_file()]:
                 shutil.copyfile(file, temporary / file.name)
-            folder.mkdir(exist_ok=True)
             for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
                 file.replace(folder / file.name)  # config.json last: it says that all is there
             temporary.rmdir()
@@ -277,7 +277,7 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
             if name not in FREE and old.get(name) != mine[name]:
                 raise ValueError(f"{file}: {name} was {old.get(name)}, now {mine[name]}; --resume needs the same run")
     elif out.exists() and any(out.iterdir()):
-        way = "and holds no args.json to go on with;" if args.resume else "go on with --resume, or"
+        way = "go on with --resume, or" if file.exists() else "and holds no run to go on with;"
         raise ValueError(f"{out}: is not empty; {way} choose another --out")
     dist.barrier()  # until all have looked
     with together() as first:
@@ -290,11 +290,9 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
 
 
 def main(args: Namespace) -> None:
-    # 1. processes, and a signal that ends the run after the step it falls in
+    # 1. processes
     rank, world_size, device = start_processes()
     out, signals = Path(args.out), []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: signals.append(number))
 
     # 2. headers and data: what can be wrong is found before any weight is read
     source = args.tokenizer or args.model
@@ -325,7 +323,13 @@ def main(args: Namespace) -> None:
     if done == 0:
         validate(model, valid, 0, args)
 
-    # 5. the loop
+    # 5. the loop; a signal ends the run after the step it falls in, a second one at once
+    def heed(number: int, _) -> None:
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, heed)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         batch, rate = batch_of(examples, step - 1, args), learning_rate(step - 1, steps, args)
@@ -342,7 +346,7 @@ def main(args: Namespace) -> None:
             save_checkpoint(model, optimizer, out, step)
         if step < steps and stop:
             say(f"stopped by a signal after step {step}; --resume goes on from here")
-            sys.exit(143)
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
     # 6. the model
     export(model, out, source, args.dtype)
