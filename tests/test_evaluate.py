@@ -216,3 +216,20 @@ def test_the_readme_counts_the_lines_of_the_scripts():
     table = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", readme, re.M))
     lines = {name: len((ROOT / name).read_text("utf-8").splitlines()) for name in table}
     assert len(table) == 5 and {name: int(n) for name, n in table.items()} == lines
+
+
+def test_a_template_for_translation_leaves_the_drift_ledger_as_it_was_written(at, folder, results, tmp_path):
+    template = ["--template", "{source} in {target_lang}:"]
+    run("--model", folder, "--out", tmp_path / "other", *results[0], *template)
+    measures = json.loads((tmp_path / "other/results.json").read_text())["measures"]
+    assert measures["drift_nll/answers"] == results[1]["measures"]["drift_nll/answers"]
+
+
+def test_a_second_measurement_into_the_same_folder_joins_the_first(at, folder, results, tmp_path):
+    (_, test, _, ledger, *more), out = results[0], tmp_path / "out"
+    run("--model", folder, "--out", out, "--translation", test, *more)
+    run("--model", folder, "--out", out, "--drift", ledger, *more)
+    joined = json.loads((out / "results.json").read_text())
+    assert joined["measures"] == results[1]["measures"] and joined["settings"] == results[1]["settings"]
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        run("--model", folder, "--out", out, "--drift", ledger, "--max-new-tokens", "7")

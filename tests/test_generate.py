@@ -217,3 +217,43 @@ def test_mistake_ends_with_one_line_and_leaves_nothing(folder, pairs, tmp_path, 
     lines = [line for line in capsys.readouterr().err.split("\n") if line and not line.startswith("\r")]
     assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
     assert list(tmp_path.iterdir()) == [pairs]
+
+
+@pytest.mark.parametrize("task, row, change", [
+    ("answer", {"prompt": "What grows in the garden?"}, {"prompt": "What grows in the wood?"}),
+    ("rationale", {"prompt": "Name a colour.", "response": "Green."}, {"response": "Blue."}),
+    ("rationale", PAIRS[0], {"target_lang": "fr"}), ("translation", PAIRS[0], {"reference": "The boat waits."}),
+])  # fmt: skip
+def test_a_ledger_does_not_go_on_with_other_data(folder, tmp_path, task, row, change):
+    out = run(folder, write_jsonl(tmp_path / "a.jsonl", [row]), tmp_path / "l.jsonl", "--task", task)
+    before = out.read_bytes()
+    with pytest.raises(ValueError, match=rf"b\.jsonl:1: another {next(iter(change)).replace('response', 'reference')}"):
+        run(folder, write_jsonl(tmp_path / "b.jsonl", [row | change]), out, "--task", task)
+    assert out.read_bytes() == before
+
+
+def test_a_last_row_edited_by_hand_stays_though_the_editor_ate_its_line_break(folder, pairs, tmp_path):
+    out = run(folder, pairs, tmp_path / "l.jsonl")
+    lines = out.read_text("utf-8").splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"rationale": "As I see it."})
+    out.write_text("\n".join(lines), "utf-8")
+    run(folder, pairs, out)
+    assert out.read_text("utf-8") == "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (1.0, 0.5)])
+def test_an_id_that_the_tokenizer_does_not_know_is_never_chosen(temperature, top_p):
+    logits = torch.zeros(64, 10)
+    logits[:, 7:] = 9.0
+    tokens, logprobs = choose(logits, torch.rand(64, dtype=torch.float64), temperature, top_p, limit=7)
+    assert tokens.max() < 7 and torch.allclose(logprobs, logits.log_softmax(-1)[:, 0])
+
+
+def test_an_answer_of_blank_lines_can_be_read_again(tmp_path):
+    meta = {"task": "answer", "template": data.TEMPLATE, "system": None, "chat": "chatml", "tokenizer_hash": "x"}
+    (tmp_path / "l.meta.json").write_text(json.dumps(meta))
+    row = dict(
+        id=0, prompt="Why?", response="\n\n", rationale="", reference_ids=[5, 5], rationale_ids=[], status="empty"
+    )
+    rows = read_rows([write_jsonl(tmp_path / "l.jsonl", [row | {"finish": "eos"}])])
+    assert rows[0]["reference"] == "\n\n"

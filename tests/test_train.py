@@ -435,3 +435,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(at, tmp_path, monkeypat
     error = capsys.readouterr().err
     assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_that_one_stands_in_can_take_the_run(at, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(Path("."), *at.command, "--max-steps", 1, "--export-every", 1)
+    assert {"config.json", "model.safetensors", "tokenizer.model", "step-1"} <= {f.name for f in tmp_path.iterdir()}
+    assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name]
