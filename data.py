@@ -560,7 +560,7 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every script that reads pairs."""
     parser.add_argument("--direction", nargs="+", default=[], metavar="de-en", help="languages; several mix directions")
     parser.add_argument("--chat", default="auto", choices=("auto", *CHATS), help="chat format (default: the model's)")
-    parser.add_argument("--system", help="system prompt (default: the model's own)")
+    parser.add_argument("--system", type=unescape, help="system prompt (default: the model's own)")
     parser.add_argument("--template", help="instruction, text or file, with {source} {source_lang} {target_lang}")
 
 

@@ -257,7 +257,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="of a translation (default 256)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N items of each file")
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
-    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="(%(default)s here)")
+    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="here %(default)s")
     return p
 
 

@@ -348,7 +348,7 @@ def main(args: argparse.Namespace) -> None:
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
     tokenizer, config = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
-    encoder, args.cue = Encoder(tokenizer, data.read_template(args.template), args.system), data.unescape(args.cue)
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")[: args.limit]
     if args.cue and args.task != "rationale":
         raise ValueError("--cue follows a forced reference; it goes with --task rationale alone")
@@ -397,16 +397,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument("--data", required=True, nargs="+", help="pairs; for --task answer prompts")
     p.add_argument("--out", required=True, help="ledger to write or to finish, JSONL")
-    p.add_argument("--task", default="rationale", choices=("rationale", "translation", "paraphrase", "answer"))
+    tasks = ("rationale", "translation", "paraphrase", "answer")
+    p.add_argument("--task", default="rationale", choices=tasks, help="what the model writes (default rationale)")
     data.common_arguments(p)
-    p.add_argument("--cue", default="", help="text forced between reference and rationale, such as '\\n' (default: '')")
+    p.add_argument(
+        "--cue", default="", type=data.unescape, help="text forced after the reference, such as '\\n' (none)"
+    )
     p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="tokens of a row (default 256)")
     p.add_argument("--temperature", type=number(0), default=1.0, help="0 is greedy (default 1: the model as it is)")
     p.add_argument("--top-p", type=number(1e-6, 1), default=1.0, help="nucleus, a share of the mass (default 1: all)")
     p.add_argument("--seed", type=number(0, kind=int), default=0, help="of a row's randomness, with its id (default 0)")
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N rows only")
-    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="(%(default)s here)")
+    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="here %(default)s")
     return p
 
 

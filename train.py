@@ -38,6 +38,7 @@ from model import ModelConfig, Transformer, load_weights, read_index, save_weigh
 # arguments that change speed, memory or what is written, never the update
 FREE = "resume out micro_batch_size save_every export_every valid valid_every activation_checkpointing".split()
 TOKENIZER_FILES = ("tokenizer.model", "*token*.json", "chat_template.jinja", "generation_config.json")
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 STEP = (
     "{step:6d}/{steps}  loss {loss:.4f}  reference {reference_loss:.4f}  rationale {rationale_loss:.4f}  "
     "lr {learning_rate:.2e}  norm {grad_norm:6.2f}  {speed:7,.0f} tokens/s  mfu {mfu:4.0%}  {memory_gib:5.2f} GiB"
@@ -366,19 +367,21 @@ def parser() -> data.Arguments:
     p.add_argument("--out", required=True, help="folder for model, metrics and checkpoint")
     data.common_arguments(p)
     p.add_argument("--rationale-weight", type=real, default=1.0, help="w in the loss; 0 is vanilla (default 1)")
-    p.add_argument("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share of rows with theirs (1)")
+    p.add_argument("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share of rationales kept (1)")
     p.add_argument("--epochs", type=data.number(1e-6), default=1.0, help="passes over the data (default 1)")
     p.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
     p.add_argument("--batch-size", type=count, default=128, help="examples of a step, over all ranks (default 128)")
     p.add_argument("--micro-batch-size", type=count, default=8, help="examples of a rank at a time (default 8)")
-    p.add_argument("--max-length", type=data.number(2, kind=int), default=1024, help="longer rows are left out (1024)")
+    p.add_argument("--max-length", type=data.number(2, kind=int), default=1024, help="tokens; longer rows go (1024)")
     p.add_argument("--learning-rate", type=real, default=2e-5, help="peak (default 2e-5)")
-    p.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant", "inverse_sqrt"))
+    p.add_argument("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
     p.add_argument("--warmup-steps", type=whole, metavar="N", help="linear warm-up (default 3 %% of the steps)")
     p.add_argument("--weight-decay", type=real, default=0.0, help="of matrices, decoupled (default 0)")
     p.add_argument("--max-grad-norm", type=real, default=1.0, help="0 switches clipping off (default 1)")
-    p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="(%(default)s here)")
-    p.add_argument("--seed", type=whole, default=0, help="order of the data (default 0)")
+    p.add_argument(
+        "--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="compute (here %(default)s)"
+    )
+    p.add_argument("--seed", type=whole, default=0, help="order of the data, random weights (default 0)")
     p.add_argument("--save-every", type=whole, default=500, help="steps between checkpoints, 0: none (default 500)")
     p.add_argument("--export-every", type=whole, default=0, help="steps between model folders step-N (0: none)")
     p.add_argument("--valid-every", type=whole, default=0, help="steps between validations (0: first and last)")
