@@ -321,12 +321,14 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
 
 
 def split_direction(direction: str) -> tuple[str, str]:
+    """de-en -> (de, en): source and target language."""
     found = re.fullmatch(r"([A-Za-z_]+)-([A-Za-z_]+)", direction)
     check(found and found[1] != found[2], f'--direction "{direction}"', "give two languages, such as de-en")
     return found.groups()
 
 
 def check_ledger(row: dict) -> None:
+    """ValueError where a row that has token ids lacks what a ledger's row must have."""
     ok = isinstance(row.get("rationale", ""), str) and row.get("finish") in ("eos", "length")
     check(ok, row["where"], 'a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
     for name in ("reference_ids", "rationale_ids"):
@@ -335,6 +337,7 @@ def check_ledger(row: dict) -> None:
 
 
 def text_field(row: dict, name: str, where: str, may_be_empty: bool = False) -> str:
+    """The text of a field; ValueError where it is no text, blank, or not Unicode."""
     value = row.get(name)
     check(isinstance(value, str), where, f'"{name}" must be a string', value)
     check(value.strip() or may_be_empty, where, f'"{name}" is empty; take the row out or fill it in')
@@ -553,6 +556,7 @@ def number(low: float, high: float = math.inf, kind: type = float):
 
 
 def default_dtype() -> str:
+    """What computes fast here: bfloat16 on a GPU, float32 on a CPU."""
     return "bfloat16" if torch.cuda.is_available() else "float32"
 
 

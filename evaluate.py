@@ -50,10 +50,12 @@ def mean(values: list[float], weights: list[float] | None = None) -> dict:
 
 
 def progress(steps, **options):
+    """A progress bar over `steps` on rank 0."""
     return tqdm(steps, disable=dist.get_rank() > 0, **options)
 
 
 def asked(encoder: Encoder, row: dict) -> str:
+    """The last user turn, as the model was asked it."""
     return encoder.messages(row)[-1]["content"]
 
 
@@ -117,18 +119,14 @@ def likelihoods(model, encoder: Encoder, rows: list[dict], args: argparse.Namesp
 
 def answers(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """This model's own answers to the same prompts, sampled as the base model's were."""
-    prompts, keys, meta = (
-        [encoder.prompt(row) for row in rows],
-        [row["id"] for row in rows],
-        rows[0]["meta"] if rows else {},
-    )
-    names = ("max_new_tokens", "temperature", "top_p", "seed")
-    settings = {name: meta[name] for name in names} if rows else {"max_new_tokens": 1}
-    eos = encoder.tokenizer.eos_ids
-    settings |= dict(keys=keys, eos_ids=eos, limit=encoder.tokenizer.vocab_size)
+    if not rows:
+        return
+    tokenizer, prompts, keys = encoder.tokenizer, [encoder.prompt(row) for row in rows], [row["id"] for row in rows]
+    settings = {name: rows[0]["meta"][name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    settings |= dict(keys=keys, eos_ids=tokenizer.eos_ids, limit=tokenizer.vocab_size)
     outputs = sample(model, prompts, batch_size=args.batch_size, **settings)
     for i, ids, _, finish in progress(outputs, total=len(rows), unit="answer"):
-        answer = encoder.tokenizer.decode(ids)
+        answer = tokenizer.decode(ids)
         yield dict(id=keys[i], prompt=asked(encoder, rows[i]), answer=answer, tokens=len(ids), finish=finish)
 
 
@@ -235,7 +233,8 @@ def compare(folders: list[str]) -> None:
                 raise ValueError(f"{path}: {name} was {mine}, in {folders[0]} {first}; measure both alike")
     table = [["measure", *(Path(folder).name for folder in folders), "n"]]
     for name, base in runs[0]["measures"].items():
-        cells = [run["measures"][name] for run in runs]
+        cells = [run["measures"].get(name) for run in runs]
+        data.check(all(cells), name, f"not measured in every one of {', '.join(folders)}; measure all alike")
         table.append([name, *(f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in cells), str(base["n"])])
     widths = [max(map(len, column)) for column in zip(*table)]
     for line in table:

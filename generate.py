@@ -209,15 +209,11 @@ def read_finished(files: list[Path], by_id: dict[int | str, dict]) -> dict[int |
             except (ValueError, KeyError, TypeError):
                 raise ValueError(f"{file}: not written by this script; choose another --out") from None
             row = by_id.get(old["id"], {})
-            asked = row["messages"][-1]["content"] if "messages" in row else None
-            reference = old.get("original", old.get("reference", old.get("response")))
-            pairs = [(name, old.get(name), row.get(name)) for name in ("source", "source_lang", "target_lang")]
-            for name, was, now in [
-                *pairs,
-                ("reference", reference, row.get("reference")),
-                ("prompt", old.get("prompt"), asked),
-            ]:
-                if None not in (was, now) and was != now:
+            was = {name: old.get(name) for name in ("source", "source_lang", "target_lang", "prompt")}
+            was["reference"] = old.get("original", old.get("reference", old.get("response")))
+            now = row | ({"prompt": row["messages"][-1]["content"]} if "messages" in row else {})
+            for name, value in was.items():
+                if None not in (value, now.get(name)) and value != now[name]:
                     raise ValueError(f"{row['where']}: another {name} than row {row['id']} of {file}; change --out")
     return finished
 

@@ -100,6 +100,7 @@ class ModelConfig:
 
 
 def require(fits: bool, path, name: str, value, wanted: str) -> None:
+    """ValueError `PATH: NAME is VALUE, wanted WANTED` unless it fits."""
     if not fits:
         raise ValueError(f"{path}: {name} is {json.dumps(value)}, wanted {wanted}")
 
@@ -330,6 +331,7 @@ def start_processes() -> tuple[int, int, torch.device]:
 
 
 def is_first_rank() -> bool:
+    """Whether this process writes: rank 0, or one without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

@@ -290,10 +290,23 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
     return (out / "config.json").exists()
 
 
+def heed_signals() -> list[int]:
+    """SIGTERM and Ctrl-C enter the returned list, which ends the run after its step; a second one ends it at once."""
+    received = []
+
+    def heed(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, heed)
+    return received
+
+
 def main(args: Namespace) -> None:
     # 1. processes
     rank, world_size, device = start_processes()
-    out, signals = Path(args.out), []
+    out = Path(args.out)
 
     # 2. headers and data: what can be wrong is found before any weight is read
     source = args.tokenizer or args.model
@@ -324,13 +337,8 @@ def main(args: Namespace) -> None:
     if done == 0:
         validate(model, valid, 0, args)
 
-    # 5. the loop; a signal ends the run after the step it falls in, a second one at once
-    def heed(number: int, _) -> None:
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heed)
+    # 5. the loop
+    signals = heed_signals()
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         batch, rate = batch_of(examples, step - 1, args), learning_rate(step - 1, steps, args)
