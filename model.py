@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -342,12 +341,9 @@ def load_weights(parameters: dict[str, Tensor], index: dict[str, Path]) -> None:
 def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch.dtype) -> None:
     """Writes files of at most 5 GB, with an index if there are several. Gathers one tensor at a time; rank 0 writes."""
     folder, shards, error = Path(folder), [[]], None
-
-    def size(names: Iterable[str]) -> int:
-        return sum(parameters[name].numel() for name in names) * dtype.itemsize
-
-    for name in parameters:
-        if shards[-1] and size([*shards[-1], name]) > MAX_FILE_BYTES:
+    sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
+    for name in sizes:
+        if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > MAX_FILE_BYTES:
             shards.append([])
         shards[-1].append(name)
     n = len(shards)
@@ -373,5 +369,5 @@ def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch
             old.unlink(missing_ok=True)  # of an earlier export with another number of files
         if n > 1:
             places = {name: file for file, names in zip(files, shards) for name in names}
-            content = {"metadata": {"total_size": size(parameters)}, "weight_map": places}
+            content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
