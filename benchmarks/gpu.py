@@ -291,9 +291,9 @@ def train(s, name: str, flags: list[str], limit: float, known: str) -> dict:
     options = {"--config": s.folder / f"{name}.json", "--tokenizer": s.folder, "--data": s.folder / "data.jsonl"}
     options |= {"--out": out, "--dtype": str(s.dtype).removeprefix("torch."), "--batch-size": s.batch}
     options |= {"--micro-batch-size": s.micro, "--max-steps": s.steps, "--save-every": 0}
-    command, foretold = ["train.py", *(str(x) for pair in options.items() for x in pair), *flags], ["n/a"]
+    command, said = ["train.py", *(str(x) for pair in options.items() for x in pair), *flags], []
     if "--dry-run" in known:
-        launch([*command, "--dry-run"], limit, foretold.append)
+        launch([*command, "--dry-run"], limit, said.append)
     status, reason = launch(command, limit, print)
     if status:
         return dict(note=f"failed: {reason}")
@@ -301,9 +301,18 @@ def train(s, name: str, flags: list[str], limit: float, known: str) -> dict:
     shutil.rmtree(out)
     loss_tokens = [x["reference_tokens"] + x["rationale_tokens"] for x in lines]
     done = [operations(config, x["tokens"], n, s.batch) / x["seconds"] for x, n in zip(lines, loss_tokens)]
-    text = f"train.py says mfu {median(x['mfu'] for x in lines):.1%}; --dry-run: {foretold[-1]}"
+    text = f"train.py says mfu {median(x['mfu'] for x in lines):.1%}; --dry-run: {foretold(said, flags)}"
     figures = dict(operations_s=median(done), memory_gib=max(x["memory_gib"] for x in lines), note=text)
     return figures | dict(tokens_s=median(x["tokens"] / x["seconds"] for x in lines))
+
+
+def foretold(said: list[str], flags: list[str]) -> str:
+    """Of the table that --dry-run prints, the memory of one rank."""
+    cells = [line.split() for line in said]
+    header = next((row for row in cells if "ranks" in row[:1]), [])
+    row = dict(zip(header, next((row for row in cells if row[:1] == ["1"]), [])))
+    total = row.get("total'" if "--activation-checkpointing" in flags else "total")
+    return f"{total} GiB" if total else (said or ["n/a"])[-1]
 
 
 class Table:
@@ -408,10 +417,11 @@ def main(args: argparse.Namespace) -> int:
                 status, reason = launch(command + ["--smoke"] * args.smoke, limit, heard)
                 if status:
                     table.add(**row, note=f"failed: {reason}")
-        layers, head = weights(ModelConfig.from_file(s.folder / "7B.json"))
-        need = 16 * (layers + 2 * head) / 1e9  # weights, gradients and two moments in float32
-        text = f"n/a: AdamW in float32 needs {need:.3g} GB, the card has {table.card.get('memory', 0) / 1e9:.3g}"
-        table.add("train", "7B", "plain", text)
+        if not args.smoke:
+            layers, head = weights(ModelConfig.from_file(s.folder / "7B.json"))
+            need = 16 * (layers + 2 * head) / 1e9  # weights, gradients and two moments in float32
+            text = f"n/a: AdamW in float32 needs {need:.3g} GB, the card has {table.card.get('memory', 0) / 1e9:.3g}"
+            table.add("train", "7B", "plain", text)
     table.compare()
     print(f"wrote {table.out}")
     return int(any(row["note"].startswith("failed") for row in table.rows))
