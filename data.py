@@ -465,6 +465,7 @@ class Encoder:
     template: str | None = None
     system: str | None = None
     coverage: float = 1.0  # share of the rows that keep their rationale
+    keep: bool = False  # also the rationales whose status is not ok
 
     def messages(self, row: dict) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
@@ -510,7 +511,7 @@ class Encoder:
         # in [0, 1) and from the id alone, so that a larger coverage contains a smaller one
         share = int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:7]) / 2**56
         ledger = "rationale" in row  # elsewhere status and finish are somebody's own fields
-        if ledger and row.get("status", "ok") != "ok":
+        if ledger and not self.keep and row.get("status", "ok") != "ok":
             note = row["status"]
         elif rationale and share >= self.coverage:
             note = "outside coverage"
