@@ -23,12 +23,15 @@ import time
 from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.func import functional_call
 from torch.utils.benchmark import Timer
 
 import data
@@ -36,9 +39,10 @@ from data import Encoder, Example, Tokenizer
 from model import ModelConfig, Transformer, load_weights, read_index, save_weights, start_processes
 
 # arguments that change speed, memory or what is written, never the update
-FREE = "resume out micro_batch_size save_every export_every valid valid_every activation_checkpointing".split()
+FREE = "resume out micro_batch_size save_every export_every valid valid_every activation_checkpointing compile dry_run"
 TOKENIZER_FILES = ("tokenizer.model", "*token*.json", "chat_template.jinja", "generation_config.json")
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+PART_COST = 80  # what a micro-batch costs besides its tokens, in tokens
 STEP = (
     "{step:6d}/{steps}  loss {loss:.4f}  reference {reference_loss:.4f}  rationale {rationale_loss:.4f}  "
     "lr {learning_rate:.2e}  norm {grad_norm:6.2f}  {speed:7,.0f} tokens/s  mfu {mfu:4.0%}  {memory_gib:5.2f} GiB"
@@ -55,7 +59,7 @@ def read_examples(files: list[str], args: Namespace, tokenizer: Tokenizer, confi
     """Encodes the rows of `files`. Rows that are too long are left out whole; rank 0 says how many."""
     # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system, coverage)
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system, coverage, args.keep_all)
     rows = data.read_rows(files, args.direction)
     examples = [encoder.example(row) for row in rows]
     length = min(args.max_length, config.max_position_embeddings)
@@ -81,12 +85,20 @@ def batch_of(examples: list[Example], step: int, args: Namespace) -> list[Exampl
 
 
 def micro_batches(examples: list[Example], size: int, world_size: int) -> list[list[Example]]:
-    """Splits a batch into parts of like lengths, at most `size` each; rank r takes [r::world_size], as many as any."""
-    examples = sorted(examples, key=len, reverse=True)
-    n = world_size * math.ceil(len(examples) / (size * world_size))
-    # with few examples some parts are empty: no loss, but every rank must take part in every reduction
-    cuts = [round(i * len(examples) / n) for i in range(n + 1)]
-    return [examples[a:b] for a, b in zip(cuts, cuts[1:])]
+    """Splits a batch into parts of like lengths, at most `size` each; rank r takes [r::world_size], as many as any.
+
+    Of all cuts of the rows, in order of length, into rounds of a part a rank, the one that costs the fewest tokens.
+    """
+    rows, best = sorted(examples, key=len, reverse=True), [(0, [])]  # the cost, and the cuts, of the first rows
+    starts = range(0, len(rows), world_size)
+    for end in range(1, len(starts) + 1):
+        options = range(max(0, end - size), end)
+        costs = [best[i][0] + PART_COST + (end - i) * len(rows[starts[i]]) for i in options]
+        i = options[costs.index(min(costs))]
+        best.append((min(costs), [*best[i][1], rows[starts[i] : end * world_size]]))
+    # with few rows some parts are empty: no loss, but every rank must take part in every reduction
+    n = world_size
+    return [r[len(r) * i // n : len(r) * (i + 1) // n] for r in best[-1][1] for i in range(n)]
 
 
 def learning_rate(step: int, steps: int, args: Namespace) -> float:
@@ -100,6 +112,27 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
     return args.learning_rate * shapes[args.schedule]
 
 
+class CrossEntropy(torch.autograd.Function):
+    """-log P [N] of targets [N] under logits [N, V], in float32, a few rows at a time.
+
+    The gradient takes the place of the logits in memory, where nothing else of a step is as large.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        rows = zip(logits.split(64), targets.split(64))
+        return torch.cat([F.cross_entropy(x.float(), t, reduction="none") for x, t in rows])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, targets = ctx.saved_tensors
+        for x, t, g in zip(logits.split(64), targets[:, None].split(64), gradient[:, None].split(64)):
+            p = x.float().softmax(-1)
+            x.copy_(p.scatter_add_(1, t, -torch.ones_like(g)).mul_(g))
+        return logits.detach(), None
+
+
 def run(model: Transformer, examples: list[Example], args: Namespace, learn: bool) -> dict:
     """Forward over `examples`, shared out among the ranks, and backward if `learn` -> the losses over all ranks."""
     world_size, device = dist.get_world_size(), next(model.parameters()).device
@@ -110,8 +143,8 @@ def run(model: Transformer, examples: list[Example], args: Namespace, learn: boo
     parts = micro_batches(examples, args.micro_batch_size, world_size)
     for part in parts[dist.get_rank() :: world_size]:
         tokens, select, targets, is_rationale = data.collate(part, device)
-        logits = model(tokens, select)  # [N, V]: no logits where there is no loss
-        losses = F.cross_entropy(logits.float(), targets, reduction="none").double()  # [N]
+        # logits [N, V]: none where there is no loss
+        losses = CrossEntropy.apply(model(tokens, select), targets).double()  # [N]
         reference, rationale = losses.where(~is_rationale, 0).sum(), losses.where(is_rationale, 0).sum()
         loss = (reference + args.rationale_weight * rationale) / (reference_tokens + rationale_tokens)
         if learn:
@@ -159,9 +192,10 @@ def validate(model, valid: dict[str, list[Example]], step: int, args: Namespace)
 
 def report(line: dict, text: str, args: Namespace, **more) -> None:
     """Appends a line to metrics.jsonl and prints it, and `more`, as `text` says; from rank 0."""
-    if dist.get_rank() == 0:
-        with open(Path(args.out) / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(line) + "\n")
+    with together(args.out) as first:
+        if first:
+            with open(Path(args.out) / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(line) + "\n")
     say(text.format(**{name: x or 0 for name, x in line.items()}, **more))
 
 
@@ -172,9 +206,14 @@ def costs(model: Transformer, examples: list[Example], seconds: float, peak: flo
     width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     # 6 operations a weight and token, of the head only where there is loss, and 6 * width * T^2 of causal attention
     operations = 6 * (head + sum(layers * len(e) + width * len(e) ** 2 for e in examples))
-    cuda = torch.cuda.is_available()
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return dict(seconds=seconds, mfu=operations / seconds / peak, memory_gib=memory / 2**30)
+    return dict(seconds=seconds, mfu=operations / seconds / peak, memory_gib=peak_memory() / 2**30)
+
+
+def peak_memory() -> int:
+    """Bytes at the most so far: on a GPU of tensors, on a CPU of the process, Python and PyTorch included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matmul_rate(dtype: torch.dtype, device) -> float:
@@ -185,12 +224,76 @@ def matmul_rate(dtype: torch.dtype, device) -> float:
     return 2 * n**3 / timer.blocked_autorange(min_run_time=0.1).median
 
 
+def kept_bytes(config: ModelConfig, part: list[Example], dtype: torch.dtype, recompute: bool) -> tuple[int, int]:
+    """What a forward pass over `part` keeps for the backward pass, all and a layer, on tensors that take no memory."""
+    kept, totals = {}, []
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    for layers in (1, 2):  # every layer keeps the same
+        with torch.device("meta"):
+            model = Transformer(replace(config, num_hidden_layers=layers))
+        model.activation_checkpointing = recompute
+        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            weights = {n: torch.empty(p.shape, dtype=dtype, requires_grad=True) for n, p in model.named_parameters()}
+            tokens, select, targets, _ = data.collate(part)
+            losses = CrossEntropy.apply(functional_call(model, weights, (tokens, select)), targets)
+        own = {p.untyped_storage()._cdata for p in weights.values()}
+        totals.append(sum(size for storage, size in kept.items() if storage not in own))
+        kept.clear()
+        del losses  # which held all that was kept: no storage could take another's place
+    layer = totals[1] - totals[0]
+    return totals[0] + (config.num_hidden_layers - 1) * layer, layer
+
+
+def memory(config: ModelConfig, part: list[Example], dtype: torch.dtype, base: int, ranks: list[int]) -> list[dict]:
+    """Bytes of a rank, by part, at the peak of a step with micro-batches like `part`: as the backward pass begins."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    layer = sum(p.numel() for p in model.model["layers"][0].parameters())
+    rest = sum(p.numel() for name, p in model.named_parameters() if "layers" not in name)
+    logits = dtype.itemsize * config.vocab_size * sum(len(e.reference) + len(e.rationale) for e in part)
+    (kept, one), (inputs, _) = (kept_bytes(config, part, dtype, recompute) for recompute in (False, True))
+    table = []
+    for n in ranks:
+        shard = 4 * sum(-(-p.shape[0] // n) * p[0].numel() for p in model.parameters())  # whole rows, in float32
+        line = dict(base=base, weights=shard, gradients=shard, optimizer=2 * shard)
+        # embedding and head with their gradients, and two layers: one is gathered while the other computes
+        line |= dict(unsharded=2 * (rest + layer) * dtype.itemsize, activations=kept)
+        line["total"] = sum(line.values())
+        line["recomputed"] = inputs + max(0, one - logits)  # a layer at a time, once the logits are gone
+        table.append({"ranks": n} | line | {"total'": line["total"] - kept + line["recomputed"]})
+    return table
+
+
+def dry_run(config: ModelConfig, examples: list[Example], steps: int, args: Namespace) -> None:
+    """Prints what a run would take; writes nothing."""
+    batches = [batch_of(examples, step, args) for step in range(math.ceil(len(examples) / args.batch_size))]
+    parts = [p for b in batches for p in micro_batches(b, args.micro_batch_size, dist.get_world_size()) if p]
+    tokens, padded = sum(map(len, examples)), sum(len(part) * len(part[0]) for part in parts)
+    supervised = sum(len(e.reference) + len(e.rationale) for e in examples)
+    text = f"{len(examples):,} examples, {tokens:,} tokens, {supervised:,} of them supervised; "
+    say(f"{text}{padded:,} with padding ({padded / tokens - 1:.1%} more); {steps:,} steps")
+    largest = max(parts, key=lambda part: len(part) * len(part[0]))
+    say(f"GiB a rank, micro-batches up to {len(largest)} x {len(largest[0])} tokens; last two columns: recomputed")
+    ranks = sorted({dist.get_world_size(), *(2**i for i in range(7))})
+    table = memory(config, largest, getattr(torch, args.dtype), peak_memory(), ranks)
+    say("  ".join(table[0]))
+    for line in table:
+        sizes = (f"{x / 2**30:{len(name)}.2f}" for name, x in line.items() if name != "ranks")
+        say("  ".join([f"{line['ranks']:5}", *sizes]))
+
+
 def shard(model: Transformer, args: Namespace, device, index: dict | None) -> None:
     """Fills a model on `meta` in shards, none of them whole: float32 weights and reduction, compute in --dtype."""
     compute = torch.bfloat16 if args.dtype == "bfloat16" else None
     # by default the float32 cos and sin would be cast at every block
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.model["layers"] if args.compile else ():
+        layer.forward = torch.compile(layer.forward, dynamic=True)  # a batch of another length is no other program
     for module in [*model.model["layers"], model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
@@ -202,8 +305,8 @@ def shard(model: Transformer, args: Namespace, device, index: dict | None) -> No
 
 
 @contextmanager
-def together():
-    """Lets the ranks agree: what fails on one raises on all, so that none waits for the others. -> whether rank 0."""
+def together(out: str | Path):
+    """Writes below `out`; what fails on one rank raises on all, so that none waits for others. -> whether rank 0."""
     error, errors = None, [None] * dist.get_world_size()
     try:
         yield dist.get_rank() == 0
@@ -211,7 +314,7 @@ def together():
         error = str(e)
     dist.all_gather_object(errors, error)
     if any(errors):
-        raise OSError(next(e for e in errors if e))
+        raise OSError(f"{out}: {next(filter(None, errors))}; free space, then go on with --resume")
 
 
 def state(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
@@ -226,9 +329,9 @@ def save_checkpoint(model, optimizer, out: Path, step: int) -> None:
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
     for name, tensors in state(model, optimizer).items():
-        with together():
+        with together(out):
             save_weights(tensors, temporary / name, torch.float32)
-    with together() as first:
+    with together(out) as first:
         if first:
             temporary.rename(folder)
             for old in set(folder.parent.iterdir()) - {folder}:
@@ -256,7 +359,7 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
 def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
     """Writes a model folder in the compute type, the very weights of the forward pass, with its tokenizer files."""
     temporary = folder / "export.tmp"  # within, so on the same file system
-    with together() as first:
+    with together(folder) as first:
         model.save_pretrained(temporary, getattr(torch, dtype))
         if first:
             for file in [f for pattern in TOKENIZER_FILES for f in Path(source).glob(pattern) if f.is_file()]:
@@ -275,13 +378,13 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
     if file.exists() and args.resume:
         old = json.loads(data.read_text(file))
         for name in mine:
-            if name not in FREE and old.get(name) != mine[name]:
+            if name not in FREE.split() and old.get(name) != mine[name]:
                 raise ValueError(f"{file}: {name} was {old.get(name)}, now {mine[name]}; --resume needs the same run")
     elif out.exists() and any(out.iterdir()):
         way = "go on with --resume, or" if file.exists() else "and holds no run to go on with;"
         raise ValueError(f"{out}: is not empty; {way} choose another --out")
     dist.barrier()  # until all have looked
-    with together() as first:
+    with together(out) as first:
         if first and not file.exists():
             out.mkdir(parents=True, exist_ok=True)
             temporary = file.with_suffix(".tmp")
@@ -319,6 +422,9 @@ def main(args: Namespace) -> None:
     tokenizer, sets = Tokenizer(source, args.chat), data.named_files(args.valid)
     examples = read_examples(args.data, args, tokenizer, config)
     valid = {name: read_examples(files, args, tokenizer, config) for name, files in sets.items()}
+    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    if args.dry_run:
+        return dry_run(config, examples, steps, args)
     if open_run(args, examples):
         return say(f"{out}: this run is finished")
 
@@ -329,7 +435,6 @@ def main(args: Namespace) -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
     # 4. where we are
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
     done = load_checkpoint(model, optimizer, out) if args.resume else 0
     peak = matmul_rate(getattr(torch, args.dtype), device) * world_size
     count = sum(p.numel() for p in model.parameters())
@@ -376,6 +481,7 @@ def parser() -> data.Arguments:
     data.common_arguments(p)
     p.add_argument("--rationale-weight", type=real, default=1.0, help="w in the loss; 0 is vanilla (default 1)")
     p.add_argument("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share of rationales kept (1)")
+    p.add_argument("--keep-all", action="store_true", help="keep rationales of rows whose status is not ok")
     p.add_argument("--epochs", type=data.number(1e-6), default=1.0, help="passes over the data (default 1)")
     p.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
     p.add_argument("--batch-size", type=count, default=128, help="examples of a step, over all ranks (default 128)")
@@ -394,6 +500,8 @@ def parser() -> data.Arguments:
     p.add_argument("--export-every", type=whole, default=0, help="steps between model folders step-N (0: none)")
     p.add_argument("--valid-every", type=whole, default=0, help="steps between validations (0: first and last)")
     p.add_argument("--activation-checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    p.add_argument("--compile", action="store_true", help="compile the layers: a slow first step, faster later ones")
+    p.add_argument("--dry-run", action="store_true", help="only say what the run would take, memory by part included")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     return p
 

@@ -207,7 +207,7 @@ def in_process(command: list[str], folder: Path) -> str:
 
 def test_the_five_scripts_lead_from_random_weights_to_the_comparison(tmp_path):
     table = walk(tmp_path, in_process)
-    cells, values = {}, re.findall(r"^(\S*) +(\w+) +(-?\d+\.\d+) \[", table, re.M)
+    cells, measure, values = {}, "", re.findall(r"^(\S*) +(\w+) +(-?\d+\.\d+) \[", table, re.M)
     for name, _, value in values:
         measure = name or measure
         cells.setdefault(measure, []).append(float(value))
