@@ -532,6 +532,8 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
         message = str(e)
         if rank and isinstance(e, ValueError):  # a mistake in the data, which rank 0 tells
             sys.exit(2)
+    except torch.OutOfMemoryError as e:
+        message = f"rank {rank}: {str(e).split('.')[0]}; lower --micro-batch-size or --batch-size"
     except RuntimeError as e:
         if "gloo" not in str(e) and "NCCL" not in str(e):
             raise

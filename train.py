@@ -139,7 +139,7 @@ def run(model: Transformer, examples: list[Example], args: Namespace, learn: boo
     # every rank knows the whole step, so the number of its supervised tokens needs no communication
     reference_tokens = sum(len(e.reference) for e in examples)
     rationale_tokens = sum(len(e.rationale) for e in examples)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     parts = micro_batches(examples, args.micro_batch_size, world_size)
     for part in parts[dist.get_rank() :: world_size]:
         tokens, select, targets, is_rationale = data.collate(part, device)
@@ -149,7 +149,8 @@ def run(model: Transformer, examples: list[Example], args: Namespace, learn: boo
         loss = (reference + args.rationale_weight * rationale) / (reference_tokens + rationale_tokens)
         if learn:
             (loss * world_size).backward()  # fully_shard averages gradients over ranks: multiply by their number
-        sums += torch.stack([loss, reference, rationale]).detach().cpu()
+        sums += torch.stack([loss, reference, rationale]).detach()
+    sums = sums.cpu()  # once: a GPU would wait for it at every micro-batch
     dist.all_reduce(sums)
     loss, reference, rationale = sums.tolist()
     return dict(
