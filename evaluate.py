@@ -348,6 +348,10 @@ def read_drift(file: str, encoder: Encoder) -> list[dict]:
     return rows
 
 
+def text_of(row: dict, name: str, where: str) -> str:
+    return data.as_text(row.get(name), where, f'"{name}"')
+
+
 def read_choice(row: dict, where: str, args, encoder: Encoder) -> dict:
     """Ids of the prompt and of each choice.
 
@@ -355,10 +359,10 @@ def read_choice(row: dict, where: str, args, encoder: Encoder) -> dict:
     the prompt alone would end, its trailing spaces left to the choice; no BOS. With --chat the prompt is a user's turn
     and the choice the answer to it.
     """
-    prompt, choices, right = data.text_field(row, "prompt", where), row.get("choices"), row.get("answer")
+    prompt, choices, right = text_of(row, "prompt", where), row.get("choices"), row.get("answer")
     check(isinstance(choices, list) and len(choices) > 1, where, '"choices" must be a list of two or more')
     for choice in choices:
-        data.text_field({"choices": choice}, "choices", where)
+        data.as_text(choice, where, "a choice")
     check(type(right) is int and 0 <= right < len(choices), where, f'"answer" must be 0 to {len(choices) - 1}', right)
     if args.chat:
         found = prompted(encoder, prompt) | {"endings": [encoder.tokenizer.answer(choice) for choice in choices]}
@@ -367,17 +371,17 @@ def read_choice(row: dict, where: str, args, encoder: Encoder) -> dict:
         found = dict(ids=ids, asked=prompt, endings=[encode(f"{prompt} {choice}")[len(ids) :] for choice in choices])
     check(all(found["endings"]), where, "a choice has no token of its own after the prompt; reword it")
     if row.get("task") is not None:
-        found["name"] = data.text_field(row, "task", where)
+        found["name"] = text_of(row, "task", where)
         check("/" not in found["name"], where, '"task" names a file, so it can have no slash', found["name"])
     return found | dict(choices=choices, answer=right, new=max(map(len, found["endings"])))
 
 
 def read_numeric(row: dict, where: str, args, encoder: Encoder) -> dict:
     """A question in GSM8K's form, after the turns of --shots."""
-    question, answer = (data.text_field(row, name, where) for name in ("question", "answer"))
+    question, answer = (text_of(row, name, where) for name in ("question", "answer"))
     gold = re.search(STRICT.pattern + r"\s*$", answer)
     check(gold, where, '"answer" must end in "#### NUMBER"')
-    shots = [data.text_field(shot, name, at) for at, shot in args.shots for name in ("question", "answer")]
+    shots = [text_of(shot, name, at) for at, shot in args.shots for name in ("question", "answer")]
     return prompted(encoder, *shots, question) | {"gold": bare(gold[1])}
 
 
@@ -385,13 +389,13 @@ def read_safety(row: dict, where: str, args, encoder: Encoder) -> dict:
     """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
     field, harmful = ("goal", True) if "goal" in row else ("prompt", row.get("harmful"))
     check(type(harmful) is bool, where, 'wanted "goal", or "prompt" and "harmful" (true or false)', sorted(row))
-    return prompted(encoder, data.text_field(row, field, where)) | {"name": "harmful" if harmful else "benign"}
+    return prompted(encoder, text_of(row, field, where)) | {"name": "harmful" if harmful else "benign"}
 
 
 def read_mt_bench(row: dict, where: str, args, encoder: Encoder) -> dict:
     turns = row.get("turns")
     check(isinstance(turns, list) and len(turns) == 2, where, 'wanted two "turns"')
-    turns = [data.text_field({"turns": turn}, "turns", where) for turn in turns]
+    turns = [data.as_text(turn, where, "a turn") for turn in turns]
     asked, both = prompted(encoder, turns[0]), prompted(encoder, turns[0], "", turns[1])
     # both answers, and as much again: the first may have more tokens when it is read than when it was written
     asked["new"] = len(both["ids"]) - len(asked["ids"]) + 3 * args.max_new_tokens
@@ -399,9 +403,7 @@ def read_mt_bench(row: dict, where: str, args, encoder: Encoder) -> dict:
 
 
 def read_alpaca(row: dict, where: str, args, encoder: Encoder) -> dict:
-    return prompted(encoder, data.text_field(row, "instruction", where)) | {
-        "dataset": row.get("dataset", "alpaca_eval")
-    }
+    return prompted(encoder, text_of(row, "instruction", where)) | {"dataset": row.get("dataset", "alpaca_eval")}
 
 
 def read_files(args, encoder: Encoder | None) -> Iterator[tuple[str, tuple[str, ...], list[dict]]]:
