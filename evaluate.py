@@ -460,7 +460,7 @@ def known_texts(args) -> set[str]:
 
 def read_csv(file: str) -> list[tuple[str, dict]]:
     """Rows of a CSV file with a header, each with the line where it begins."""
-    reader, rows, start = csv.DictReader(io.StringIO(data.read_text(file), newline=""), strict=True), []
+    reader, rows = csv.DictReader(io.StringIO(data.read_text(file), newline=""), strict=True), []
     try:
         for row in reader:
             start = reader.line_num - sum(cell.count("\n") for cell in row.values() if isinstance(cell, str))
