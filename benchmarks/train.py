@@ -5,7 +5,7 @@
 Every side of every round is a process of its own, so its peak memory is its own. The peer is transformers as it is
 fastest: float32 weights, autocast where bfloat16 is faster, rows of like length together, pads on the right (no mask
 is needed then), labels -100, the loss over all supervised tokens of the step, SDPA, fused AdamW. Nothing is compiled
-unless --compile asks for it on our side. Both start from the same weights on the same batches: their first losses must agree.
+unless --compile asks for it on our side. Both start from the same weights on the same batches: first losses must agree.
 """
 
 import argparse
