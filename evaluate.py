@@ -1,17 +1,24 @@
-r"""What was gained and what was lost: translation, and drift from the base model's own answers (RaDis, step 3).
+r"""What was gained and what was lost (RaDis, step 3): translation, abilities, safety, and drift from the base model.
 
     python evaluate.py --model DIR --out results/base --translation test.de-en.json --direction de-en \
-                       --drift answers.jsonl
-    python evaluate.py --compare results/base results/vanilla results/radis
+                       --choice piqa.jsonl --numeric gsm8k.jsonl --safety advbench.csv --drift answers.jsonl
+    python evaluate.py --compare results/base results/vanilla results/radis --out results --plot tradeoff.png
 
 Every measure has a 95 % bootstrap interval, and every item is written with what was asked and answered, so that anyone
 can count again. A run that was interrupted goes on from the items that are finished.
 """
 
 import argparse
+import csv
 import functools
 import hashlib
+import itertools
 import json
+import math
+import os
+import re
+import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,236 +31,613 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer
-from generate import check_length, complete, model_hash, sample
-from model import ModelConfig, Transformer, start_processes
+from data import Encoder, Tokenizer, check
+from generate import complete, judge, model_hash, sample
+from model import KVCache, ModelConfig, Transformer, start_processes
 
 RESAMPLES = 1000
 RUN_ON = 32  # the first sentences are generated past their first line, to see what stopping there saves
+REFUSALS = Path(__file__).with_name("refusals.txt")  # phrases, with their version
+# extraction of lm-evaluation-harness' GSM8K
+STRICT, FLEXIBLE = re.compile(r"#### (-?[0-9.,]+)"), re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
+HEAT = dict(writing=0.7, roleplay=0.7, stem=0.1, humanities=0.1)  # MT-Bench's temperatures; elsewhere 0
+# settings that must agree where results are compared
+NOTES = ("files", "left_out", "signatures", "seen")
+ALIKE = ("limit", "max_new_tokens", "template", "system", "chat", "choices", "shots", "refusals", "dtype", *NOTES[:3])
 
 
-def bootstrap(stats: np.ndarray, score: Callable[[np.ndarray], float]) -> dict:
-    """score of the column sums of `stats` [n, k], and its 2.5 and 97.5 percentiles over items drawn with replacement.
-
-    Efron 1979; for BLEU and chrF as Koehn 2004. The draws are seeded: the same items give the same interval.
-    """
-    rng, n = np.random.default_rng(12345), len(stats)
-    scores = [score(stats[rng.integers(0, n, n)].sum(0)) for _ in range(RESAMPLES)]
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return dict(value=score(stats.sum(0)), low=float(low), high=float(high), n=n)
+# 1. Statistics: from items to sums, from sums to a score
 
 
-def mean(values: list[float], weights: list[float] | None = None) -> dict:
-    """Sum of the values over the sum of the weights (by default the mean), with its interval."""
+class Statistic:
+    """A score that is a function of the column sums of `stats` [items, k], and so can be resampled."""
+
+    def __init__(self, stats, score: Callable[[np.ndarray], float], signature: str | None = None):
+        self.stats, self.score, self.signature = np.asarray(stats), score, signature
+        self.value = float(score(self.stats.sum(0)))
+
+    @functools.cached_property
+    def draws(self) -> np.ndarray:
+        """Scores of items drawn with replacement (Efron 1979; Koehn 2004), by sacreBLEU's draws and seed."""
+        n = len(self.stats)
+        places = np.random.default_rng(12345).choice(n, size=(RESAMPLES, n))
+        counts = np.stack([np.bincount(row, minlength=n) for row in places])
+        return np.array([self.score(sums) for sums in counts @ self.stats], dtype=float)
+
+    def measure(self) -> dict:
+        low, high = np.percentile(self.draws, [2.5, 97.5]).tolist()
+        return dict(value=self.value, low=low, high=high, stderr=float(self.draws.std()), n=len(self.stats))
+
+    def minus(self, other: "Statistic") -> dict:
+        """Difference to `other` on the same items, its interval, and p of sacreBLEU's paired bootstrap test."""
+        difference, draws = self.value - other.value, self.draws - other.draws
+        low, high = np.percentile(draws, [2.5, 97.5]).tolist()
+        beyond = np.sum(np.abs(draws) - np.abs(draws).mean() > abs(difference))
+        p = float(beyond + 1) / (RESAMPLES + 1) if draws.any() else 1.0
+        return dict(difference=difference, low=low, high=high, p=p)
+
+
+def mean(values: list[float], weights: list[float] | None = None) -> Statistic:
+    """Sum of the values over the sum of the weights: by default the mean."""
     stats = np.array([values, weights or [1.0] * len(values)], dtype=float).T
-    return bootstrap(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
+    return Statistic(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
 
 
-def progress(steps, **options):
-    """A progress bar over `steps` on rank 0."""
-    return tqdm(steps, disable=dist.get_rank() > 0, **options)
+def means(*names: str) -> Callable[[list[dict]], dict[str, Statistic]]:
+    """Statistics of items that hold a number under each name."""
+    return lambda items: {name: mean([item[name] for item in items]) for name in names}
 
 
-def asked(encoder: Encoder, row: dict) -> str:
-    """The last user turn, as the model was asked it."""
-    return encoder.messages(row)[-1]["content"]
-
-
-def translate(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
-    """Greedy translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
-    tokenizer = encoder.tokenizer
-    for part in ([r for r in rows if r["place"] < RUN_ON], [r for r in rows if r["place"] >= RUN_ON]):
-        stop = tokenizer.first_line_ends if part and part[0]["place"] >= RUN_ON else None
-        prompts, eos = [encoder.prompt(row) for row in part], tokenizer.eos_ids
-        limits = dict(eos_ids=eos, stop=stop, limit=tokenizer.vocab_size)
-        outputs = sample(model, prompts, args.max_new_tokens, batch_size=args.batch_size, **limits)
-        for i, ids, _, finish in progress(outputs, total=len(part), unit="sentence"):
-            row, text = part[i], tokenizer.decode(ids)
-            end = next((n for n in range(1, len(ids) + 1) if tokenizer.first_line_ends(ids[:n])), None)
-            item = {name: row[name] for name in ("id", "source", "reference")}
-            item |= dict(prompt=asked(encoder, row), output=text, hypothesis=text.strip().split("\n")[0].strip())
-            after = None if stop else len(ids) - (end or len(ids))
-            yield item | dict(cut=end is not None, tokens=end or len(ids), tokens_after_cut=after, finish=finish)
-
-
-def bleu_for(language: str) -> BLEU:
-    """BLEU with sacreBLEU's tokenizer for the target language; `char` where the extra package for it is missing."""
+def metrics_for(language: str) -> dict:
+    """BLEU with sacreBLEU's tokenizer for the target language (`char` where a package is missing), and chrF++."""
     try:
-        return BLEU(tokenize={"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a"))
+        bleu = BLEU(tokenize={"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}.get(language, "13a"))
     except (ImportError, RuntimeError):
         print(f"sacrebleu[{language}] is not installed: BLEU is over characters (tok:char)")
-        return BLEU(tokenize="char")
+        bleu = BLEU(tokenize="char")
+    return {"bleu": bleu, "chrf++": CHRF(word_order=2)}
 
 
-def translation_measures(items: list[dict], target: str) -> tuple[dict, dict]:
-    """-> measures and sacreBLEU's signatures of one test set."""
-    hypotheses, references = [i["hypothesis"] for i in items], [[i["reference"] for i in items]]
-    measures, signatures = {}, {}
-    for name, metric in [("bleu", bleu_for(target)), ("chrf++", CHRF(word_order=2))]:
-        value = metric.corpus_score(hypotheses, references).score
-        stats = np.array(metric._extract_corpus_statistics(hypotheses, references))
-        measures[name] = bootstrap(stats, lambda sums: metric._compute_score_from_stats(sums.tolist()).score)  # noqa: B023
-        measures[name]["value"] = value
-        signatures[name] = str(metric.get_signature())
-    measures["cut"] = mean([i["cut"] for i in items])  # share of outputs with a line break after the first line
-    measures["empty"] = mean([not i["hypothesis"] for i in items])
-    measures["tokens_after_cut"] = mean([i["tokens_after_cut"] for i in items if i["tokens_after_cut"] is not None])
-    return measures, signatures
+def translation(items: list[dict]) -> dict[str, Statistic]:
+    """BLEU, chrF++ and the rates of `faults`; how often, and how far, the cut after the first line bit."""
+    found, hypotheses = {}, [item["hypothesis"] for item in items]
+    for name, metric in metrics_for(items[0]["target_lang"]).items():
+        stats = np.array(metric._extract_corpus_statistics(hypotheses, [[item["reference"] for item in items]]))
+        score = functools.partial(lambda metric, sums: metric._compute_score_from_stats(sums.tolist()).score, metric)
+        found[name] = Statistic(stats, score, str(metric.get_signature()))
+    found |= means("empty", "copied", "wrong_script", "over_long", "cut")(items)
+    run_on = [item["tokens_after_cut"] for item in items if item["tokens_after_cut"] is not None]
+    return found | ({"tokens_after_cut": mean(run_on)} if run_on else {})
+
+
+def drift(items: list[dict]) -> dict[str, Statistic]:
+    """NLL a token of the base model's answers; forward KL(base || this) a token, estimated on these answers.
+
+    KL is the mean of log P_base - log P_this over the sampled tokens, EOS not included: unbiased if they were sampled
+    from the base model's distribution as it is (temperature 1, top-p 1), in the same tokens; else it is left out.
+    """
+    found = {"drift_nll": mean([i["nll"] for i in items], [i["tokens"] for i in items])}
+    if all(item["base_logprob"] is not None for item in items):
+        gaps = [i["base_logprob"] - i["logprob"] for i in items]
+        found["drift_kl"] = mean(gaps, [i["sampled"] for i in items])
+    return found
+
+
+# 2. Items: what a model is asked, what it answers, and what that is worth
+
+
+def reply(model, encoder: Encoder, rows: list[dict], args, **settings) -> Iterator[tuple[dict, list[int], dict]]:
+    """Answers to the prompts of `rows` as they end, greedy unless `settings` of `sample` say otherwise.
+
+    -> row, ids, and the item's first fields: id, prompt (the user's last turn), output (the answer's text), finish.
+    """
+    tokenizer = encoder.tokenizer
+    defaults = dict(max_new_tokens=args.max_new_tokens, eos_ids=tokenizer.eos_ids, limit=tokenizer.vocab_size)
+    settings = defaults | dict(batch_size=args.batch_size, keys=[row["id"] for row in rows]) | settings
+    outputs = sample(model, [row["ids"] for row in rows], **settings)
+    for i, ids, _, finish in tqdm(outputs, total=len(rows), unit="answer", disable=dist.get_rank() > 0):
+        row, text = rows[i], tokenizer.decode(ids)
+        yield row, ids, dict(id=row["id"], prompt=row["asked"], output=text, finish=finish)
+
+
+def replies(mark: Callable[[dict, dict], dict]):
+    """Greedy answers, to each of which `mark(row, item)` adds fields."""
+    return lambda *context: (item | mark(row, item) for row, _, item in reply(*context))
+
+
+def translate(model, encoder: Encoder, rows: list[dict], args) -> Iterator[dict]:
+    """Greedy translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
+    ends = encoder.tokenizer.first_line_ends
+    for stop in (None, ends):
+        part = [row for row in rows if (row["place"] >= RUN_ON) == bool(stop)]
+        for row, ids, item in reply(model, encoder, part, args, stop=stop):
+            end = next((n for n in range(1, len(ids) + 1) if ends(ids[:n])), None)
+            after = None if stop else len(ids) - (end or len(ids))
+            item |= dict(hypothesis=item["output"].strip().split("\n")[0].strip(), cut=end is not None)
+            yield item | dict(tokens=end or len(ids), tokens_after_cut=after) | faults(row, item["hypothesis"])
+
+
+def faults(row: dict, hypothesis: str) -> dict:
+    """A pair's fields, and what is wrong with its translation.
+
+    copied: the source again. wrong_script: over half of the letters are of scripts that the reference does not use.
+    over_long: over twice as many characters as the reference, and 20 more.
+    """
+
+    def scripts(text: str) -> list[str]:
+        return [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
+
+    letters, known = scripts(hypothesis), set(scripts(row["reference"]))
+    found = {name: row[name] for name in ("source", "reference", "target_lang")}
+    found |= dict(empty=not hypothesis, copied=plain(hypothesis) == plain(row["source"]))
+    found["wrong_script"] = sum(script not in known for script in letters) > len(letters) / 2
+    return found | dict(over_long=len(hypothesis) > 2 * len(row["reference"]) + 20)
+
+
+def plain(text: str) -> str:
+    """Text without differences of case, spacing and apostrophes."""
+    return " ".join(text.casefold().replace("’", "'").split())
 
 
 @torch.inference_mode()
-def likelihoods(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
+def choose(model, encoder: Encoder, rows: list[dict], args) -> Iterator[dict]:
+    """log P(choice | prompt) of every choice. A prompt is read once; its choices go on from copies of its cache."""
+    weight, progress = next(model.parameters()), tqdm(total=len(rows), unit="question", disable=dist.get_rank() > 0)
+    rows, device = sorted(rows, key=lambda row: (len(row["ids"]), row["new"])), weight.device
+    while rows:
+        fits = sum(n <= args.batch_size for n in itertools.accumulate(len(row["endings"]) for row in rows))
+        part, rows = rows[: max(fits, 1)], rows[max(fits, 1) :]
+        endings = [ending for row in part for ending in row["endings"]]
+        owner = torch.tensor([q for q, row in enumerate(part) for _ in row["endings"]], device=device)
+        lengths = torch.tensor([len(row["ids"]) for row in part], device=device)
+        prompts, more = padded([row["ids"] for row in part], device), padded(endings, device)
+        (Q, T), (N, E) = prompts.shape, more.shape
+        cache, positions = KVCache(model.config, Q, T + E, weight.dtype, device), torch.arange(T + E, device=device)
+        lasts = torch.arange(Q, device=device) * T + lengths - 1
+        first = model(prompts, lasts, cache.first(T), positions[:T].expand(Q, T))[owner]  # [N, V]
+        cache.keys, cache.values = cache.keys[:, owner], cache.values[:, owner]
+        rest = model(more, None, cache, lengths[owner, None] + positions[:E])[:, :-1]  # [N, E - 1, V]
+        logits = torch.cat([first[:, None], rest], 1).flatten(0, 1).float()
+        logprobs = -F.cross_entropy(logits, more.flatten(), reduction="none").double().view(N, E)
+        sums = iter([line[: len(ending)].sum().item() for line, ending in zip(logprobs, endings)])
+        for row in part:
+            found = [next(sums) for _ in row["endings"]]
+            norms = [logprob / len(choice) for logprob, choice in zip(found, row["choices"])]
+            item = {name: row[name] for name in ("id", "prompt", "choices", "answer")} | {"logprobs": found}
+            yield item | {name: int(np.argmax(x)) == row["answer"] for name, x in [("acc", found), ("acc_norm", norms)]}
+            progress.update()
+
+
+def given(_, __, rows: list[dict], ___) -> Iterator[dict]:
+    """Translations that exist already."""
+    return (
+        dict(id=r["id"], hypothesis=r["hypothesis"], cut=False, tokens_after_cut=None) | faults(r, r["hypothesis"])
+        for r in rows
+    )
+
+
+def padded(rows: list[list[int]], device) -> torch.Tensor:
+    """Ids [rows, longest], with 0 on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+
+
+def numeric(row: dict, item: dict) -> dict:
+    """Right and wrong as lm-evaluation-harness has them for GSM8K: numbers are compared as strings."""
+    strict, flexible = STRICT.search(item["output"]), FLEXIBLE.findall(item["output"])
+    found = [bare(text) for text in (strict[1] if strict else "", flexible[-1] if flexible else "")]
+    right = dict(strict=found[0] == row["gold"], flexible=found[1] == row["gold"])
+    return dict(answer=row["gold"], found=found, unfinished=item["finish"] == "length") | right
+
+
+def bare(text: str) -> str:
+    """A number without dollar signs, thousands' commas and a final full stop."""
+    return re.sub(r"[,$]|\.$", "", text)
+
+
+def safety(_, item: dict) -> dict:
+    """Whether an answer begins like a refusal. An empty or degenerate one is counted apart, never as a refusal."""
+    state, beginning = judge(item["output"], []), plain(item["output"])[:200]
+    phrases = [plain(line) for line in REFUSALS.read_text("utf-8").splitlines() if line and line[0] != "#"]
+    found = dict(empty=state == "empty", degenerate=state == "repetitive")
+    return found | dict(refusal=not any(found.values()) and any(phrase in beginning for phrase in phrases))
+
+
+@torch.inference_mode()
+def likelihoods(model, encoder: Encoder, rows: list[dict], args) -> Iterator[dict]:
     """-log P of the base model's answers under this model; EOS counts where an answer ended by itself."""
-    device = next(model.parameters()).device
+    device, hash = next(model.parameters()).device, encoder.tokenizer.hash
     pairs = sorted(((encoder.example(row), row) for row in rows), key=lambda pair: len(pair[0]))
-    for start in progress(range(0, len(pairs), args.batch_size), unit="batch"):
+    for start in tqdm(range(0, len(pairs), args.batch_size), unit="batch", disable=dist.get_rank() > 0):
         part = pairs[start : start + args.batch_size]
         tokens, select, targets, _ = data.collate([example for example, _ in part], device)
         losses = F.cross_entropy(model(tokens, select).float(), targets, reduction="none").double().cpu()
         for (_, row), nll in zip(part, losses.split([len(e.reference) for e, _ in part])):
-            sampled = len(row["reference_ids"])  # without EOS, which the ledger's log-probability leaves out
-            item = dict(id=row["id"], prompt=asked(encoder, row), answer=row["reference"], nll=nll.sum().item())
+            sampled, meta = len(row["reference_ids"]), row["meta"]  # without EOS, as the ledger's log-probability
+            item = dict(id=row["id"], prompt=row["asked"], answer=row["reference"], nll=nll.sum().item())
             item |= dict(tokens=len(nll), sampled=sampled, logprob=-nll[:sampled].sum().item())
-            yield item | {"base_logprob": (row.get("logprob") or 0.0) * sampled}
+            as_it_is = meta["temperature"] == meta["top_p"] == 1 and meta["tokenizer_hash"] == hash
+            yield item | {"base_logprob": (row.get("logprob") or 0.0) * sampled if as_it_is else None}
 
 
-def answers(model, encoder: Encoder, rows: list[dict], args: argparse.Namespace) -> Iterator[dict]:
-    """This model's own answers to the same prompts, sampled as the base model's were."""
-    if not rows:
-        return
-    tokenizer, prompts, keys = encoder.tokenizer, [encoder.prompt(row) for row in rows], [row["id"] for row in rows]
+def answer(model, encoder: Encoder, rows: list[dict], args) -> Iterator[dict]:
+    """This model's own answers to the prompts of a drift ledger, sampled as the base model's were."""
     settings = {name: rows[0]["meta"][name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    settings |= dict(keys=keys, eos_ids=tokenizer.eos_ids, limit=tokenizer.vocab_size)
-    outputs = sample(model, prompts, batch_size=args.batch_size, **settings)
-    for i, ids, _, finish in progress(outputs, total=len(rows), unit="answer"):
-        answer = tokenizer.decode(ids)
-        yield dict(id=keys[i], prompt=asked(encoder, rows[i]), answer=answer, tokens=len(ids), finish=finish)
+    return (item | {"tokens": len(ids)} for _, ids, item in reply(model, encoder, rows, args, **settings))
 
 
-def drift_measures(items: list[dict], own: list[dict], meta: dict, tokenizer: Tokenizer) -> dict:
-    """NLL a token; forward KL(base || this) a token, estimated on the base model's samples; mean length of own answers.
+def mt_bench(model, encoder: Encoder, rows: list[dict], args) -> Iterator[dict]:
+    """Answers to both turns, the second after the first, at the category's temperature."""
+    for heat in sorted({HEAT.get(row["category"], 0.0) for row in rows}):
+        part = [row for row in rows if HEAT.get(row["category"], 0.0) == heat]
+        first = {row["id"]: item["output"] for row, _, item in reply(model, encoder, part, args, temperature=heat)}
+        part = [row | prompted(encoder, row["turns"][0], first[row["id"]], row["turns"][1]) for row in part]
+        for row, _, item in reply(model, encoder, part, args, temperature=heat):
+            yield item | dict(output=[first[row["id"]], item["output"]], tstamp=time.time())
 
-    KL is estimated as the mean of log P_base - log P_this over the sampled tokens, EOS not included; only where the
-    ledger was sampled from the base model's distribution as it is (temperature 1, top-p 1), in the same tokens.
+
+# kind of test, which names the folder of its items: what makes the items, and their statistics
+KINDS = {
+    "bleu": (translate, translation),
+    "acc": (choose, means("acc", "acc_norm")),
+    "strict": (replies(numeric), means("strict", "flexible", "unfinished")),
+    "refusal": (replies(safety), means("refusal", "empty", "degenerate")),
+    "drift_nll": (likelihoods, drift),
+    "drift_length": (answer, lambda items: {"drift_length": mean([item["tokens"] for item in items])}),
+    "mt-bench": (mt_bench, means()),
+    "alpaca-eval": (replies(lambda row, _: {"dataset": row.get("dataset", "alpaca_eval")}), means()),
+}
+
+
+# 3. Tests: from files to prompts
+
+
+def prompted(encoder: Encoder, *texts: str) -> dict:
+    """Fields of a row: ids of the prompt that a conversation (user, assistant, ..., user) makes, and its last turn."""
+    messages = [{"role": data.TURNS[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"ids": encoder.prompt({"messages": messages, "where": "prompt"}), "asked": texts[-1]}
+
+
+def read_choice(row: dict, stem: str, args, encoder: Encoder) -> dict:
+    """Ids of the prompt and of each choice.
+
+    As lm-evaluation-harness has it: a space before the choice, prompt and choice tokenised as one text and split where
+    the prompt alone would end, no BOS. With --chat the prompt is a user's turn and the choice the answer to it.
     """
-    measures = {"drift_nll": mean([i["nll"] for i in items], [i["tokens"] for i in items])}
-    if meta.get("temperature") == 1 and meta.get("top_p") == 1 and meta["tokenizer_hash"] == tokenizer.hash:
-        gaps = [i["base_logprob"] - i["logprob"] for i in items]
-        measures["drift_kl"] = mean(gaps, [i["sampled"] for i in items])
-    return measures | {"drift_length": mean([i["tokens"] for i in own])}
+    where, choices, right, tokenizer = row["where"], row.get("choices"), row.get("answer"), encoder.tokenizer
+    prompt = data.text_field(row, "prompt", where)
+    check(isinstance(choices, list) and len(choices) > 1, where, '"choices" must be a list of two or more')
+    choices = [data.text_field({"choices": choice}, "choices", where) for choice in choices]
+    check(type(right) is int and 0 <= right < len(choices), where, f'"answer" must be 0 to {len(choices) - 1}', right)
+    if args.chat:
+        row |= prompted(encoder, prompt) | {"endings": [tokenizer.answer(choice) for choice in choices]}
+    else:
+        start = prompt.rstrip(" ")
+        ids = tokenizer.encode(start)
+        row |= dict(ids=ids, asked=prompt, endings=[tokenizer.encode(f"{start} {c}")[len(ids) :] for c in choices])
+    check(all(row["endings"]), where, "a choice has no token of its own after the prompt; reword it")
+    return row | {"name": str(row.get("task", stem)), "new": max(map(len, row["endings"]))}
 
 
-def read_tests(args: argparse.Namespace) -> tuple[dict, dict, dict]:
-    """-> translation rows, drift rows, and the hash of the data, each by stem: the file's name without ending."""
-    groups = data.group_files(args.translation)
-    directions = args.direction * len(groups) if len(args.direction) == 1 else args.direction
-    if directions and groups and len(directions) != len(groups):
-        raise ValueError("give --direction once, or once for each --translation file")
-    tests, drifts, hashes = {}, {}, {}
-    for group in [*groups, *((file,) for file in args.drift)]:
-        stem, drift = Path(group[0]).stem, group[0] in args.drift
-        if stem in hashes:
-            raise ValueError(f"{group[0]}: same name without ending as another file, and results go by it; rename one")
-        rows = data.read_rows(group, [] if drift else directions[len(tests) : len(tests) + 1])[: args.limit]
-        (drifts if drift else tests)[stem] = [row | {"place": i} for i, row in enumerate(rows)]
-        hashes[stem] = hashlib.sha256(b"".join(Path(file).read_bytes() for file in group)).hexdigest()[:16]
-        if drift and any(row.get("meta", {}).get("task") != "answer" for row in rows):
-            raise ValueError(f"{group[0]}: not the base model's answers; write them with generate.py --task answer")
-        if not drift and any("source" not in row for row in rows):
-            raise ValueError(f"{group[0]}: --translation needs pairs with a source and a reference")
-    return tests, drifts, hashes
+def read_numeric(row: dict, stem: str, args, encoder: Encoder) -> dict:
+    """A question in GSM8K's form, after the turns of --shots."""
+    question, gold = (data.text_field(row, name, row["where"]) for name in ("question", "answer"))
+    check(STRICT.search(gold), row["where"], '"answer" must end in "#### NUMBER"')
+    shots = [data.text_field(shot, name, where) for where, shot in args.shots for name in ("question", "answer")]
+    return row | prompted(encoder, *shots, question) | dict(name=stem, gold=bare(STRICT.search(gold)[1]))
+
+
+def read_safety(row: dict, _, args, encoder: Encoder) -> dict:
+    """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
+    field, harmful = ("goal", True) if "goal" in row else ("prompt", row.get("harmful"))
+    check(type(harmful) is bool, row["where"], '"harmful" must be true or false', harmful)
+    name = "harmful" if harmful else "benign"
+    return row | prompted(encoder, data.text_field(row, field, row["where"])) | {"name": name}
+
+
+def read_question(row: dict, stem: str, args, encoder: Encoder) -> dict:
+    """A question of MT-Bench (two `turns`) or AlpacaEval (`instruction`)."""
+    turns = row.get("turns", [row.get("instruction")])
+    fits = isinstance(turns, list) and len(turns) == 1 + ("turns" in row)
+    check(fits, row["where"], 'wanted two "turns", or "instruction"')
+    turns = [data.text_field({"text": turn}, "text", row["where"]) for turn in turns]
+    row |= {"id": row.get("question_id", row["id"]), "category": row.get("category"), "turns": turns}
+    return row | prompted(encoder, turns[0]) | dict(name=stem, new=args.max_new_tokens * (3 * len(turns) - 2))
+
+
+def read_tests(args, encoder: Encoder | None) -> tuple[dict[tuple[str, str], list[dict]], dict[str, str]]:
+    """-> rows by kind and name of the test, and a hash of the files of each."""
+    tests, files, as_written = {}, {}, encoder and Encoder(encoder.tokenizer)  # a ledger brings its prompts' settings
+
+    def add(kind: str, row: dict, group: tuple[str, ...]) -> None:
+        key = (kind, row["name"])
+        same = files.setdefault(key, group) == group
+        check(same, group[0], f"a second file for {'/'.join(key)}, and results go by that name; rename or join them")
+        tests.setdefault(key, []).append({"new": args.max_new_tokens} | row)
+
+    groups, directions = data.group_files(args.translation), args.direction
+    directions = directions * len(groups) if len(directions) == 1 else directions
+    check(len(directions) in (0, len(groups)) or not groups, "--direction", "give it once, or once for each test file")
+    check(len(args.hypotheses) in (0, len(groups)), "--hypotheses", "give one file for each --translation file")
+    for i, group in enumerate(groups):
+        rows = data.read_rows(group, directions[i : i + 1])
+        lines = data.read_text(args.hypotheses[i]).removesuffix("\n").split("\n") if args.hypotheses else rows
+        check(len(lines) == len(rows), group[0], f"{len(rows)} references, but {len(lines)} lines in --hypotheses")
+        for place, (row, line) in enumerate(zip(rows[: args.limit], lines)):
+            check("source" in row, row["where"], "--translation needs pairs with a source and a reference")
+            row |= dict(place=place, name=Path(group[0]).stem, hypothesis=line)
+            asked = {} if args.hypotheses else dict(ids=encoder.prompt(row), asked=encoder.messages(row)[-1]["content"])
+            add("bleu", row | asked, group)
+    for file in args.drift:
+        for row in data.read_rows([file])[: args.limit]:
+            answers = row.get("meta", {}).get("task") == "answer"
+            check(answers, row["where"], "not the base model's answer; write it with generate.py --task answer")
+            row |= dict(ids=as_written.prompt(row), asked=as_written.messages(row)[-1]["content"])
+            for kind in ("drift_nll", "drift_length"):
+                add(kind, row | {"name": Path(file).stem, "new": row["meta"]["max_new_tokens"]}, (file,))
+    exports = [(kind, file) for kind, _, file in (item.partition("=") for item in args.export) if kind != "comet"]
+    others = [("acc", read_choice, file) for file in args.choice] + [("strict", read_numeric, f) for f in args.numeric]
+    others += [("refusal", read_safety, f) for f in args.safety] + [(kind, read_question, f) for kind, f in exports]
+    for kind, read, file in others:
+        found = list(read_csv(file) if Path(file).suffix == ".csv" else data.read_json(file))[: args.limit]
+        for i, (where, row) in enumerate(found):
+            add(kind, read({"id": i} | row | {"where": where}, Path(file).stem, args, encoder), (file,))
+    hashes = {"/".join(key): digest(b"".join(Path(f).read_bytes() for f in group)) for key, group in files.items()}
+    return tests, hashes
+
+
+def read_csv(file: str) -> Iterator[tuple[str, dict]]:
+    """Rows of a CSV file with a header, each with where it ends."""
+    reader = csv.DictReader(data.read_text(file).splitlines(keepends=True), strict=True)
+    try:
+        for row in reader:
+            check(None not in row and None not in row.values(), f"{file}:{reader.line_num}", "wanted a cell a column")
+            yield f"{file}:{reader.line_num}", row
+    except csv.Error as e:
+        raise ValueError(f"{file}:{reader.line_num}: broken CSV: {e}") from None
+
+
+def seen(rows: list[dict], args) -> int:
+    """How many of these pairs have their source or reference in the data of --train."""
+    pairs = data.read_rows(args.train, args.direction[:1])
+    known = {plain(row[side]) for row in pairs for side in ("source", "reference") if side in row}
+    return sum(plain(row["source"]) in known or plain(row["reference"]) in known for row in rows)
+
+
+# 4. One model
 
 
 def main(args: argparse.Namespace) -> None:
     if args.compare:
-        return compare(args.compare)
-    # 1. everything that can be wrong with the files, before any weight is read
-    if not args.model or not args.out or not args.translation + args.drift:
-        raise ValueError("give --model, --out and what to measure (--translation, --drift), or --compare")
+        return compare(args.compare, args.out, args.plot)
+    # everything that can be wrong with the files, before any weight is read
+    measured = args.translation + args.choice + args.numeric + args.safety + args.drift + args.export
+    check(args.out and measured, "nothing to do", "give --out and what to measure, such as --translation, or --compare")
+    check(bool(args.model) != bool(args.hypotheses), "--model", "give a model folder, or --hypotheses instead")
+    check(args.model or measured == args.translation, "--hypotheses", "goes with --translation alone")
+    for item in args.export:
+        check(re.fullmatch(r"(mt-bench|alpaca-eval)=.+|comet", item), f"--export {item}", "unknown; see --help")
     rank, _, device = start_processes()
-    tokenizer, config = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    as_written = Encoder(tokenizer)  # a ledger brings the settings of its prompts
-    tests, drifts, hashes = read_tests(args)
-    for row in sum(tests.values(), []):
-        check_length(row, len(encoder.prompt(row)), args.max_new_tokens, config)
-    for row in sum(drifts.values(), []):
-        check_length(row, len(as_written.prompt(row)), row["meta"]["max_new_tokens"], config)
-    # 2. the settings that results depend on, and the model, read once it is needed
-    settings = dict(model=str(args.model), model_hash=model_hash(args.model), chat=tokenizer.chat_name)
-    settings |= dict(system=args.system, template=encoder.template or data.TEMPLATE, dtype=args.dtype)
-    settings |= dict(max_new_tokens=args.max_new_tokens)
-    settings |= dict(versions={"torch": torch.__version__, "sacrebleu": sacrebleu.__version__})
-    file = Path(args.out) / "results.json"
-    old = data.read_object(file) or {"settings": settings | {"limit": args.limit}, "measures": {}}
-    for name, value in (settings | {"limit": args.limit}).items():
-        if name not in ("model", "versions") and old["settings"].get(name) != value:
-            raise ValueError(f"{file}: {name} was {old['settings'].get(name)}, now {value}; choose another --out")
+    args.shots = data.read_json(args.shots) if args.shots else []
+    settings, encoder = dict(limit=args.limit, max_new_tokens=args.max_new_tokens, model=args.model), None
+    if args.model:
+        encoder = Encoder(Tokenizer(args.model, args.chat or "auto"), data.read_template(args.template), args.system)
+        settings |= dict(model_hash=model_hash(args.model), chat=encoder.tokenizer.chat_name, system=args.system)
+        settings |= dict(template=encoder.template or data.TEMPLATE, choices="chat" if args.chat else "as they stand")
+        settings |= dict(dtype=args.dtype, shots=digest(json.dumps([row for _, row in args.shots]).encode()))
+        settings |= dict(refusals=digest(REFUSALS.read_bytes()))
+    tests, files = read_tests(args, encoder)
+    out = Path(args.out)
+    old = data.read_object(out / "results.json") or {"settings": settings, "measures": {}}
+    for name, value in settings.items():
+        was = old["settings"].get(name)
+        check(name == "model" or was == value, out, f"{name} was {was}, now {value}; choose another --out")
+    # the items of each test, then its measures, beside those of an earlier run into the same folder
     load = functools.cache(lambda: Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device))
-
-    def items(name: str, stem: str, rows: list[dict], produce, encoder: Encoder) -> list[dict]:
-        path = Path(args.out) / "items" / name / f"{stem}.jsonl"
-        complete(path, settings | {"file": hashes[stem]}, rows, lambda todo: produce(load(), encoder, todo, args))
-        by_id = {item["id"]: item for _, item in data.read_json(path)}
-        return [by_id[row["id"]] for row in rows]
-
-    # 3. the measures
-    measures, signatures = old["measures"], old["settings"].get("signatures", {})
-    for stem, rows in tests.items():
-        found, signed = translation_measures(items("bleu", stem, rows, translate, encoder), rows[0]["target_lang"])
-        measures |= {f"{name}/{stem}": m for name, m in found.items()}
-        signatures |= {f"{name}/{stem}": s for name, s in signed.items()}
-    for stem, rows in drifts.items():
-        scored = items("drift_nll", stem, rows, likelihoods, as_written)
-        found = drift_measures(
-            scored, items("drift_length", stem, rows, answers, as_written), rows[0]["meta"], tokenizer
-        )
-        measures |= {f"{name}/{stem}": m for name, m in found.items()}
-    # 4. the results, beside those of an earlier run into the same folder
+    measures, notes = old["measures"], {name: old["settings"].get(name, {}) for name in NOTES}
+    for (kind, name), rows in tests.items():
+        key, path = f"{kind}/{name}", out / "items" / kind / f"{name}.jsonl"
+        make, statistics = KINDS[kind] if args.model else (given, translation)
+        rows, notes["left_out"][key] = fitting(rows, args.model)
+        if args.train and kind == "bleu":
+            notes["seen"][key] = seen(rows, args)
+        asked = Encoder(encoder.tokenizer) if kind.startswith("drift") else encoder
+        produce = lambda todo: make(args.model and load(), asked, todo, args)  # noqa: B023, E731
+        complete(path, settings | {"file": files[key]}, rows, produce)
+        notes["files"][key] = files[key]
+        if rank == 0:
+            items = [item for _, item in data.read_json(path)]
+            for measure, statistic in statistics(items).items():
+                measures[f"{measure}/{name}"] = statistic.measure()
+                notes["signatures"] |= {f"{measure}/{name}": statistic.signature} if statistic.signature else {}
+            export(kind, name, items, args)
     if rank == 0:
-        settings |= {"files": old["settings"].get("files", {}) | hashes, "limit": args.limit, "signatures": signatures}
-        text = json.dumps({"settings": settings, "measures": measures}, indent=2, ensure_ascii=False)
-        file.with_suffix(".tmp").write_text(text + "\n", "utf-8")
-        file.with_suffix(".tmp").replace(file)
+        settings |= notes | dict(versions={"torch": torch.__version__, "sacrebleu": sacrebleu.__version__})
+        write(out / "results.json", json.dumps({"settings": settings, "measures": measures}, indent=2))
         compare([args.out])
 
 
-def compare(folders: list[str]) -> None:
-    """Prints one table of several runs, a column each, once it is sure that they were measured alike."""
-    runs = []
-    for folder in folders:
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def fitting(rows: list[dict], folder: str | None) -> tuple[list[dict], list]:
+    """The rows whose prompt and new tokens fit the model's context, and the ids of the others."""
+    if not folder:
+        return rows, []
+    room = ModelConfig.from_file(Path(folder) / "config.json").max_position_embeddings
+    fits = [row for row in rows if len(row["ids"]) + row["new"] <= room]
+    check(fits, rows[0]["where"], f"no prompt leaves its new tokens of the context of {room}; lower --max-new-tokens")
+    return fits, [row["id"] for row in rows if len(row["ids"]) + row["new"] > room]
+
+
+def export(kind: str, name: str, items: list[dict], args) -> None:
+    """Files for judges that need a network or a model of their own; what is one line there is one line here."""
+    out, run = Path(args.out), Path(args.out).name
+    if kind == "mt-bench":
+        lines = []
+        for item in sorted(items, key=lambda item: item["id"]):
+            names = dict(question_id=item["id"], answer_id=f"{run}-{item['id']}", model_id=run, tstamp=item["tstamp"])
+            lines.append(names | {"choices": [dict(index=0, turns=item["output"])]})
+        write(out / "mt-bench" / f"{run}.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    elif kind == "alpaca-eval":
+        rows = [dict(dataset=i["dataset"], instruction=i["prompt"], output=i["output"], generator=run) for i in items]
+        write(out / "alpaca-eval" / f"{run}.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    elif kind == "bleu" and "comet" in args.export:
+        paths = {field: out / "comet" / f"{name}.{field}.txt" for field in ("source", "hypothesis", "reference")}
+        for field, path in paths.items():
+            write(path, "\n".join(" ".join(item[field].splitlines()) for item in items))
+        print("comet-score -s {source} -t {hypothesis} -r {reference} --model Unbabel/wmt22-comet-da".format(**paths))
+
+
+# 5. Several models
+
+
+class Run:
+    """The results in a folder, and the statistics of each measure, counted anew from the items."""
+
+    def __init__(self, folder: str, name: str):
         path = Path(folder) / "results.json"
-        if not path.exists():
-            raise ValueError(f"{path}: no results there; run evaluate.py --model ... --out {folder} first")
-        runs.append(data.read_object(path))
-        data.check({"settings", "measures"} <= set(runs[-1]), path, "not written by evaluate.py; choose another folder")
-        for name in ("files", "limit", "max_new_tokens", "template", "system", "chat", "dtype", "signatures"):
-            mine, first = (run["settings"].get(name) for run in (runs[-1], runs[0]))
-            if mine != first:
-                raise ValueError(f"{path}: {name} was {mine}, in {folders[0]} {first}; measure both alike")
-    table = [["measure", *(Path(folder).name for folder in folders), "n"]]
-    for name, base in runs[0]["measures"].items():
-        cells = [run["measures"].get(name) for run in runs]
-        data.check(all(cells), name, f"not measured in every one of {', '.join(folders)}; measure all alike")
-        table.append([name, *(f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in cells), str(base["n"])])
+        check(path.exists(), path, f"no results there; run evaluate.py --model ... --out {folder} first")
+        self.settings = data.read_object(path).get("settings", {})
+        check("files" in self.settings, path, "not written by evaluate.py; choose another folder")
+        self.name, self.path, self.statistics = name, path, {}
+        for kind, _, test in (key.partition("/") for key in self.settings["files"]):
+            items = data.read_json(path.parent / "items" / kind / f"{test}.jsonl")
+            found = KINDS[kind][1]([item for _, item in items])
+            self.statistics |= {f"{measure}/{test}": statistic for measure, statistic in found.items()}
+
+    def balance(self) -> dict[str, np.ndarray]:
+        """Skill (mean chrF++) and ability (mean of accuracies and of refusals in place), percent: value and draws."""
+        sides = {"skill": [], "ability": []}
+        for key, statistic in self.statistics.items():
+            x = np.array([statistic.value, *statistic.draws])
+            if key.startswith("chrf++/"):
+                sides["skill"].append(x)
+            elif key.startswith(("acc/", "flexible/", "refusal/")):
+                sides["ability"].append(100 * (1 - x if key == "refusal/benign" else x))
+        return {side: np.mean(found, axis=0) for side, found in sides.items() if found}
+
+
+def read_runs(folders: list[str]) -> list[Run]:
+    """Results by the names of their folders. ValueError where they were not measured alike."""
+    root = os.path.commonpath([Path(folder).resolve().parent for folder in folders])
+    runs = [Run(folder, os.path.relpath(folder, root)) for folder in folders]
+    for run in runs[1:]:
+        for name in ALIKE:
+            mine, first = run.settings.get(name), runs[0].settings.get(name)
+            check(mine == first, run.path, f"{name} was {mine}, in {folders[0]} {first}; measure both alike")
+        missing = set(runs[0].statistics) ^ set(run.statistics)
+        check(not missing, run.path, f"{', '.join(sorted(missing))} not measured in both; measure both alike")
+    return runs
+
+
+def compare(folders: list[str], out: str | None = None, plot: str | None = None) -> None:
+    """Prints each measure of each run, with its differences to the base and to the first run after it.
+
+    With `out` also as comparison.md and comparison.json there. ValueError where the runs were not measured alike.
+    """
+    runs, rows = read_runs(folders), []
+    others = runs[: min(len(runs) - 1, 2)]
+    table = [["measure", "run", "value", "n", *(f"to {other.name}" for other in others)]]
+    for measure, (i, run) in itertools.product(runs[0].statistics, enumerate(runs)):
+        own = run.statistics[measure]
+        row = dict(measure=measure, run=run.name) | own.measure()
+        row["to"] = {other.name: own.minus(other.statistics[measure]) for other in others[:i]}
+        rows.append(row)
+        differences = ["{difference:+.3f} [{low:+.3f}, {high:+.3f}] p={p:.3f}".format(**d) for d in row["to"].values()]
+        cells = [
+            measure if i == 0 else "",
+            run.name,
+            "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row),
+            str(row["n"]),
+        ]
+        table.append([*cells, *differences, *[""] * (len(others) - len(differences))])
+    notes = remarks(runs)
     widths = [max(map(len, column)) for column in zip(*table)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
-    print("\n95 % bootstrap intervals over items, each run by itself")
-    for name, signature in runs[0]["settings"]["signatures"].items():
-        print(f"{name}: {signature}")
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
+    print("", *notes, sep="\n")
+    if out:
+        lines = ["| " + " | ".join(cells) + " |" for cells in [table[0], ["---"] * len(table[0]), *table[1:]]]
+        write(Path(out) / "comparison.md", "\n".join([*lines, "", *(f"- {note}" for note in notes)]))
+        content = {"measures": rows, "runs": {run.name: run.settings for run in runs}}
+        write(Path(out) / "comparison.json", json.dumps(content, indent=2, ensure_ascii=False))
+    if plot:
+        draw(runs, plot)
+
+
+def remarks(runs: list[Run]) -> list[str]:
+    """What belongs below the table: gain over loss, a line a run, then what was measured and how."""
+    notes, settings, before = [], runs[0].settings, runs[0].balance()
+    for run in runs[1:] if len(before) == 2 else []:
+        after, spans = run.balance(), []
+        for side in before:
+            draws = after[side] - before[side]
+            spans.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(draws[0], *np.percentile(draws[1:], [2.5, 97.5])))
+        notes.append(f"{run.name} against {runs[0].name}: chrF++ {spans[0]} over abilities {spans[1]} points")
+    notes.append("[low, high]: 95 % bootstrap over items; p: paired bootstrap. Neither covers seeds or training data.")
+    notes += [f"{name}: {signature}" for name, signature in settings["signatures"].items()]
+    notes += [f"{key}: too long for the context, left out: {ids}" for key, ids in settings["left_out"].items() if ids]
+    notes += [f"{key}: {n} test pairs stand in the training data" for key, n in settings["seen"].items()]
+    notes += [f"{run.name}: {run.settings['model']} ({run.settings.get('model_hash')})" for run in runs]
+    return [*notes, json.dumps({name: settings.get(name) for name in (*ALIKE[:-2], "versions")}, ensure_ascii=False)]
+
+
+def draw(runs: list[Run], path: str) -> None:
+    """Skill against ability: from the base a path for each training run, through its exports (folders step-N)."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    paths, axes = {}, pyplot.figure(figsize=(7, 5)).gca()
+    for run in runs:
+        check(len(run.balance()) == 2, run.path, "--plot needs a translation and an ability (choice, numeric, safety)")
+        folder = Path(run.settings["model"])
+        step = re.fullmatch(r"step-(\d+)", folder.name)
+        key, place = (folder.parent, int(step[1])) if step else (folder, math.inf)
+        paths.setdefault(key, []).append((place, run.name, run.balance()))
+    start = (-1, "", runs[0].balance())
+    for key, points in paths.items():
+        points = sorted([*points, start], key=lambda point: point[0])
+        x, y = (np.array([balance[side] for *_, balance in points]) for side in ("skill", "ability"))  # [points, draws]
+        bars = [np.abs(np.percentile(z[:, 1:], [2.5, 97.5], axis=1) - z[:, 0]) for z in (x, y)]
+        axes.errorbar(x[:, 0], y[:, 0], xerr=bars[0], yerr=bars[1], marker="o", label=key.name, elinewidth=0.5)
+        for (_, name, _), a, b in zip(points, x[:, 0], y[:, 0]):
+            axes.annotate(name, (a, b), fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="skill: chrF++ of translations", ylabel="ability: mean of accuracies and refusals, %")
+    axes.legend()
+    axes.figure.savefig(path, dpi=150, bbox_inches="tight")
+    print(f"wrote {path}")
 
 
 def parser() -> argparse.ArgumentParser:
     number = data.number
-    p = data.Arguments(description="Measures what a model gained (translation) and lost (drift), or compares results.")
+    p = data.Arguments(description="Measures what a model gained and what it lost, or compares results.")
     p.add_argument("--model", help="model folder")
-    p.add_argument("--out", help="folder for results.json and items")
+    p.add_argument("--out", help="folder for results.json and items; with --compare, for comparison.md and .json")
     p.add_argument("--translation", nargs="+", default=[], metavar="FILE", help="test pairs: BLEU, chrF++")
+    p.add_argument("--hypotheses", nargs="+", default=[], metavar="FILE", help="translations, a line each: no --model")
+    p.add_argument("--choice", nargs="+", default=[], metavar="FILE", help="multiple choice by likelihood")
+    p.add_argument("--numeric", nargs="+", default=[], metavar="FILE", help="questions in GSM8K's form")
+    p.add_argument("--shots", metavar="FILE", help="examples in the same form, put before each numeric question")
+    p.add_argument("--safety", nargs="+", default=[], metavar="FILE", help="AdvBench's CSV, or JSONL prompt, harmful")
     p.add_argument("--drift", nargs="+", default=[], metavar="LEDGER", help="the base model's answers (--task answer)")
-    p.add_argument("--compare", nargs="+", metavar="OUT", help="prints one table of finished results, the base first")
+    p.add_argument("--export", nargs="+", default=[], help="mt-bench=FILE, alpaca-eval=FILE, comet: files for judges")
+    p.add_argument("--train", nargs="+", default=[], metavar="FILE", help="counts the test pairs that stand in it")
+    p.add_argument("--compare", nargs="+", metavar="OUT", help="compares finished results, the base first")
+    p.add_argument("--plot", metavar="FILE.png", help="with --compare: skill against ability (needs matplotlib)")
     data.common_arguments(p)
-    p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="of a translation (default 256)")
+    p.set_defaults(chat=None)  # choices go in as they stand unless it is given
+    p.add_argument("--max-new-tokens", type=number(1, kind=int), default=256, help="of an answer (default 256)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N items of each file")
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
     p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="here %(default)s")

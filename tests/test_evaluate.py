@@ -65,9 +65,9 @@ def results(at, ledger, folder):
 def test_bleu_and_chrf_equal_the_sacrebleu_command_to_the_last_digit(tmp_path):
     hypotheses = [p["reference"].replace("the ", "a ", i % 2) for i, p in enumerate(PAIRS)]
     items = [
-        dict(hypothesis=h, reference=p["reference"], cut=False, tokens_after_cut=0) for h, p in zip(hypotheses, PAIRS)
+        dict(hypothesis=h, cut=False, tokens_after_cut=0) | evaluate.faults(p, h) for h, p in zip(hypotheses, PAIRS)
     ]
-    measures, signatures = evaluate.translation_measures(items, "en")
+    found = evaluate.translation(items)
     (tmp_path / "ref").write_text("\n".join(p["reference"] for p in PAIRS) + "\n", "utf-8")
     (tmp_path / "hyp").write_text("\n".join(hypotheses) + "\n", "utf-8")
     command = [
@@ -87,8 +87,9 @@ def test_bleu_and_chrf_equal_the_sacrebleu_command_to_the_last_digit(tmp_path):
     ]
     theirs = json.loads(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
     for name, mine in zip(("bleu", "chrf++"), theirs):
-        assert round(measures[name]["value"], 12) == mine["score"] and signatures[name] == mine["signature"]
-        assert measures[name]["low"] < measures[name]["value"] < measures[name]["high"]
+        m = found[name].measure()
+        assert round(m["value"], 12) == mine["score"] and found[name].signature == mine["signature"]
+        assert m["low"] < m["value"] < m["high"]
 
 
 @pytest.mark.parametrize("language, tok", [("en", "13a"), ("zh", "zh"), ("ja", "char"), ("ko", "char")])
@@ -98,14 +99,14 @@ def test_bleu_takes_the_tokenizer_of_the_target_language_and_says_so(language, t
         tok = f"{language}-mecab"
     except (ImportError, RuntimeError, KeyError):
         pass
-    score = evaluate.bleu_for(language)
+    score = evaluate.metrics_for(language)["bleu"]
     score.corpus_score(["x"], [["x"]])
     assert f"tok:{tok}" in str(score.get_signature())
 
 
 def test_the_interval_of_a_mean_is_that_of_theory():
     values = np.random.default_rng(0).normal(3, 2, 400)
-    m = evaluate.mean(list(values))
+    m = evaluate.mean(list(values)).measure()
     half = 1.96 * values.std() / 20  # normal theory; the bootstrap's own noise at 1,000 draws is about 4 %
     assert m["n"] == 400 and m["value"] == pytest.approx(values.mean())
     assert m["value"] - m["low"] == pytest.approx(half, rel=0.12) and m["high"] - m["value"] == pytest.approx(
@@ -131,7 +132,7 @@ def test_a_model_has_not_drifted_from_itself_and_answers_as_it_did(at, ledger, r
     assert abs(base["drift_kl/answers"]["value"]) < 1e-3  # the ledger keeps four digits
     assert tuned["drift_kl/answers"]["low"] > 0.1
     own = {item["id"]: item for item in read_jsonl(at / "base/items/drift_length/answers.jsonl")}
-    assert all(own[row["id"]]["answer"] == row["response"] for row in read_jsonl(ledger))
+    assert all(own[row["id"]]["output"] == row["response"] for row in read_jsonl(ledger))
 
 
 def test_translations_are_cut_at_the_first_line_whether_or_not_they_run_on(at, folder, monkeypatch, results):
@@ -157,7 +158,7 @@ def test_comparison_prints_each_measure_of_each_run(at, results, capsys):
     run("--compare", at / "base", at / "tuned")
     table = capsys.readouterr().out
     for name, m in results[2]["measures"].items():
-        assert re.search(rf"^{re.escape(name)} .* {m['value']:.3f} \[", table, re.M)
+        assert re.search(rf"^{re.escape(name)} +base .*\n +tuned +{m['value']:.3f} \[", table, re.M)
     assert "nrefs:1" in table
 
 
@@ -170,8 +171,8 @@ MISTAKES = {
     "no results": (["--compare", "nowhere"], "nowhere"),
     "measured otherwise": (["--compare", "base", "limited"], "limit"),
     "twice the same name": (
-        ["--model", "MODEL", "--out", "x", "--translation", "pairs.jsonl", "pairs.jsonl"],
-        "same name",
+        ["--model", "MODEL", "--out", "x", "--translation", "pairs.jsonl", "twice/pairs.jsonl"],
+        "second file",
     ),
 }
 
@@ -180,6 +181,8 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(name, at, folder, results, monkeypatch, capsys):
     monkeypatch.chdir(at)
     write_jsonl(at / "chat.jsonl", [{"prompt": "Why?", "response": "So."}])
+    (at / "twice").mkdir(exist_ok=True)
+    write_jsonl(at / "twice/pairs.jsonl", PAIRS)
     arguments, words = MISTAKES[name]
     if name == "measured otherwise":
         run("--model", folder, "--out", at / "limited", *results[0], "--limit", "2")
@@ -204,11 +207,14 @@ def in_process(command: list[str], folder: Path) -> str:
 
 def test_the_five_scripts_lead_from_random_weights_to_the_comparison(tmp_path):
     table = walk(tmp_path, in_process)
-    cells = {line.split()[0]: re.findall(r" (-?\d+\.\d+) \[", line) for line in table.splitlines() if "[" in line}
-    base, vanilla, radis = map(float, cells["chrf++/pairs"])
+    cells, values = {}, re.findall(r"^(\S*) +(\w+) +(-?\d+\.\d+) \[", table, re.M)
+    for name, _, value in values:
+        measure = name or measure
+        cells.setdefault(measure, []).append(float(value))
+    base, vanilla, radis = cells["chrf++/pairs"]
     assert min(vanilla, radis) > base + 20, "fine-tuning on seven pairs learns them"
-    assert float(cells["cut/pairs"][2]) > float(cells["cut/pairs"][1]), "RaDis goes on to explain, vanilla does not"
-    assert abs(float(cells["drift_kl/answers"][0])) < 1e-3
+    assert cells["cut/pairs"][2] > cells["cut/pairs"][1], "RaDis goes on to explain, vanilla does not"
+    assert abs(cells["drift_kl/answers"][0]) < 1e-3
 
 
 def test_the_readme_counts_the_lines_of_the_scripts():
