@@ -21,7 +21,9 @@ from pathlib import Path
 import sentencepiece
 
 TEMPLATE = "Translate from Vela: {source}"
-CODE = "et"  # the language list of data.py is of real ones: Vela travels under a borrowed code, which no model ever sees
+CODE = (
+    "et"  # the language list of data.py is of real ones: Vela travels under a borrowed code, which no model ever sees
+)
 BEINGS = "fox dog cat bear wolf horse goat duck king queen farmer baker nurse sailor pilot boy girl child".split()
 THINGS = "boat cup hat lamp book ring coat box bell drum key kite rope ball cake pot sword wheel".split()
 PLACES = "forest river cave barn castle garden tower village".split()
