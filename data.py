@@ -28,13 +28,12 @@ from sentencepiece import SentencePieceProcessor
 # ALMA's wording (Xu et al. 2024), as its code has it; the wording of the RaDis paper is not known
 TEMPLATE = "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
 FIELDS = ("source", "source_lang", "target_lang")  # what a template may name
-NAMES = (
-    "ar Arabic bg Bulgarian ca Catalan cs Czech da Danish de German el Greek en English es Spanish et Estonian fa "
-    "Persian fi Finnish fr French gu Gujarati ha Hausa he Hebrew hi Hindi hr Croatian hu Hungarian id Indonesian is "
-    "Icelandic it Italian ja Japanese kk Kazakh km Khmer ko Korean lt Lithuanian lv Latvian ms Malay nl Dutch no "
-    "Norwegian pl Polish ps Pashto pt Portuguese ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv "
-    "Swedish sw Swahili ta Tamil th Thai tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese"
-).split()
+NAMES = """
+    ar Arabic bg Bulgarian ca Catalan cs Czech da Danish de German el Greek en English es Spanish et Estonian fa Persian
+    fi Finnish fr French gu Gujarati ha Hausa he Hebrew hi Hindi hr Croatian hu Hungarian id Indonesian is Icelandic
+    it Italian ja Japanese kk Kazakh km Khmer ko Korean lt Lithuanian lv Latvian ms Malay nl Dutch no Norwegian
+    pl Polish ps Pashto pt Portuguese ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv Swedish sw Swahili
+    ta Tamil th Thai tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""".split()
 LANGUAGES = dict(zip(NAMES[::2], NAMES[1::2]))
 TURNS = ("user", "assistant")
 CHATS = ("llama2", "mistral", "zephyr", "chatml", "plain")
@@ -57,27 +56,35 @@ class Tokenizer:
     def __init__(self, folder: str | Path, chat: str = "auto"):
         self.folder, file = Path(folder), Path(folder) / "tokenizer.model"
         check(file.is_file(), file, "no such file; a model folder needs its SentencePiece tokenizer.model")
-        proto = file.read_bytes()
+        proto, names = file.read_bytes(), ("tokenizer_config.json", "added_tokens.json", "generation_config.json")
+        config, added, generation = (read_object(self.folder / name) for name in names)
+        if (self.folder / "chat_template.jinja").is_file():
+            config["chat_template"] = read_text(self.folder / "chat_template.jinja")
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
             # the same model without the space that is put before each text: appended fields override (protobuf)
             self.sp_continue = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
-        except RuntimeError:
-            raise ValueError(f"{file}: not a SentencePiece model; download it again") from None
-        config_file = self.folder / "tokenizer_config.json"
-        config = read_object(config_file)
-        try:
-            self._read_tokens(config)
-            self._read_chat(config, chat)
-        except (AttributeError, KeyError, TypeError):
-            raise ValueError(f"{config_file}: not understood; download it again") from None
-        check(self.eos_id >= 0, file, "has no EOS token, so no answer could ever end")
+            file = self.folder / names[0]  # at fault from here on
+            self._read_config(config, added)
+            file, stops = self.folder / names[2], generation.get("eos_token_id")
+            stops = sorted({self.eos_id, *(stops if isinstance(stops, list) else [stops])} - {None})
+        except (RuntimeError, AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(f"{file}: not understood; download it again") from None
+        known = [name for mark, name in MARKS.items() if mark in self.template] if self.template else ["plain"]
+        check(known or chat != "auto", self.folder, f"chat template not known here; give --chat {'|'.join(CHATS)}")
+        self.chat_name = known[0] if chat == "auto" else chat
+        tags = ("<|im_start|>", "<|im_end|>") if self.chat_name == "chatml" else ()
+        self.start_id, self.end_id = [self._id(tag, -1) for tag in tags] or (self.eos_id, self.eos_id)
+        ok = min(self.eos_id, self.start_id, self.end_id) >= 0
+        check(ok, file, f"the vocabulary lacks {', '.join(tags) or 'EOS'}; give another --chat, or another tokenizer")
+        self.eos_ids = sorted({self.end_id, *stops})
         self.hash = hashlib.sha256(proto + json.dumps(self.added).encode()).hexdigest()[:16]
         self.adds_space = self.sp.encode("a") != self.sp_continue.encode("a")
 
-    def _read_tokens(self, config: dict) -> None:
+    def _read_config(self, config: dict, added: dict) -> None:
+        """Added and control tokens, BOS, EOS and the chat template; any error means a broken file."""
         ids = {token["content"]: int(id) for id, token in (config.get("added_tokens_decoder") or {}).items()}
-        self.ids = ids | read_object(self.folder / "added_tokens.json")
+        self.ids = ids | added
         self.added = {id: text for text, id in sorted(self.ids.items(), key=lambda item: item[1])}
         self.control = {i for i in range(len(self.sp)) if self.sp.is_control(i)} | set(self.added) - {self.sp.unk_id()}
         tags = sorted({self.sp.id_to_piece(i).replace("▁", " ") for i in self.control if i < len(self.sp)}, key=len)
@@ -86,19 +93,9 @@ class Tokenizer:
         self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
         self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
         self.legacy = bool(config.get("legacy"))  # SentencePiece's space before every text, not only the first
-
-    def _read_chat(self, config: dict, chat: str) -> None:
-        template, file = config.get("chat_template") or "", self.folder / "chat_template.jinja"
-        template = file.read_text("utf-8") if file.is_file() else template
-        if isinstance(template, list):  # several, by name
-            template = next((t["template"] for t in template if t.get("name") == "default"), "")
+        template = config.get("chat_template") or ""  # or a list of several, by name
+        template = json.dumps(template) if isinstance(template, list) else template
         self.template = template.replace("\\n", "\n")
-        known = [name for mark, name in MARKS.items() if mark in self.template] if self.template else ["plain"]
-        check(known or chat != "auto", self.folder, f"chat template not known here; give --chat {'|'.join(CHATS)}")
-        self.chat_name = known[0] if chat == "auto" else chat
-        self.end_id = self._id("<|im_end|>", self.eos_id) if self.chat_name == "chatml" else self.eos_id
-        stops = read_object(self.folder / "generation_config.json").get("eos_token_id")
-        self.eos_ids = sorted({self.end_id, self.eos_id, *(stops if isinstance(stops, list) else [stops])} - {None})
 
     def _id(self, piece: str | dict | None, default: int) -> int:
         """The id of an added token or a piece of the vocabulary."""
@@ -128,8 +125,7 @@ class Tokenizer:
 
     def first_line_ends(self, ids: list[int]) -> bool:
         """Whether the last of `ids` ends the first line that is not empty."""
-        newline = "\n" in self.decode(ids[-1:]) or ids[-1] == self.sp.piece_to_id("<0x0A>")
-        return newline and "\n" in self.decode(ids).lstrip()
+        return "\n" in self.decode(ids[-1:]) and "\n" in self.decode(ids).lstrip()
 
     def answer(self, text: str) -> list[int]:
         """Ids of an assistant's answer as they follow `chat`, without EOS."""
@@ -145,68 +141,62 @@ class Tokenizer:
     def chat(self, messages: list[dict], system: str | None = None) -> list[int]:
         """Ids of a conversation, up to where the assistant's answer begins.
 
-        messages: {"role": "system" (first only) | "user" | "assistant", "content"}, user and assistant in turn, user
-        last. Sources: Meta's llama repository (llama2), mistral-common v1 and v3 (mistral), the models' own templates.
+        messages: {"role", "content"}, a system prompt if there is one, then user and assistant in turn, user last.
         """
         if messages and messages[0]["role"] == "system":
             system, messages = messages[0]["content"], messages[1:]
-        roles, texts = [m["role"] for m in messages], [m["content"] for m in messages]
-        in_turn = all(role == TURNS[i % 2] for i, role in enumerate(roles))
-        check(in_turn and len(roles) % 2, "roles", "wanted user, assistant, ..., user", roles)
-        formats = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}
-        return formats.get(self.chat_name, self._tagged)(texts, system)
-
-    def _llama2(self, texts: list[str], system: str | None) -> list[int]:
-        if system:
-            texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
-        ids = []
-        for user, answer in zip(texts[::2], texts[1::2]):
-            ids += [self.bos_id, *self.encode(f"[INST] {user.strip()} [/INST] {answer.strip()} "), self.eos_id]
-        return [*ids, self.bos_id, *self.encode(f"[INST] {texts[-1].strip()} [/INST]")]
-
-    def _mistral(self, texts: list[str], system: str | None) -> list[int]:
-        # in v1 the tags are text; from v3 on they are control tokens, and the system prompt moves to the last turn
-        begin, end = self._id("[INST]", -1), self._id("[/INST]", -1)
-        v3 = begin in self.control
-        if system:
-            at = len(texts) - 1 if v3 else 0
-            texts[at] = f"{system}\n\n{texts[at]}"
-        ids = [self.bos_id]
-        for user, answer in zip(texts[::2], [*texts[1::2], None]):
-            ids += [begin, *self.encode(user), end] if v3 else self.encode(f"[INST] {user} [/INST]")
-            if answer is not None:
-                ids += [*self.encode(answer.rstrip(" ") if v3 else answer), self.eos_id]
+        roles, ids = [m["role"] for m in messages], []
+        check(roles == [*TURNS * (len(roles) // 2), "user"], "roles", "wanted user, assistant, ..., user", roles)
+        one_text = self.chat_name in ("zephyr", "chatml") and not self.legacy
+        for part in self._parts([m["content"] for m in messages], system):
+            if isinstance(part, str):
+                ids += self.encode(part, within=one_text and len(ids) > 0)
+            elif part >= 0:  # not every vocabulary has a BOS
+                ids.append(part)
         return ids
 
-    def _tagged(self, texts: list[str], system: str | None) -> list[int]:
-        """ChatML (each turn between two control tokens) and Zephyr (tags are text, EOS ends a turn)."""
-        chatml, start = self.chat_name == "chatml", self._id("<|im_start|>", -1)
-        found = min(start, self._id("<|im_end|>", -1)) >= 0
-        check(found or not chatml, self.folder, "the vocabulary has no <|im_start|>, <|im_end|>; give another --chat")
+    def _parts(self, texts: list[str], system: str | None) -> list[int | str]:
+        """A conversation as its format has it: control tokens by id, and the texts between them.
+
+        Sources: Meta's llama repository (llama2), mistral-common v1 and v3 (mistral), the models' own templates.
+        """
+        bos, eos, parts = self.bos_id, self.eos_id, []
+        if self.chat_name == "plain":
+            return [bos, "\n\n".join([system, *texts] if system else texts)]
+        if self.chat_name == "llama2":
+            texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}" if system else texts[0]
+            for user, answer in zip(texts[:-1:2], texts[1::2]):
+                parts += [bos, f"[INST] {user.strip()} [/INST] {answer.strip()} ", eos]
+            return [*parts, bos, f"[INST] {texts[-1].strip()} [/INST]"]
+        if self.chat_name == "mistral":
+            # in v1 the tags are text; from v3 on they are control tokens, and the system prompt moves to the last turn
+            begin, end = self._id("[INST]", -1), self._id("[/INST]", -1)
+            v3 = begin in self.control
+            at = len(texts) - 1 if v3 else 0
+            texts[at] = f"{system}\n\n{texts[at]}" if system else texts[at]
+            for i, text in enumerate(texts):
+                if i % 2:
+                    parts += [text.rstrip(" ") if v3 else text, eos]
+                else:
+                    parts += [begin, text, end] if v3 else [f"[INST] {text} [/INST]"]
+            return [bos, *parts]
+        # chatml has each turn between two control tokens; in zephyr the tags are text, and EOS ends a turn
+        chatml, turns = self.chat_name == "chatml", list(zip(itertools.cycle(TURNS), [*texts, ""]))
         if chatml and system is None:  # some templates put one in
             own = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.template)
             system = own and own[1]
-        opening = [("system", system)] if system is not None else []
-        parts = [self.bos_id] if "bos_token" in self.template else []
-        for i, (role, text) in enumerate([*opening, *zip(itertools.cycle(TURNS), [*texts, ""])]):
+        for i, (role, text) in enumerate(turns if system is None else [("system", system), *turns]):
             between = "\n" if i else ""
-            parts += [between, start, f"{role}\n{text}"] if chatml else [f"{between}<|{role}|>\n{text}"]
+            parts += [between, self.start_id, f"{role}\n{text}"] if chatml else [f"{between}<|{role}|>\n{text}"]
             parts.append(self.end_id)
-        ids = []
-        for part in parts[:-1]:  # the answer, which is to come, does not end here
-            within = len(ids) > 0 and not self.legacy
-            ids += [part] if isinstance(part, int) else self.encode(part, within)
-        return ids
-
-    def _plain(self, texts: list[str], system: str | None) -> list[int]:
-        return [self.bos_id] * (self.bos_id >= 0) + self.encode("\n\n".join([system, *texts] if system else texts))
+        return [bos if "bos_token" in self.template else -1, *parts[:-1]]  # the answer, to come, does not end here
 
 
 def read_text(path: str | Path) -> str:
     """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
     try:
         data = Path(path).read_bytes()
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
         raise ValueError(f"{path}: {e.strerror}; give a file that can be read") from None
     except UnicodeDecodeError as e:
@@ -235,11 +225,10 @@ def read_json(path: str | Path) -> list[tuple[str, dict]]:
     """Objects of a JSON array, or of one object a line, each with where it stands, `FILE:LINE`."""
     text, rows = read_text(path), []
     if text.lstrip().startswith("["):
-        decoder, line, start, end = json.JSONDecoder(), 1, 0, text.index("[") + 1
+        line, start, end = 1, 0, 0
         for row in parse_json(text, path):  # each is decoded once more, to learn its line
-            before, start = start, re.compile(r"[\s,]*").match(text, end).end()
-            end = decoder.raw_decode(text, start)[1]
-            line += text.count("\n", before, start)
+            before, start = start, re.compile(r"\s*[\[,]\s*").match(text, end).end()
+            line, end = line + text.count("\n", before, start), json.JSONDecoder().raw_decode(text, start)[1]
             rows.append((f"{path}:{line}", row))
     else:
         lines = enumerate(text.split("\n"), 1)
@@ -252,17 +241,17 @@ def read_json(path: str | Path) -> list[tuple[str, dict]]:
 
 def read_lines(files: tuple[str, ...]) -> list[tuple[str, dict]]:
     """Rows of a TSV file or of two line files. Endings may name the languages: x.de-en.tsv, x.de x.en."""
-    columns = [[line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")] for file in files]
+    columns, rows = [read_text(file).removesuffix("\n").split("\n") for file in files], []
     if len(files) == 2:
         languages, pairs, (n, m) = [Path(file).suffix[1:] for file in files], zip(*columns), map(len, columns)
         check(n == m, f"{files[0]}:{min(n, m) + 1}", f"{n} lines, each with its translation, but {files[1]} has {m}")
     else:
         languages, pairs = Path(files[0]).stem.split(".")[-1].split("-"), (line.split("\t") for line in columns[0])
-    named = len(languages) == 2 and set(languages) <= set(LANGUAGES)
-    fields, rows = ("source", "reference", "source_lang", "target_lang"), []
+    named = dict(zip(FIELDS[1:], languages)) if are_two_languages(languages) else {}
     for n, cells in enumerate(pairs, 1):
-        check(len(cells) == 2, f"{files[0]}:{n}", f"wanted source, tab, reference; found {len(cells) - 1} tabs")
-        rows.append((f"{files[0]}:{n}", dict(zip(fields, [*cells, *languages] if named else cells))))
+        where = f"{files[0]}:{n}"
+        check(len(cells) == 2, where, f"wanted source, tab, reference; found {len(cells) - 1} tabs")
+        rows.append((where, dict(source=cells[0], reference=cells[1]) | named))
     return rows
 
 
@@ -270,10 +259,8 @@ def group_files(files: list[str]) -> list[tuple[str, ...]]:
     """JSON and TSV files stand alone; other files are line files and come in pairs, `train.de train.en`."""
     groups, files = [], iter(files)
     for file in files:
-        ending = Path(file).suffix
-        alone = ending in (".json", ".jsonl", ".tsv")
-        if not alone:
-            alone = read_text(file).lstrip()[0] in "{[" and ending[1:] not in LANGUAGES
+        ending = Path(file).suffix[1:]
+        alone = ending in ("json", "jsonl", "tsv") or (ending not in LANGUAGES and read_text(file).lstrip()[0] in "{[")
         groups.append((file,) if alone else (file, *itertools.islice(files, 1)))
         check(alone or len(groups[-1]) == 2, file, "a line file needs a second one, as in train.de train.en")
     return groups
@@ -281,126 +268,88 @@ def group_files(files: list[str]) -> list[tuple[str, ...]]:
 
 def named_files(items: list[str]) -> dict[str, list[str]]:
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own, line files come in pairs."""
-    parts, named = [item.partition("=") for item in items], {}
-    names = {file or name: name if file else Path(name).stem for name, _, file in parts}
+    names, named = {file: name for name, _, file in (item.rpartition("=") for item in items)}, {}
     for group in group_files(list(names)):
-        named.setdefault(names[group[0]], []).extend(group)
+        named.setdefault(names[group[0]] or Path(group[0]).stem, []).extend(group)
     return named
+
+
+def are_two_languages(codes) -> bool:
+    """Whether these are the codes of two languages that we know."""
+    return len(codes) == 2 and codes[0] != codes[1] and all(code in list(LANGUAGES) for code in codes)
 
 
 def read_rows(files: list[str], directions: list[str] = (), prompts: bool = False) -> list[dict]:
     """Reads pairs, conversations and ledgers (`prompts`: prompts alone) into one list, in order.
 
-    A row is what its file says, with `id` (its place in the data if the file has none) and `where` (FILE:LINE) added.
-    A pair has source, reference, source_lang, target_lang; others have `messages`, the conversation before the answer,
-    and `reference`, the answer. A ledger's row has `meta`, the settings it was written with. Several directions read
-    each row once for each. ValueError names file and line.
+    A row is what its file says, with `id` (its place in the data if the file has none), `where` (FILE:LINE) and `meta`
+    (the settings that a ledger was written with) added. A pair has source, reference, source_lang, target_lang; others
+    have `messages`, the conversation before the answer, and `reference`, the answer. Several directions read each pair
+    once for each. ValueError names file and line.
     """
-    rows, directions = [], [split_direction(d) for d in dict.fromkeys(directions)] or [None]
+    rows, ways = [], [tuple(direction.split("-")) for direction in dict.fromkeys(directions)]
+    for way in ways:
+        check(are_two_languages(way), f'--direction "{"-".join(way)}"', f"give two of {'|'.join(LANGUAGES)}, as de-en")
     for group in group_files(files):
         meta, lines = read_meta(group[0]), len(group) == 2 or Path(group[0]).suffix == ".tsv"
         found = read_lines(group) if lines else read_json(group[0])
-        for direction, (where, row) in itertools.product(directions, found):
-            row = {name: value for name, value in row.items() if name != "meta"} | {"where": where}
-            if "reference_ids" in row:
-                check_ledger(row)
-                row["meta"] = meta
+        for way, (where, row) in itertools.product(ways or [None], found):
+            row = row | {"where": where, "meta": meta if "reference_ids" in row else {}}
+            first = way in (None, *ways[:1])
             if "translation" in row or "source" in row:
-                read_pair(row, direction, directions[0])
-            elif direction is directions[0]:
+                read_pair(row, way, *ways[:1])
+            elif first:  # a conversation has no direction
                 read_conversation(row, prompts)
             else:
-                continue  # a conversation has no direction
-            own = (
-                row.get("id") if direction is directions[0] else row.get("id") and f"{row['id']} {'-'.join(direction)}"
-            )
-            row["id"] = len(rows) if own is None else own
-            check(type(row["id"]) in (int, str), where, '"id" must be a number or a string', row["id"])
+                continue
+            id = row.get("id")
+            check(id is None or type(id) in (int, str), where, '"id" must be a number or a string', id)
+            row["id"] = len(rows) if id is None else id if first else f"{id} {'-'.join(way)}"
             rows.append(row)
     return rows
 
 
-def split_direction(direction: str) -> tuple[str, str]:
-    """de-en -> (de, en): source and target language."""
-    found = re.fullmatch(r"([A-Za-z_]+)-([A-Za-z_]+)", direction)
-    check(found and found[1] != found[2], f'--direction "{direction}"', "give two languages, such as de-en")
-    return found.groups()
-
-
-def check_ledger(row: dict) -> None:
-    """ValueError where a row that has token ids lacks what a ledger's row must have."""
-    ok = isinstance(row.get("rationale", ""), str) and row.get("finish") in ("eos", "length")
-    check(ok, row["where"], 'a ledger row needs "rationale" (text) and "finish" ("eos" or "length")')
-    for name in ("reference_ids", "rationale_ids"):
-        ok = isinstance(row.get(name), list) and all(type(i) is int and i >= 0 for i in row[name])
-        check(ok, row["where"], f'"{name}" must be a list of token ids')
-
-
-def text_field(row: dict, name: str, where: str, may_be_empty: bool = False) -> str:
-    """The text of a field; ValueError where it is no text, blank, or not Unicode."""
-    value = row.get(name)
-    check(isinstance(value, str), where, f'"{name}" must be a string', value)
-    check(value.strip() or may_be_empty, where, f'"{name}" is empty; take the row out or fill it in')
-    check(not re.search(r"[\ud800-\udfff]", value), where, f'"{name}" holds a lone surrogate, which is no character')
+def as_text(value, where: str, name: str, may_be_blank: bool = False) -> str:
+    """The value, if it is Unicode text and not blank."""
+    ok = isinstance(value, str) and (value.strip() or may_be_blank) and not re.search(r"[\ud800-\udfff]", value)
+    check(ok, where, f"{name} must be a Unicode string that is not blank; fill it in or take the row out", value)
     return value
 
 
-def read_pair(row: dict, direction: tuple[str, str] | None, default: tuple[str, str] | None) -> None:
-    """Brings a two-way row (ALMA's `translation`), or one with source and reference, into `direction`."""
-    where, own = row["where"], None
-    if "translation" in row:
-        texts = row.pop("translation")
-        check(isinstance(texts, dict), where, '"translation" must be {"de": "...", "en": "..."}', texts)
-        check(direction, where, "a two-way row; say which way by --direction, such as de-en")
-        names = {language: language for language in texts}
-    else:
-        texts, own = row, default
-        if {row.get("source_lang"), row.get("target_lang")} != {None}:
-            own = text_field(row, "source_lang", where), text_field(row, "target_lang", where)
-        wanted = 'wanted two languages, as "source_lang" and "target_lang" or by --direction de-en'
-        check(own and own[0] != own[1], where, wanted)
-        names = dict(zip(own, ("source", "reference")))
-    languages = direction or own
-    fits = set(languages) <= set(names) and ("reference_ids" not in row or languages == own)
-    way = ", and a ledger goes one way" if "reference_ids" in row else ""
-    check(fits, where, f"has {', '.join(names)}{way}, but --direction is {'-'.join(languages)}")
-    for language in languages:
-        check(language in LANGUAGES, where, f"unknown language; known are {', '.join(LANGUAGES)}", language)
-    source = text_field(texts, names[languages[0]], where)
-    reference = text_field(texts, names[languages[1]], where, may_be_empty="reference_ids" in row)
-    row |= dict(source=source, reference=reference, source_lang=languages[0], target_lang=languages[1])
+def read_pair(row: dict, way: tuple[str, str] | None, default: tuple[str, str] = ("", "")) -> None:
+    """Brings a two-way row (ALMA's `translation`), or one with source and reference, into the direction `way`."""
+    where, ledger, own, texts = row["where"], "reference_ids" in row, way, row.pop("translation", None)
+    if texts is None:
+        own = tuple(row.get(name) or code for name, code in zip(FIELDS[1:], default))
+        check(are_two_languages(own), where, 'needs "source_lang" and "target_lang", or --direction, as de-en', own)
+        texts, way = {own[0]: row.get("source"), own[1]: row.get("reference")}, way or own
+    check(way, where, "a two-way row; say which way by --direction, such as de-en")
+    fits = isinstance(texts, dict) and set(way) <= set(texts) and (way == own or not ledger)
+    check(fits, where, f"--direction {'-'.join(way)} needs both languages (a ledger has one direction)", texts)
+    row["source_lang"], row["target_lang"] = way
+    row["source"] = as_text(texts[way[0]], where, f"the {LANGUAGES[way[0]]} text")
+    row["reference"] = as_text(texts[way[1]], where, f"the {LANGUAGES[way[1]]} text", may_be_blank=ledger)
 
 
 def read_conversation(row: dict, prompts: bool) -> None:
     """Sets `messages`, the conversation before the answer, and `reference`, the answer (None where there is none)."""
-    where, said = row["where"], row.get("messages")
-    if said is not None:
-        ok = isinstance(said, list) and said and all(isinstance(m, dict) for m in said)
-        check(ok, where, '"messages" must be a list of {"role", "content"}')
-        turns = [(m.get("role"), m, "content") for m in said]
-    elif "turns" in row:  # FastChat's questions: the first turn
-        first = row["turns"][0] if isinstance(row["turns"], list) and row["turns"] else None
-        turns = [("user", {"turns": first}, "turns")]
+    where, said, fields = row["where"], row.get("messages"), zip(TURNS, ("prompt", "response"))
+    if isinstance(row.get("turns"), list):  # FastChat's questions: the first turn
+        said = [dict(role="user", content=text) for text in row["turns"][:1]]
         row["id"] = row.get("id", row.get("question_id"))
-    else:
-        check(
-            "prompt" in row, where, 'wanted "translation", "source", "messages" or "prompt"', sorted({*row} - {"where"})
-        )
-        turns = [("user", row, "prompt")]
-        check("response" in row or prompts, where, 'has no "response"; prompts alone go with generate.py --task answer')
-        turns += [("assistant", row, "response")] if "response" in row else []
-    roles = [role for role, _, _ in turns]
-    answers = roles[1:] if roles[0] == "system" else roles
-    in_turn = answers and all(role == TURNS[i % 2] for i, role in enumerate(answers))
-    check(in_turn, where, "roles must be user and assistant in turn", roles)
-    messages = []
-    for role, holder, name in turns:
-        mute = "reference_ids" in row and len(messages) == len(turns) - 1  # a model may have said nothing
-        messages.append({"role": role, "content": text_field(holder, name, where, may_be_empty=mute)})
-    answered = roles[-1] == "assistant"
-    check(answered or prompts, where, "has no answer to learn; the last message must be the assistant's")
-    row["reference"] = messages.pop()["content"] if answered else None
-    row["messages"] = messages
+    elif said is None:
+        said = [dict(role=role, content=row[name]) for role, name in fields if name in row]
+    ok = isinstance(said, list) and all(isinstance(m, dict) for m in said)
+    roles = [m.get("role") for m in said] if ok else []
+    answered = roles[-1:] == ["assistant"]
+    before = roles[roles[:1] == ["system"] : len(roles) - answered]
+    wanted = 'wanted "source", "translation", "prompt", "turns", or "messages" of user and assistant in turn'
+    check(before == [*TURNS * (len(before) // 2), "user"], where, wanted, roles or [*row])
+    check(answered or prompts, where, 'has no answer ("response"); prompts alone go with generate.py --task answer')
+    mute = [answered and "reference_ids" in row and m is said[-1] for m in said]  # a model may have said nothing
+    texts = [as_text(m.get("content"), where, f"the {m['role']}'s text", blank) for m, blank in zip(said, mute)]
+    row["reference"] = texts.pop() if answered else None
+    row["messages"] = [dict(role=role, content=text) for role, text in zip(roles, texts)]
 
 
 def without_meta(rows: list[dict]) -> str:
@@ -425,9 +374,11 @@ def read_template(value: str | None) -> str | None:
         return None
     file = len(value) < 256 and "{source}" not in value and Path(value).is_file()
     text = read_text(value).removesuffix("\n") if file else unescape(value)
-    for name in re.findall(r"\{([\w ]+)\}", text):
-        check(name in FIELDS, f"--template {value}", f"does not know {{{name}}}, only {{{'}, {'.join(FIELDS)}}}")
-    check("{source}" in text, f"--template {value}", "has no {source}")
+    unknown = set(re.findall(r"\{([\w ]+)\}", text)) - set(FIELDS)
+    ok = "{source}" in text and not unknown
+    check(
+        ok, f"--template {value}", f"must name {{source}}, and nothing but {{{'}, {'.join(FIELDS)}}}", *sorted(unknown)
+    )
     return text
 
 
@@ -465,6 +416,7 @@ class Encoder:
     template: str | None = None
     system: str | None = None
     coverage: float = 1.0  # share of the rows that keep their rationale
+    keep: bool = False  # also the rationales whose status is not ok
 
     def messages(self, row: dict) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
@@ -477,27 +429,24 @@ class Encoder:
 
     def prompt(self, row: dict) -> list[int]:
         """Ids up to where the answer begins. ValueError if the row's ledger was written with another prompt."""
-        meta, mine = row.get("meta", {}), {"system": self.system}
-        if "messages" not in row:
-            mine["template"] = self.template
-        if meta.get("tokenizer_hash") == self.tokenizer.hash:
-            mine["chat"] = self.tokenizer.chat_name
+        meta, chat = row.get("meta", {}), self.tokenizer.chat_name
+        mine = {"system": self.system, "template": None if "messages" in row else self.template}
+        mine |= {"chat": chat} if meta.get("tokenizer_hash") == self.tokenizer.hash else {}
         for name, value in mine.items():
-            ok = not meta or value in (None, meta.get(name))
-            written = f"the ledger was written with {json.dumps(meta.get(name))}"
-            check(ok, row["where"], f"--{name} is {json.dumps(value)}, {written}")
-        try:
-            return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
-        except ValueError as e:
-            raise ValueError(f"{row['where']}: {e}") from None
+            fault = f"--{name} is {json.dumps(value)}, the ledger was written with {json.dumps(meta.get(name))}"
+            check(not meta or value in (None, meta.get(name)), row["where"], fault)
+        return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
 
     def segments(self, row: dict) -> tuple[list[int], list[int]]:
         """Ids of reference and rationale: the ledger's, unless its tokenizer or, after an edit, its text is another."""
-        t, text, more = self.tokenizer, row["reference"], row.get("rationale") or ""
+        t, text = self.tokenizer, row["reference"]
+        more = as_text(row.get("rationale") or "", row["where"], "the rationale", may_be_blank=True)
         reference, rationale = row.get("reference_ids", []), row.get("rationale_ids", [])
         ours = row.get("meta", {}).get("tokenizer_hash") == t.hash
-        known = not ours or max([*reference, *rationale], default=0) < t.vocab_size
-        check(known, row["where"], f"token id outside the vocabulary of {t.vocab_size}; write the ledger anew")
+        limit = t.vocab_size if ours else math.inf
+        for ids in (reference, rationale):
+            ok = isinstance(ids, list) and all(type(i) is int and 0 <= i < limit for i in ids)
+            check(ok, row["where"], f"*_ids must be token ids of the vocabulary (0 to {t.vocab_size - 1})", ids)
         if not ours or (t.decode(reference) != text and reference != t.answer(text)):
             reference, ours = t.answer(text), False
         if not ours or t.decode_after(reference, rationale) != more:
@@ -505,20 +454,22 @@ class Encoder:
         return reference, rationale
 
     def example(self, row: dict) -> Example:
-        """Status other than `ok` and rows outside the coverage train on reference + EOS; a cut text gets no EOS."""
+        """A row whose rationale is left out trains on reference + EOS; a cut text gets no EOS."""
         (reference, rationale), note = self.segments(row), ""
         # in [0, 1) and from the id alone, so that a larger coverage contains a smaller one
         share = int.from_bytes(hashlib.sha256(str(row["id"]).encode()).digest()[:7]) / 2**56
         ledger = "rationale" in row  # elsewhere status and finish are somebody's own fields
-        if ledger and row.get("status", "ok") != "ok":
-            note = row["status"]
+        if ledger and not self.keep and row.get("status", "ok") != "ok":
+            note = str(row["status"])
         elif rationale and share >= self.coverage:
             note = "outside coverage"
         # cut is what was sampled: the rationale if there is one, else the reference
         end = [] if ledger and row.get("finish") == "length" and not note else [self.tokenizer.end_id]
         if rationale and not note:
-            return Example(row["id"], self.prompt(row), reference, rationale + end)
-        return Example(row["id"], self.prompt(row), reference + end, [], note)
+            rationale = rationale + end
+        else:
+            reference, rationale = reference + end, []
+        return Example(row["id"], self.prompt(row), reference, rationale, note)
 
 
 def collate(examples: list[Example], device="cpu") -> tuple[torch.Tensor, ...]:
@@ -570,24 +521,23 @@ def common_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cli(main, parser: argparse.ArgumentParser) -> None:
     """Runs a script: a user's mistake ends with status 2 and one line, Ctrl-C and SIGTERM end without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     rank = int(os.environ.get("RANK", 0))
     try:
-        main(parser.parse_args())
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return main(parser.parse_args())
     except BrokenPipeError:
         os._exit(141)
     except (ValueError, OSError, FloatingPointError) as e:
-        common = isinstance(e, ValueError)  # a mistake in the data is the same on every rank
-        message = (f"rank {rank}: " if rank else "") + str(e).replace("\n", " ") if not (rank and common) else ""
+        message = str(e)
+        if rank and isinstance(e, ValueError):  # a mistake in the data, which rank 0 tells
+            sys.exit(2)
     except RuntimeError as e:
         if "gloo" not in str(e) and "NCCL" not in str(e):
             raise
-        message = f"rank {rank}: lost another rank, which has ended; its own message says why"
-    else:
-        return
-    sys.stderr.write(f"error: {message}\n" if message else "")  # at once, or lines of several ranks would mix
+        message = "lost another rank, which has ended; its own message says why"
+    text = (f"rank {rank}: " if rank else "") + message.replace("\n", " ")
+    sys.stderr.write(f"error: {text}\n")  # at once, or lines of several ranks would mix
     sys.exit(2)
 
 
@@ -595,25 +545,20 @@ def main(args: argparse.Namespace) -> None:
     tokenizer, rows = Tokenizer(args.model, args.chat), read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
-    check(args.show < len(examples), f"--show {args.show}", f"the data has rows 0 to {len(examples) - 1}")
-    long = sum(len(e) > args.max_length for e in examples)
-    left_out = f"{long} longer than {args.max_length} tokens (left out){without_meta(rows)}"
-    print(f"{len(examples)} rows, {left_out}; chat {tokenizer.chat_name}")
-    for name in ("prompt", "reference", "rationale"):
-        lengths = sorted(len(getattr(e, name)) for e in examples)
-        median = lengths[len(lengths) // 2]
-        print(f"{name:>10} {sum(lengths):>10,} tokens  median {median:>5}  longest {lengths[-1]:>5}")
-    notes = [e.note for e in examples if e.note]
-    print(f"{len(notes)} rationales left out", *(f"({notes.count(n)} {n})" for n in sorted(set(notes))))
-    e, colour = examples[args.show], sys.stdout.isatty() or args.colour
-    print(f"\nrow {e.id}: read (grey), learnt as reference (green), learnt as rationale (blue), EOS (red)")
-    for name, code in [("prompt", 90), ("reference", 32), ("rationale", 34)]:
-        ids, text = getattr(e, name), ""
+    check(args.show < len(rows), f"--show {args.show}", f"the data has rows 0 to {len(rows) - 1}")
+    long, notes = sum(len(e) > args.max_length for e in examples), [e.note for e in examples if e.note]
+    print(f"{len(rows)} rows, {long} longer than {args.max_length} tokens (left out){without_meta(rows)}")
+    print(f"{len(notes)} rationales left out", *(f"({notes.count(note)} {note})" for note in sorted(set(notes))))
+    shown = examples[args.show]
+    print(f"row {shown.id}, chat {tokenizer.chat_name}: read (grey), reference (green), rationale (blue), EOS (red)\n")
+    for name, colour in {"prompt": 90, "reference": 32, "rationale": 34}.items():
+        lengths, ids, text = sorted(len(getattr(e, name)) for e in examples), getattr(shown, name), ""
         for i in ids:
+            shade = 31 if name != "prompt" and i == tokenizer.end_id else colour
             piece = tokenizer.added.get(i) or tokenizer.sp.id_to_piece(i)
-            shade = 31 if name != "prompt" and i == tokenizer.end_id else code
-            text += f"\033[{shade}m{piece}\033[0m" if colour else piece
-        print(f"{name} ({len(ids)} tokens, {'no loss' if name == 'prompt' else 'loss'}): {text}\n  ids", *ids)
+            text += f"\033[{shade}m{piece}\033[0m" if sys.stdout.isatty() else piece
+        print(f"{name}: {sum(lengths):,} tokens, median {lengths[len(lengths) // 2]}, longest {lengths[-1]}")
+        print(f"{len(ids)} here ({'no loss' if name == 'prompt' else 'loss'}): {text}\n", *ids, "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -623,7 +568,6 @@ def parser() -> argparse.ArgumentParser:
     common_arguments(p)
     p.add_argument("--max-length", type=number(2, kind=int), default=1024, help="tokens of a row (default 1024)")
     p.add_argument("--show", type=number(0, kind=int), default=0, metavar="N", help="row to show (default 0)")
-    p.add_argument("--colour", action="store_true", help="colour also where the output is no terminal")
     return p
 
 

@@ -8,13 +8,17 @@ do not change it. The ledger grows in the order of the data, line by line; the s
 """
 
 import argparse
+import copy
 import glob
 import hashlib
 import json
 import math
+import os
+import random
+import re
 import time
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +26,9 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import data
@@ -32,6 +38,9 @@ from model import KVCache, ModelConfig, Transformer, start_processes
 # SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that give it away
 GUIDE = "{instruction}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{reference}"
 LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
+
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+")  # CJK: a character is a word
+BLOCK = 256  # of the vocabulary, as sampling walks it
 
 
 @dataclass
@@ -54,21 +63,33 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float, limit: i
     Inverse of the cumulative distribution, so that one number a token decides. top_p keeps the smallest set of most
     probable tokens whose mass reaches it (nucleus, Holtzman et al. 2020), and those tied with the last of them.
     """
-    logprobs = logits.float().log_softmax(-1)
+    logits = logits.float()
+    allowed = logits[:, :limit]
     if temperature == 0:
-        tokens = logits[:, :limit].argmax(-1, keepdim=True)
+        tokens = allowed.argmax(-1)
     else:
-        allowed = logprobs[:, :limit]
         probs = ((allowed - allowed.amax(-1, keepdim=True)) / temperature).softmax(-1)
-        if top_p < 1:  # sorting a whole vocabulary costs more than a small model: try its head first
-            head = probs.topk(min(256, probs.shape[-1])).values
-            if (head.sum(-1) < top_p).any():
-                head = probs.sort(descending=True).values
-            last = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True) - 1  # the nucleus' least probable token
+        if top_p < 1:
+            # all tokens below this share together have less than what a nucleus leaves out: none of them is in it
+            count = (probs >= (1 - top_p) / probs.shape[-1]).sum(-1).max().clamp_min(1)
+            head = probs.topk(count).values
+            last = (head.cumsum(-1) - head >= top_p).logical_not().sum(-1, keepdim=True) - 1  # its least probable token
             probs = probs.masked_fill(probs < head.gather(-1, last), 0)
-        mass = probs.double().cumsum(-1)
-        tokens = torch.searchsorted(mass, u[:, None] * mass[:, -1:], right=True).clamp_max(mass.shape[-1] - 1)
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+        # first a block of the vocabulary, then a token in it: no cumulative sum over the whole
+        blocks = F.pad(probs, (0, -probs.shape[-1] % BLOCK)).view(len(probs), -1, BLOCK)
+        block, u = draw(blocks.sum(-1), u)
+        tokens = block * BLOCK + draw(blocks[torch.arange(len(blocks), device=block.device), block], u)[0]
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """weights [N, K], u [N] in [0, 1] -> the index [N] where the share u of their sum is passed, what is left of u."""
+    mass = weights.double().cumsum(-1)
+    total = mass[:, -1:]
+    wanted = (u[:, None] * total).minimum(total.nextafter(torch.zeros_like(total)))  # or rounding goes past the last
+    index = torch.searchsorted(mass, wanted, right=True).clamp_max(mass.shape[-1] - 1)
+    left = 1 - (mass.gather(-1, index) - wanted) / weights.gather(-1, index)
+    return index[:, 0], left[:, 0].clamp(0, 1)
 
 
 def uniforms(seed: int, key: int | str, count: int) -> list[float]:
@@ -82,15 +103,17 @@ def uniforms(seed: int, key: int | str, count: int) -> list[float]:
 def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
            top_p: float = 1.0, eos_ids: Iterable[int] = (), seed: int = 0, batch_size: int = 32,
            keys: list | None = None, scored: list[int] | None = None, stop: Callable[[list[int]], bool] | None = None,
-           limit: int | None = None) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
+           limit: int | None = None, spent: Counter | None = None,
+           ) -> Iterator[tuple[int, list[int], list[float], str]]:  # fmt: skip
     """Yields (index of the prompt, new ids without EOS, log-probabilities, "eos" or "length") as rows end.
 
     keys: names of the rows for their random numbers (default: the index). scored: how many tokens at the end of each
     prompt have their log-probability put before those of the new ids. stop(ids) ends a row as EOS would. limit: no id
-    from there on is chosen.
+    from there on is chosen. spent: counts seconds and tokens of "prefill" and of "decode".
     ValueError where a prompt is empty or does not leave `max_new_tokens` of the model's context.
     """
     config, weight, eos = model.config, next(model.parameters()), set(eos_ids)
+    spent = Counter() if spent is None else spent
     keys, scored, room = keys or range(len(prompts)), scored or [0] * len(prompts), config.max_position_embeddings
     if min(batch_size, max_new_tokens) < 1:
         raise ValueError(f"batch_size {batch_size}, max_new_tokens {max_new_tokens}: wanted at least 1")
@@ -100,29 +123,34 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             raise ValueError(f"row {key}: {fault}; leave the row out or lower --max-new-tokens")
         if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
             raise ValueError(f"row {key}: token id outside the model's vocabulary of {config.vocab_size}")
-    waiting, slots = deque(range(len(prompts))), [None] * min(batch_size, len(prompts))  # a slot: a Row, or None
-    length = max(map(len, prompts), default=0) + max_new_tokens
-    cache = KVCache(config, len(slots), length, weight.dtype, weight.device)
-    while waiting or any(slots):
-        active = [b for b, row in enumerate(slots) if row is None][: len(waiting)]
-        if active:
-            for b in active:
-                i = waiting.popleft()
-                slots[b] = Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], [])
-            logits = prefill(model, cache, active, [slots[b] for b in active])
+    # prompts of like length are read together; only near each other, so that rows end about in their order
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: (i // (4 * batch_size), len(prompts[i]))))
+    batch_size, length = min(batch_size, len(prompts)), max(map(len, prompts), default=0) + max_new_tokens
+    cache, rows = KVCache(config, batch_size, length, weight.dtype, weight.device), []  # row b in slot b of the cache
+    # what all prompts begin with (the system prompt, the instruction) is read once, for every slot
+    shared = min([len(os.path.commonprefix(prompts)), *(len(p) - n - 1 for p, n in zip(prompts, scored))])
+    if shared > 0:
+        prefill(model, part(cache, 0, 1, shared), [Row(0, prompts[0][:shared], 0, [], [], [])], 0)
+        for x in (cache.keys, cache.values):
+            x[:, 1:, :, :shared] = x[:, :1, :, :shared]
+    while waiting or rows:
+        start, first = time.perf_counter(), 0
+        group = min(len(waiting), -(-batch_size // 8))  # several at once are read faster than one by one
+        if waiting and len(rows) + group <= batch_size:
+            first, new = len(rows), [waiting.popleft() for _ in range(group)]
+            rows += [Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], []) for i in new]
+            logits = prefill(model, part(cache, first, len(rows), length), rows[first:], shared)
+            stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
         else:
-            active = [b for b, row in enumerate(slots) if row]
-            if len(active) <= len(slots) // 2:  # the end is near: a smaller batch is faster
-                cache.keys, cache.values = cache.keys[:, active], cache.values[:, active]
-                slots, active = [slots[b] for b in active], list(range(len(active)))
-            # a free slot reads token 0 at position 0, and nobody looks
-            last, at = zip(*((row.ids[-1], len(row.prompt) + len(row.ids) - 1) if row else (0, 0) for row in slots))
+            last, at = zip(*((row.ids[-1], len(row.prompt) + len(row.ids) - 1) for row in rows))
             tokens, positions = torch.tensor([last, at], device=weight.device)[..., None]  # [B, 1] each
-            logits = model(tokens, cache=cache.first(max(at) + 1), positions=positions)[active, 0]
-        u = torch.tensor([slots[b].noise[len(slots[b].ids)] for b in active], dtype=torch.float64)
-        tokens, logprobs = choose(logits, u.to(weight.device), temperature, top_p, limit)
-        for b, token, logprob in zip(active, tokens.tolist(), logprobs.tolist()):
-            row = slots[b]
+            logits = model(tokens, cache=part(cache, 0, len(rows), max(at) + 1), positions=positions)[:, 0]
+            stage, count = "decode", len(rows)
+        u = torch.tensor([row.noise[len(row.ids)] for row in rows[first:]], dtype=torch.float64)
+        tokens, logprobs = (x.tolist() for x in choose(logits, u.to(weight.device), temperature, top_p, limit))
+        spent.update({f"{stage} seconds": time.perf_counter() - start, f"{stage} tokens": count})
+        for b in reversed(range(first, len(rows))):
+            row, token, logprob = rows[b], tokens[b - first], logprobs[b - first]
             if not math.isfinite(logprob):
                 raise FloatingPointError(f"row {keys[row.index]}: logits are not finite; look at the model's weights")
             if token not in eos:
@@ -131,23 +159,45 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             ended = token in eos or (stop is not None and stop(row.ids))
             if ended or len(row.ids) == max_new_tokens:
                 yield row.index, row.ids, row.logprobs, "eos" if ended else "length"
-                slots[b] = None
+                rows[b] = rows[-1]  # the last row takes its place
+                rows.pop()
+                cache.keys[:, b], cache.values[:, b] = cache.keys[:, len(rows)], cache.values[:, len(rows)]
 
 
-def prefill(model: Transformer, cache: KVCache, slots: list[int], rows: list[Row]) -> Tensor:
-    """Reads the prompts of `rows` into `slots` of the cache -> logits [N, V] after each. Scores their last tokens."""
-    device, T = cache.keys.device, max(len(row.prompt) for row in rows)
-    tokens = torch.tensor([row.prompt + [0] * (T - len(row.prompt)) for row in rows], device=device)
-    own = KVCache(model.config, len(rows), T, cache.keys.dtype, device)
-    places = [b * T + len(row.prompt) - 1 - back for b, row in enumerate(rows) for back in range(row.scored, -1, -1)]
-    places, positions = torch.tensor(places, device=device), torch.arange(T, device=device).expand(len(rows), T)
-    logits = model(tokens, places, own, positions)
-    cache.keys[:, slots, :, :T], cache.values[:, slots, :, :T] = own.keys, own.values
+def part(cache: KVCache, start: int, end: int, length: int) -> KVCache:
+    """A view of the slots from `start` to `end` of a cache, up to the position `length`."""
+    view = copy.copy(cache)
+    view.keys, view.values = cache.keys[:, start:end, :, :length], cache.values[:, start:end, :, :length]
+    return view
+
+
+def prefill(model: Transformer, cache: KVCache, rows: list[Row], start: int) -> Tensor:
+    """Reads prompts from `start` on into the cache -> logits [N, V] after each. Scores their last tokens."""
+    device, lengths = cache.keys.device, [len(row.prompt) - start for row in rows]
+    T = max(lengths)
+    tokens = torch.tensor([row.prompt[start:] + [0] * (T - n) for row, n in zip(rows, lengths)], device=device)
+    places = [b * T + n - 1 - back for b, n in enumerate(lengths) for back in range(rows[b].scored, -1, -1)]
+    places, positions = torch.tensor(places, device=device), torch.arange(start, start + T, device=device)
+    logits = model(tokens, places, part(cache, 0, len(rows), start + T), positions.expand(len(rows), T))
     following = tokens.flatten().roll(-1)[places, None]  # after a prompt comes nothing: that score is dropped
     scores, counts = logits.float().log_softmax(-1).gather(-1, following)[:, 0], [row.scored + 1 for row in rows]
-    for row, part in zip(rows, scores.split(counts)):
-        row.logprobs += part[:-1].tolist()
-    return torch.stack([part[-1] for part in logits.split(counts)])
+    for row, own in zip(rows, scores.split(counts)):
+        row.logprobs += own[:-1].tolist()
+    return torch.stack([own[-1] for own in logits.split(counts)])
+
+
+@torch.inference_mode()
+def matrix_seconds(model: Transformer, rows: int) -> float:
+    """Seconds that the products of the weight matrices with `rows` vectors take by themselves."""
+    tied, named = model.config.tie_word_embeddings, model.named_parameters()
+    weights = [p for name, p in named if p.dim() == 2 and (tied or "embed_tokens" not in name)]
+    x = {size: torch.ones(rows, size, dtype=p.dtype, device=p.device) for p in weights for size in p.shape[1:]}
+    timer = Timer(
+        "for w in weights: linear(x[w.shape[1]], w)",
+        globals=dict(weights=weights, x=x, linear=F.linear),
+        num_threads=torch.get_num_threads(),
+    )
+    return timer.blocked_autorange(min_run_time=0.5).median
 
 
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int = 256, temperature: float = 0.0,
@@ -167,13 +217,13 @@ def judge(text: str, given: list[str]) -> str:
     """
 
     def grams(text: str, n: int) -> list[tuple[str, ...]]:
-        words = text.casefold().split()
+        words = WORD.findall(text.casefold())
         return list(zip(*(words[i:] for i in range(n))))
 
     def scripts(text: str) -> list[str]:
         return [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
 
-    length, fours = len(text.split()), grams(text, 4)
+    length, fours = len(grams(text, 1)), grams(text, 4)
     if length == 0:
         return "empty"
     if length >= 20 and len(set(fours)) < len(fours) / 2:
@@ -210,6 +260,7 @@ def read_finished(files: list[Path], by_id: dict[int | str, dict]) -> dict[int |
                 raise ValueError(f"{file}: not written by this script; choose another --out") from None
             row = by_id.get(old["id"], {})
             was = {name: old.get(name) for name in ("source", "source_lang", "target_lang", "prompt")}
+            was["messages"] = old["messages"][:-1] if "messages" in old else None
             was["reference"] = old.get("original", old.get("reference", old.get("response")))
             now = row | ({"prompt": row["messages"][-1]["content"]} if "messages" in row else {})
             for name, value in was.items():
@@ -324,23 +375,66 @@ def outcome(row: dict, task: str, tokenizer: Tokenizer, ids: list[int], finish: 
 
 
 def write_rows(args: argparse.Namespace, model: Transformer, tokenizer: Tokenizer, rows: list[dict]) -> Iterator[dict]:
-    """Samples `rows` and yields their ledger rows as they end."""
+    """Samples `rows`, yields their ledger rows as they end, and says how fast that was."""
     settings = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")}
     settings |= dict(keys=[row["id"] for row in rows], scored=[len(row["request"][2]) for row in rows])
     settings |= dict(stop=tokenizer.first_line_ends if args.task == "translation" else None, eos_ids=tokenizer.eos_ids)
-    settings |= dict(limit=tokenizer.vocab_size)
-    start, count = time.time(), 0
-    with tqdm(total=len(rows), unit="row", disable=dist.get_rank() > 0) as bar:
-        for i, ids, logprobs, finish in sample(model, [sum(row["request"], []) for row in rows], **settings):
-            # rounded: the last digits hang on the batch that the row was computed in
-            mean = round(sum(logprobs) / len(logprobs), 4) if logprobs else None
-            yield outcome(rows[i], args.task, tokenizer, ids, finish) | {"logprob": mean}
-            count += len(ids)
-            bar.update()
-            bar.set_postfix_str(f"{count / (time.time() - start):,.0f} tokens/s")
+    spent, start, new, first = Counter(), time.perf_counter(), 0, dist.get_rank() == 0
+    outputs = sample(
+        model, [sum(row["request"], []) for row in rows], limit=tokenizer.vocab_size, spent=spent, **settings
+    )
+    for i, ids, logprobs, finish in tqdm(outputs, total=len(rows), unit="row", disable=not first):
+        # rounded: the last digits hang on the batch that the row was computed in
+        mean = round(sum(logprobs) / len(logprobs), 4) if logprobs else None
+        new += len(ids)
+        yield outcome(rows[i], args.task, tokenizer, ids, finish) | {"logprob": mean}
+    if first and spent["decode tokens"]:
+        read, step = (spent[f"{stage} tokens"] / spent[f"{stage} seconds"] for stage in ("prefill", "decode"))
+        share = step * matrix_seconds(model, args.batch_size) / args.batch_size
+        speed = f"{new / (time.perf_counter() - start):,.0f} new tokens/s; prompts are read at {read:,.0f} tokens/s"
+        print(f"{speed}, decoding makes {step:,.0f}, {share:.0%} of what the matrix products alone would allow")
+
+
+def report(path: str, seed: int, as_json: bool) -> None:
+    """Prints what a ledger of any task holds: shares, lengths, how its texts begin, and twelve rows drawn by `seed`."""
+    rows = data.read_rows([path])
+    for row in rows:
+        data.check("reference_ids" in row, row["where"], "not a ledger of generate.py; give one")
+    sampled = "rationale" if any(row["rationale_ids"] for row in rows) else "reference"
+    tokens, logprobs = {}, [row["logprob"] for row in rows if row.get("logprob") is not None]
+    for name in ("reference", "rationale"):
+        n = sorted(len(row[f"{name}_ids"]) for row in rows)
+        tokens[name] = dict(mean=sum(n) / len(n), median=n[len(n) // 2], p95=n[int(0.95 * (len(n) - 1))])
+    openings = Counter(" ".join(WORD.findall(row[sampled])[:4]) for row in rows)
+    found = dict(ledger=path, rows=len(rows), tokens=tokens)
+    for name in ("status", "finish"):
+        found[name] = {value: n / len(rows) for value, n in Counter(row.get(name) for row in rows).most_common()}
+    found["logprob"] = sum(logprobs) / len(logprobs) if logprobs else None
+    found["openings"] = [dict(text=text, rows=n) for text, n in openings.most_common(12) if n > 1]
+    shown = [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), min(12, len(rows))))]
+    names = ("id", "status", "finish", "logprob", "source", "messages", "reference", "rationale")
+    found["examples"] = [{name: row[name] for name in names if row.get(name)} for row in shown]
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+        return
+    print(f"{path}: {len(rows):,} rows, mean log-probability of a token {found['logprob'] or 0:.2f}")
+    for name in ("status", "finish"):
+        print(f"{name:>10}  " + ", ".join(f"{value} {share:.1%}" for value, share in found[name].items()))
+    for name, n in tokens.items():
+        print(f"{name:>10}  tokens: mean {n['mean']:.1f}, median {n['median']}, 95th percentile {n['p95']}")
+    for opening in found["openings"]:
+        print(f"{opening['rows']:>10}  {sampled}s begin: {opening['text']}")
+    for row in found["examples"]:
+        print(f"\n\033[1mrow {row.pop('id')}\033[0m")
+        for name, value in row.items():
+            print(f"{name:>10}  {value}".replace("\n", "\n" + " " * 12))
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.report:
+        return report(args.report, args.seed, args.json)
+    if not (args.model and args.data and args.out):
+        raise ValueError("give --model, --data and --out, or --report LEDGER")
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
     tokenizer, config = Tokenizer(args.model, args.chat), ModelConfig.from_file(Path(args.model) / "config.json")
@@ -390,9 +484,9 @@ def model_hash(folder: str | Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = data.Arguments(description="Lets a model write rationales (or translations, paraphrases, answers) for pairs.")
-    p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--data", required=True, nargs="+", help="pairs; for --task answer prompts")
-    p.add_argument("--out", required=True, help="ledger to write or to finish, JSONL")
+    p.add_argument("--model", help="model folder")
+    p.add_argument("--data", nargs="+", help="pairs; for --task answer prompts")
+    p.add_argument("--out", help="ledger to write or to finish, JSONL")
     tasks = ("rationale", "translation", "paraphrase", "answer")
     p.add_argument("--task", default="rationale", choices=tasks, help="what the model writes (default rationale)")
     data.common_arguments(p)
@@ -406,6 +500,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N rows only")
     p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="here %(default)s")
+    p.add_argument("--report", metavar="LEDGER", help="reads a ledger, says what is in it, and shows twelve rows")
+    p.add_argument("--json", action="store_true", help="the report as JSON")
     return p
 
 

@@ -8,6 +8,7 @@ Every module has the name that it has in a checkpoint, so loading and saving nee
 """
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# what transformers takes for a field that config.json leaves out
+DEFAULTS = dict(max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False)
+MISTRAL_DEFAULTS = dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096)
+# fields that change the mathematics, each with the one value that is implemented
+IMPLEMENTED = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0)
+IMPLEMENTED |= dict(partial_rotary_factor=1, quantization_config=None)
 MAX_FILE_BYTES = 5_000_000_000
 
 
@@ -45,95 +47,55 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope: dict  # rope_type, rope_theta, and what the type needs
+    rope_theta: float
     sliding_window: int | None
     tie_word_embeddings: bool
-    attention_bias: bool
-    mlp_bias: bool
     raw: dict = field(repr=False, compare=False)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Reads config.json in all its spellings; an absent field means what transformers takes for it.
-
-        ValueError names a field that is missing or wrong, or that asks for mathematics not implemented here.
-        """
+        """ValueError names a field that is missing or senseless, or that asks for mathematics not implemented here."""
         try:
             raw = json.loads(Path(path).read_text(encoding="utf-8")) | {}
         except OSError:
             raise ValueError(f"{path}: no such file; a model folder needs a config.json") from None
         except (ValueError, TypeError) as e:
             raise ValueError(f"{path}:{getattr(e, 'lineno', 1)}: not a JSON object ({e}); download it again") from None
+        mistral = raw.get("model_type") == "mistral"
+        given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
 
-        def number(name: str, default=None, fields: dict = raw, kind: type = int):
-            value = default if fields.get(name) is None else fields[name]
-            require(
-                type(value) in (int, kind) and 0 < value < math.inf, path, name, value, f"a positive {kind.__name__}"
-            )
+        def check(fits: bool, name: str, wanted: str) -> None:
+            if not fits:
+                raise ValueError(f"{path}: {name} is {json.dumps(given.get(name))}, wanted {wanted}")
+
+        def number(name: str, kind: type = int) -> int | float:
+            value = given.get(name)
+            check(type(value) in (int, kind) and 0 < value < math.inf, name, f"a positive {kind.__name__}")
             return value
 
-        mistral = is_mistral(raw, path)
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = {name: number(name) for name in names}
-        heads = sizes["num_attention_heads"]
-        kv_heads = number("num_key_value_heads", 8 if mistral and "num_key_value_heads" not in raw else heads)
-        require(heads % kv_heads == 0, path, "num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
-        head_dim = number("head_dim", sizes["hidden_size"] // heads)
-        require(head_dim % 2 == 0, path, "head_dim", head_dim, "an even number")
-        windowed = mistral and raw.get("sliding_window", 4096) is not None  # Llama ignores the field
-        flags = {name: raw.get(name) or False for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")}
-        for name, value in flags.items():
-            require(value in (False, True), path, name, value, "true or false")
+        check(mistral or raw.get("model_type") == "llama", "model_type", "llama or mistral: no other is implemented")
+        for name in ("rope_scaling", "rope_parameters"):  # transformers 5 has rope_theta in the latter
+            rope = raw.get(name) or {}
+            flat = isinstance(rope, dict) and not any(isinstance(value, dict) for value in rope.values())
+            scaling = flat and (rope.get("rope_type") or rope.get("type") or "default")
+            check(scaling == "default", name, 'null or an object of rope_type "default": no other is implemented')
+            given |= rope
+        architecture = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
+        for name, value in (IMPLEMENTED | {"architectures": architecture}).items():
+            check(given.get(name) in (value, None), name, f"{json.dumps(value)}: no other is implemented")
+        heads, width = number("num_attention_heads"), number("hidden_size")
+        for name, default in {"num_key_value_heads": heads, "head_dim": width // heads}.items():
+            given[name] = default if given.get(name) is None else given[name]
+        check(heads % number("num_key_value_heads") == 0, "num_key_value_heads", f"a divisor of the {heads} heads")
+        check(number("head_dim") % 2 == 0, "head_dim", "an even number")
+        check(given["tie_word_embeddings"] in (True, False), "tie_word_embeddings", "true or false")
+        windowed = mistral and given["sliding_window"] is not None  # Llama ignores the field
         return cls(
-            **sizes,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=number("max_position_embeddings", 131072 if mistral else 2048),
-            rms_norm_eps=number("rms_norm_eps", 1e-6, kind=float),
-            rope=read_rope(raw, number, path),
-            sliding_window=number("sliding_window", 4096) if windowed else None,
-            tie_word_embeddings=flags["tie_word_embeddings"],
-            attention_bias=flags["attention_bias"] and not mistral,
-            mlp_bias=flags["mlp_bias"] and not mistral,
+            **{f.name: number(f.name, f.type) for f in dataclasses.fields(cls) if f.type in (int, float)},
+            sliding_window=number("sliding_window") if windowed else None,
+            tie_word_embeddings=given["tie_word_embeddings"],
             raw=raw,
         )
-
-
-def require(fits: bool, path, name: str, value, wanted: str) -> None:
-    """ValueError `PATH: NAME is VALUE, wanted WANTED` unless it fits."""
-    if not fits:
-        raise ValueError(f"{path}: {name} is {json.dumps(value)}, wanted {wanted}")
-
-
-def is_mistral(raw: dict, path) -> bool:
-    """Mistral or Llama? Refuses another architecture, and what would change the mathematics of these."""
-    name = "architectures" if raw.get("architectures") else "model_type"
-    family = raw[name][0] if isinstance(raw.get(name), list) else raw.get(name)
-    known = {"LlamaForCausalLM": False, "llama": False, "MistralForCausalLM": True, "mistral": True}
-    require(family in known, path, name, family, "LlamaForCausalLM or MistralForCausalLM: no other is implemented")
-    for name, wanted in {"hidden_act": "silu", "attention_dropout": 0, "quantization_config": None}.items():
-        require(raw.get(name) in (wanted, None), path, name, raw.get(name), f"{wanted}: no other is implemented")
-    return known[family]
-
-
-def read_rope(raw: dict, number, path) -> dict:
-    """Llama-2 gives no rotary settings, transformers 4 rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")}
-    for name in ("rope_scaling", "rope_parameters"):
-        given = raw.get(name) or {}
-        plain = isinstance(given, dict) and not any(isinstance(value, (dict, list)) for value in given.values())
-        require(plain, path, name, given, "an object of plain values")
-        rope |= given
-    rope["rope_type"] = kind = rope.get("rope_type") or rope.get("type") or "default"
-    require(kind in ROPE_NEEDS, path, "rope_type", kind, f"one of {', '.join(ROPE_NEEDS)}: no other is implemented")
-    part = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    require(part in (None, 1), path, "partial_rotary_factor", part, "1: no other is implemented")
-    rope["rope_theta"] = number("rope_theta", raw.get("rope_theta") or 10000.0, rope, float)
-    rope |= {name: number(name, None, rope, float) for name in ROPE_NEEDS[kind]}
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        require(low < high, path, "high_freq_factor", high, f"more than low_freq_factor, {low}")
-    return rope
 
 
 class KVCache:
@@ -146,9 +108,9 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [B, K, T, D] at `positions` [B, T] and returns all of the layer's keys and values."""
-        slots = positions[:, None, :, None].expand_as(k)
-        keys, values = self.keys[layer], self.values[layer]
-        return keys.scatter_(2, slots, k), values.scatter_(2, slots, v)
+        keys, values, rows = self.keys[layer], self.values[layer], torch.arange(len(k), device=k.device)[:, None]
+        keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+        return keys, values
 
     def first(self, length: int) -> "KVCache":
         """A view of the first `length` slots: attention need not look at slots that no row has reached."""
@@ -158,27 +120,17 @@ class KVCache:
 
 
 def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, D] for `positions` [B, T]. Always float32: bfloat16 has too few digits for large positions."""
-    rope, half = config.rope, torch.arange(0, config.head_dim, 2, device=positions.device).float()
-    frequencies = 1.0 / rope["rope_theta"] ** (half / config.head_dim)  # [D/2], radians per position
-    if rope["rope_type"] == "linear":
-        frequencies = frequencies / rope["factor"]
-    elif rope["rope_type"] == "llama3":
-        # long waves are slowed by `factor`, short ones kept, those between blended
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rope["factor"]
-    angles = positions[..., None].float() * frequencies  # [B, T, D/2]
-    angles = torch.cat([angles, angles], dim=-1)  # [B, T, D]
-    return angles.cos(), angles.sin()
+    """cos and sin [B, 1, T, D] for `positions` [B, T]. Always float32: bfloat16 cannot tell large positions apart."""
+    even = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequencies = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2], radians per position
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (i, i + D/2) of x [B, heads, T, D]; Hugging Face checkpoints are permuted for these halves."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -187,20 +139,19 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # cast back before the weight, as Llama does: in bfloat16 the order changes a quarter of the values
-        y = x.float()
-        return self.weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        # float32 inside; the weight after the cast back, as in Llama: in bfloat16 the order changes a quarter of values
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config, self.layer = config, layer
-        C, D, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=bias)
+        C, D = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, positions=None) -> Tensor:
         B, T, _ = x.shape
@@ -214,19 +165,17 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
         else:
             # heads that share a key/value head become more queries of it: no copy of the cache on any backend
-            group = q.shape[1] // k.shape[1]
-            q = q.reshape(B, k.shape[1], group * T, -1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, 1, group, 1))
-            y = y.view(B, -1, T, self.config.head_dim)
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask)
+            y = y.view(q.shape)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -262,15 +211,18 @@ class Transformer(nn.Module):
         Without a cache the attention is causal and pads belong on the right. With one, `positions` [B, T] gives each
         token its slot, and it sees the slots up to its own: what lies beyond, pads included, is overwritten in time.
         """
-        mask, window = None, self.config.sliding_window
+        config, mask, window = self.config, None, self.config.sliding_window
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+        cos, sin = rotary(config, positions)
+        x = self.model["embed_tokens"](tokens)  # [B, T, C]
         if cache is not None or (window and tokens.shape[1] > window):
             slots = positions[0] if cache is None else torch.arange(cache.keys.shape[3], device=tokens.device)
             distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
-            mask = (distance >= 0) & (distance < window) if window else distance >= 0
-        cos, sin = rotary(self.config, positions)
-        x = self.model["embed_tokens"](tokens)  # [B, T, C]
+            seen = (distance >= 0) & (distance < window) if window else distance >= 0
+            # as a sum, and once for each of the heads that share a key/value head, so that no layer need make it
+            mask = torch.where(seen, 0.0, -math.inf).to(x.dtype)
+            mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
         for layer in self.model["layers"]:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
@@ -279,7 +231,7 @@ class Transformer(nn.Module):
         if select is not None:
             x = x.flatten(0, 1)[select]  # [N, C]
         x = self.model["norm"](x)
-        return F.linear(x, self.model["embed_tokens"].weight) if self.config.tie_word_embeddings else self.lm_head(x)
+        return F.linear(x, self.model["embed_tokens"].weight) if config.tie_word_embeddings else self.lm_head(x)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Transformer":
@@ -293,13 +245,12 @@ class Transformer(nn.Module):
         return model.eval()
 
     def initialize(self, seed: int) -> None:
-        """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1, biases 0."""
-        for i, (name, p) in enumerate(self.named_parameters()):
-            full = torch.zeros(p.shape) if name.endswith("bias") else torch.ones(p.shape)
+        """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
+        std = self.config.raw.get("initializer_range", 0.02)
+        for i, p in enumerate(self.parameters()):
+            full = torch.ones(p.shape)
             if p.dim() > 1:
-                full.normal_(
-                    0, self.config.raw.get("initializer_range", 0.02), generator=torch.Generator().manual_seed(seed + i)
-                )
+                full.normal_(0, std, generator=torch.Generator().manual_seed(seed + i))
             local, start = local_rows(p)
             local.copy_(full[start : start + local.shape[0]])
 
@@ -346,23 +297,18 @@ def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, P
     """Reads only headers; returns tensor name -> file once names, shapes and number types are known to fit."""
     folder, found, wrong = Path(folder), {}, []
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
-    try:
-        if index.exists():
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            files = [folder / Path(name).name for name in sorted(names)]
-        elif not files[0].exists():
-            files = sorted(folder.glob("*.safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: not a safetensors index; download it again") from None
-    if not files:
-        raise ValueError(f"{folder}: no *.safetensors file; weights are read from safetensors alone")
+    if index.exists():
+        try:
+            files = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: not a safetensors index; download it again") from None
     for file in files:
         try:
             with safe_open(file, "pt") as f:
-                parts = {name: f.get_slice(name) for name in f.keys()}
-                parts = {name: (list(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+                slices = {name: f.get_slice(name) for name in f.keys()}
+                parts = {name: (list(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{file}: not a whole safetensors file ({e}); download it again") from None
+            raise ValueError(f"{file}: not a whole safetensors file, and no other kind is read ({e})") from None
         for name, (shape, dtype) in parts.items():
             if name not in shapes:
                 # buffers of old checkpoints, and the copy of the embedding that a tied head is
@@ -377,8 +323,8 @@ def read_index(folder: str | Path, shapes: dict[str, torch.Size]) -> dict[str, P
             found[name] = file
     wrong += [f"missing {name}" for name in shapes if name not in found]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong[:8])}{more}")
+        wrong[8:] = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise ValueError(f"{folder}: weights do not fit config.json: {'; '.join(wrong)}")
     return {name: found[name] for name in shapes}
 
 
@@ -394,23 +340,21 @@ def load_weights(parameters: dict[str, Tensor], index: dict[str, Path]) -> None:
 
 def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch.dtype) -> None:
     """Writes files of at most 5 GB, with an index if there are several. Gathers one tensor at a time; rank 0 writes."""
-    folder, error, shards, room = Path(folder), None, [[]], MAX_FILE_BYTES
+    folder, shards, error = Path(folder), [[]], None
     sizes = {name: p.numel() * dtype.itemsize for name, p in parameters.items()}
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
+    for name in sizes:
+        if shards[-1] and sum(sizes[other] for other in [*shards[-1], name]) > MAX_FILE_BYTES:
             shards.append([])
-            room = MAX_FILE_BYTES
         shards[-1].append(name)
-        room -= size
-    places = {}
-    for i, names in enumerate(shards, 1):
-        file, part = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors", {}
+    n = len(shards)
+    files = [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards):
+        part = {}
         for name in names:
-            p = parameters[name]
+            p = parameters[name].detach()
             full = p.full_tensor() if isinstance(p, DTensor) else p  # collective: on every rank, also after an error
-            places[name] = file
             if is_first_rank():
-                part[name] = full.detach().to("cpu", dtype).contiguous()
+                part[name] = full.to("cpu", dtype).contiguous()
         try:
             if is_first_rank() and not error:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -421,9 +365,9 @@ def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype: torch
         raise error
     if is_first_rank():
         index = folder / "model.safetensors.index.json"
-        for old in [*folder.glob("model*.safetensors"), index]:  # of an earlier export with another number of files
-            if old.name not in places.values():
-                old.unlink(missing_ok=True)
-        if len(shards) > 1:
+        for old in {index, *folder.glob("model*.safetensors")} - {folder / file for file in files}:
+            old.unlink(missing_ok=True)  # of an earlier export with another number of files
+        if n > 1:
+            places = {name: file for file, names in zip(files, shards) for name in names}
             content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
             index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -147,7 +147,7 @@ def test_every_format_gives_the_same_rows_one_way_and_both(tmp_path, name, endin
         path.write_bytes((bom + path.read_text("utf-8").replace("\n", ending)).encode())
     one, both = read_rows(paths, directions), read_rows(paths, ["de-en", "en-de"])
     assert [row.pop("id") for row in one + both] == [*range(7), *range(14)]
-    assert all(row.pop("where").startswith(paths[0] + ":") for row in one + both)
+    assert all(row.pop("where").startswith(paths[0] + ":") and row.pop("meta") == {} for row in one + both)
     assert one == ROWS and all(both.count(row) == 1 for row in ROWS + BACK)
 
 
@@ -166,27 +166,29 @@ def test_conversations_read_alike_once_and_ids_are_kept_or_the_place_in_the_data
 GOOD, LINE, SAID = json.dumps(PAIRS[0]) + "\n", "Tor\tgate\n", [{"role": "user", "content": "Why?"}]
 FORCED = dict(reference_ids=[5], rationale_ids=[5], finish="eos")
 SECOND = {
-    '"reference" string null': {"reference": None}, '"source" string 7': {"source": 7}, '"id"': {"id": [1]},
-    '"source" empty': {"source": ""}, '"source" is empty': {"source": "\u3000\n"}, "surrogate": {"source": "\ud800x"},
-    '"rationale_ids"': FORCED | {"rationale_ids": [1, -1]}, '"finish"': FORCED | {"finish": "?"},
-    "source_lang": {"source_lang": None},
+    "English Unicode string null": {"reference": None}, "German 7": {"source": 7}, '"id"': {"id": [1]},
+    'German blank ""': {"source": ""}, "German blank": {"source": "\u3000\n"}, "\\ud800": {"source": "\ud800x"},
+    "source_lang": {"source_lang": None}, "source_lang xx": {"source_lang": "xx"}, "_lang 1": {"source_lang": [1]},
 }  # fmt: skip
 FIRST = {
-    "roles": {"messages": SAID * 2}, "answer": {"messages": SAID}, '"messages" list': {"messages": []}, "object": [1],
-    '"messages"': {"messages": [SAID]}, '"response"': {"prompt": "Why?"}, "string": {"turns": "Why?"},
-    "--direction": BARE[0], "two-way --direction": ALMA[0], "text wanted": {"text": "x"},
+    '"user", "user"': {"messages": SAID * 2}, "answer": {"messages": SAID}, '"messages" turn': {"messages": []},
+    '"messages"': {"messages": [SAID]}, '"response"': {"prompt": "Why?"}, '"turns"': {"turns": "Why?"}, "object": [1],
+    "--direction": BARE[0], "two-way --direction": ALMA[0], "wanted text": {"text": "x"},
+    "source_lang": {"translation": None}, '"assistant"': {"response": "x"}, "user's null": {"prompt": None, "response": "x"},
+    "assistant's 7": {"messages": [*SAID, {"role": "assistant", "content": 7}]},
 }  # fmt: skip
 BAD = [
     *[("a.jsonl", [PAIRS[0], PAIRS[1] | fields], ":2: " + words) for words, fields in SECOND.items()],
     *[("a.jsonl", [row], ":1: " + words) for words, row in FIRST.items()],
     ("a.jsonl", "", ": empty"), ("a.de-en.tsv", " \n \n", ": empty"), ("a.json", "[]", ": no"),
-    ("a.jsonl", None, ": No such file"), ("a.de", None, ": No such file"), ("a.de", "Tor\n", ": second"),
+    ("a.jsonl", None, ": No such file"), ("a.txt", None, ": No such file"), ("a.de", "Tor\n", ": second"),
     ("a.jsonl", GOOD + "\n{1}", ":3: JSON"), ("a.json", f"[{GOOD},{GOOD},{{1}}]", ":3: JSON"),
     ("a.json", f"[{GOOD},{GOOD},", ":3: JSON"), ("a.json", f"[{GOOD}{GOOD}]", ":2: JSON"),
     ("a.json", f"[{GOOD}]\n[{GOOD}]", ":3: JSON"), ("a.de-en.tsv", LINE + "a\tb\tc\n", ":2: 2 tabs"),
     ("a.de-en.tsv", "Tor\tgate\nTür\tdoor\n".encode("latin-1"), ":2: UTF-8 0xfc"), ("a.tsv", LINE, ": --direction"),
     ("a.de-en.tsv", LINE + "\n" + LINE, ":2:"), ("a.de-en.tsv", LINE, ": fr-en de-en", "fr-en"),
     ("a.json", ALMA, ":1: de fr-en", "fr-en"), ("a.jsonl", PAIRS, ":1: de fr-en", "fr-en"),
+    ("a.json", {"translation": "Tor"}, ":1: Tor", "de-en"), ("a.tsv", LINE, '"xx-de"', "xx-de"),
     ("a.tsv", LINE, '"german"', "german"), ("a.tsv", LINE, '"de-de"', "de-de"),
 ]  # fmt: skip
 
@@ -202,7 +204,7 @@ def test_a_mistake_in_a_file_is_told_by_place(tmp_path, case):
 
 
 def test_templates_know_three_names_and_leave_the_braces_of_a_source_alone(folder, tmp_path):
-    for text, words in (("{source} {text}", "does not know {text}"), ("Translate this.", "no {source}")):
+    for text, words in (("{source} {text}", 'source_lang}, .*, found "text"'), ("Translate it.", "must name {source}")):
         with pytest.raises(ValueError, match=words):
             read_template(text)
     row = PAIRS[0] | {"source": "{target_lang} {x} {"}
@@ -253,6 +255,28 @@ def test_eos_ends_what_ended_and_nothing_that_was_cut(folder, tmp_path, fields, 
     assert e.reference == row["reference_ids"] + ([] if rationale else end)
 
 
+@pytest.mark.parametrize("fields, coverage, eos", [(COPY, 1, True), (COPY | CUT, 1, False), (COPY, 0, None)])
+def test_rationales_of_any_status_are_kept_on_request(folder, tmp_path, fields, coverage, eos):
+    t = Tokenizer(folder)
+    row = ledger(t, tmp_path, **fields)
+    e = Encoder(t, coverage=coverage, keep=True).example(row)
+    assert e.rationale == ([] if eos is None else row["rationale_ids"] + [t.end_id] * eos)
+    assert e.reference == row["reference_ids"] + [t.end_id] * (eos is None)
+    assert e.note == ("outside coverage" if eos is None else "")
+
+
+def test_validation_files_go_by_a_name_or_by_their_own(tmp_path):
+    de, en, txt = (write(tmp_path / name, text) for name, text in (("a.de", DE), ("a.en", EN), ("b.txt", GOOD)))
+    assert data.named_files([f"x={de}", en, txt, f"x={tmp_path}/c.jsonl"]) == {
+        "x": [de, en, f"{tmp_path}/c.jsonl"], "b": [txt]}  # fmt: skip
+
+
+def test_a_row_with_an_id_of_its_own_gets_another_for_each_direction(tmp_path):
+    file = write(tmp_path / "a.jsonl", [PAIRS[0] | {"id": 0}, PAIRS[1] | {"id": "x"}, PAIRS[2]])
+    ids = [row["id"] for row in read_rows([file], ["de-en", "en-de"])]
+    assert ids == [0, "x", 2, "0 en-de", "x en-de", 5]
+
+
 def test_a_larger_coverage_contains_a_smaller(folder):
     t, row = Tokenizer(folder), PAIRS[0] | {"where": "", "rationale": "\nSo."}
     shares = [Encoder(t, "{source}", coverage=c) for c in (0, 0.25, 0.5, 0.9, 1)]
@@ -275,7 +299,9 @@ def test_a_ledger_trains_on_its_own_ids_and_edited_or_foreign_rows_by_text(folde
 
 
 @pytest.mark.parametrize("settings, meta, fields, words", [
-    ({}, {}, dict(rationale_ids=[480]), "outside the vocabulary"), ({}, {"chat": "llama2"}, {}, "--chat"),
+    ({}, {}, dict(rationale_ids=[480]), "0 to 479.*480"), ({}, {"chat": "llama2"}, {}, "--chat"),
+    ({}, {}, dict(reference_ids=[5, -1]), "_ids"), ({}, {"tokenizer_hash": "other"}, dict(rationale_ids="5"), "_ids"),
+    ({}, {}, dict(rationale=7), "rationale"), ({}, {}, dict(rationale="\ud800"), "rationale"),
     ({"template": "{source}"}, {}, {}, "--template"), ({"system": "Be brief."}, {}, {}, "--system"),
     ({"template": "{source}"}, {"tokenizer_hash": "other"}, {}, "--template"),
 ])  # fmt: skip
@@ -286,19 +312,26 @@ def test_a_ledger_of_other_settings_is_refused_by_place(folder, tmp_path, settin
 
 
 @pytest.mark.parametrize("file, content, words", [
-    ("tokenizer.model", None, "tokenizer.model: no such file"), ("tokenizer.model", "x", "tokenizer.model: not a"),
+    ("tokenizer.model", None, "tokenizer.model: no such file"), ("tokenizer.model", "x", ".model: not understood"),
     ("tokenizer_config.json", '{\n"a": }', "config.json:2: "), ("generation_config.json", "{", "config.json:1: "),
     ("tokenizer_config.json", "[]", "config.json"), ("tokenizer_config.json", {"chat_template": "x"}, "--chat"),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}, "config.json: not understood"),
+    ("chat_template.jinja", b"<|im_start|>\n\xfc", "chat_template.jinja:2: not UTF-8"),
+    ("generation_config.json", {"eos_token_id": ["x"]}, "generation_config.json: not understood"),
+    ("tokenizer_config.json", {"chat_template": "<|im_start|>"}, "lacks <|im_start|>, <|im_end|>"),
 ])  # fmt: skip
 def test_a_broken_tokenizer_folder_is_told_by_file(folder, tmp_path, file, content, words):
-    write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
+    proto = (folder / "tokenizer.model").read_bytes()
+    proto = proto.replace(b"<|im_", b"<|IM_") if "lacks" in words else proto
+    write(tmp_path / "tokenizer.model", proto)
     (tmp_path / file).unlink() if content is None else write(tmp_path / file, content)
     with pytest.raises(ValueError, match=re.escape(words)):
         Tokenizer(tmp_path)
 
 
-def test_the_command_shows_an_example_in_colour_and_a_mistake_in_one_line(folder, pairs, tmp_path, capsys):
-    data.main(data.parser().parse_args(["--model", str(folder), "--data", str(pairs), "--show", "2", "--colour"]))
+def test_the_command_shows_an_example_in_colour_and_a_mistake_in_one_line(folder, pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    data.main(data.parser().parse_args(["--model", str(folder), "--data", str(pairs), "--show", "2"]))
     out, e = capsys.readouterr().out, Encoder(Tokenizer(folder)).example(read_rows([str(pairs)])[2])
     assert out.startswith("7 rows") and "row 2" in out and "\033[31m<|im_end|>\033[0m" in out
     for ids, code in ((e.prompt, 90), (e.reference, 32)):

@@ -14,17 +14,12 @@ from generate import generate
 from model import KVCache, Transformer
 
 INDEX = "model.safetensors.index.json"
-LINEAR, LLAMA3 = {"factor": 4.0}, {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"rope_type": "llama3", "original_max_position_embeddings": 64}  # 64: waves of all three kinds
 MISTRAL = dict(architectures=["MistralForCausalLM"], model_type="mistral")
 VARIANTS = {
     "llama": {}, "tied": dict(tie_word_embeddings=True), "head_dim given": dict(head_dim=32),
     "one kv head": dict(num_key_value_heads=1), "kv heads absent": dict(num_key_value_heads=...),
-    "attention bias": dict(attention_bias=True), "mlp bias": dict(mlp_bias=True), "eps absent": dict(rms_norm_eps=...),
-    "linear by type": dict(rope_scaling=LINEAR | {"type": "linear"}),
-    "linear by rope_type": dict(rope_scaling=LINEAR | {"rope_type": "linear"}),
-    "llama3": dict(rope_scaling=LLAMA3, rope_theta=500.0),
-    "rope_parameters": dict(rope_parameters=LLAMA3 | {"rope_theta": 500.0}, rope_theta=...),
+    "eps absent": dict(rms_norm_eps=...), "rope_theta": dict(rope_theta=500.0, rope_scaling=None),
+    "rope_parameters": dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_theta=...),
     "rope_theta absent": dict(rope_theta=...), "dtype": dict(torch_dtype=..., dtype="float32"),
     "mistral window": MISTRAL | dict(sliding_window=5), "mistral window null": MISTRAL | dict(sliding_window=None),
     "mistral window absent": MISTRAL | dict(num_attention_heads=8, num_key_value_heads=...),
@@ -184,14 +179,22 @@ def test_folder_that_does_not_fit_is_refused_by_the_file_or_tensor_at_fault(tmp_
 
 
 WRONG_CONFIGS = {
-    "hidden_act": dict(hidden_act="gelu"), "yarn": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-    "dynamic": dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "factor": dict(rope_scaling={"type": "linear"}),
-    "low_freq_factor": dict(rope_scaling={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}),
+    "hidden_act": dict(hidden_act="gelu"),
+    "rope_scaling.*yarn": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+    "rope_scaling.*dynamic": dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "rope_scaling.*linear": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "rope_parameters.*llama3": dict(rope_parameters={"rope_type": "llama3", "factor": 8.0, "rope_theta": 500.0}),
+    "rope_parameters.*layer": dict(rope_parameters={"layer": {"rope_type": "default", "rope_theta": 500.0}}),
     "rope_theta": dict(rope_theta=-1.0), "rope_scaling": dict(rope_scaling="linear"),
+    "partial_rotary_factor is 0.5": dict(partial_rotary_factor=0.5),
+    "partial_rotary_factor is 0.25": dict(rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.25}),
+    "attention_bias": dict(attention_bias=True), "mlp_bias": dict(mlp_bias=True),
     "quantization_config": dict(quantization_config={"quant_method": "awq", "bits": 4}),
-    "Qwen2ForCausalLM": dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2"),
+    "Qwen2ForCausalLM": dict(architectures=["Qwen2ForCausalLM"]), "qwen2": dict(model_type="qwen2"),
     "model_type": dict(architectures=..., model_type="gpt2"), "vocab_size": dict(vocab_size=...),
     "num_hidden_layers": dict(num_hidden_layers="two"), "num_key_value_heads": dict(num_key_value_heads=3),
+    "num_attention_heads": dict(num_attention_heads=0), "head_dim": dict(head_dim=15),
+    "tie_word": dict(tie_word_embeddings=2),
 }  # fmt: skip
 
 
