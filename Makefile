@@ -1,4 +1,4 @@
-# make test: its own environment, then the tests. make demo: the five scripts on a tiny model, start to end.
+# make test: its own environment, then the tests. make demo: the claim on a tiny model, in five minutes.
 PYTHON ?= python3
 ACTIVE = .venv/bin/python
 
@@ -7,13 +7,19 @@ ACTIVE = .venv/bin/python
 test: .venv/installed
 	$(ACTIVE) -m pytest -q tests
 
-demo: .venv/installed
-	$(ACTIVE) tests/walk.py
+demo: .venv/demo
+	rm -rf demo/run
+	$(ACTIVE) demo/demo.py --out demo/run
 
 .venv/installed: requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(ACTIVE) -m pip install -q -r tests/requirements.txt
 	touch $@
 
+.venv/demo: requirements.txt demo/requirements.txt
+	test -x $(ACTIVE) || $(PYTHON) -m venv .venv
+	$(ACTIVE) -m pip install -q -r demo/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv demo/run
