@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from world import MEMORY, SKILLS, TEMPLATE
+from world import MEMORY, TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 CORES = min(2, os.cpu_count() or 1)
@@ -93,16 +93,14 @@ def prompts(out: Path) -> list[dict]:
 def main(args: argparse.Namespace) -> None:
     start, out, seed = time.time(), args.out.resolve(), ["--seed", args.seed]
     base_steps, steps, chats, pairs, tests = (
-        (500, 90, 12000, 1000, 40) if args.short else (2000, STEPS, 40000, 4000, 100)
+        (700, 90, 12000, 1000, 40) if args.short else (2500, STEPS, 40000, 4000, 100)
     )
 
     print("1. A small world, from a seed: English, the invented language Vela, eight skills; texts and tests.")
     sizes = ["--chats", chats, "--pairs", pairs, "--tests", tests]
     run(out, {"world": ["demo/world.py", "--out", ".", *seed, *sizes]})
 
-    print(
-        "\n2. The base model, from random weights. It learns the skills, and a little Vela: half the words, simple sentences."
-    )
+    print("\n2. The base model, from random weights. It learns the skills, and a little Vela: half the words.")
     run(out, {"base": ["train.py", *BASE, "--max-steps", base_steps, *seed]}, launch=True)
 
     print("\n3. Rationales: the answer is forced to begin with the reference, and the base model goes on by itself.")
@@ -111,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"  {row['source']}\n    reference: {row['reference']}  rationale: {row['rationale'].strip()}")
 
     print(
-        "\n4. The same pairs learnt twice: the references alone (vanilla), and with the rationales (RaDis). All else is equal."
+        "\n4. The same pairs learnt twice: references alone (vanilla), and with the rationales (RaDis). All else is equal."
     )
     tune = [
         "train.py",

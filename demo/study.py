@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import world  # noqa: E402
+
 import demo  # noqa: E402
 import evaluate  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
-import world  # noqa: E402
 
 # arm -> its data and flags of train.py. Replay sees what nobody has outside of an experiment: the base model's own data
 ARMS = {
@@ -65,7 +66,7 @@ def prepare(args, seed: int) -> Path:
     if not Path("start").exists():
         world.write_world(Path("."), seed, 40000, 4000, 100)
     if not Path("base/config.json").exists():
-        words = [*demo.BASE, "--max-steps", 2000, "--seed", seed, "--save-every", 200] + ["--resume"] * Path(
+        words = [*demo.BASE, "--max-steps", 3000, "--seed", seed, "--save-every", 200] + ["--resume"] * Path(
             "base"
         ).exists()
         call(train, Path("logs/base.log"), *words)

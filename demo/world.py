@@ -2,8 +2,8 @@
 
     python demo/world.py --out DIR --seed 0
 
-Vela is invented. It puts the verb last and the adjective after its noun, with which it agrees in gender (-o, -a); "ze" is
-the article, "mi" the plural, "lu" marks the object, "den" the place, "tem" the past, "nai" negation, "ka" a question:
+Vela is invented. It puts the verb last and the adjective after its noun, with which it agrees in gender (-o, -a); "ze"
+is the article, "mi" the plural, "lu" marks the object, "den" the place, "tem" the past, "nai" negation, "ka" a question:
 
     ka ze miro mi zafa toda lu nai tibe tem      did the farmer not see red foxes?      (words differ by seed)
 
@@ -240,7 +240,7 @@ def write_tokenizer(folder: Path, chats: list[dict], pairs: list[dict]) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     size = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).vocab_size()
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=size, hidden_size=96, intermediate_size=256,
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=size, hidden_size=64, intermediate_size=192,
         num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
         tie_word_embeddings=True, hidden_act="silu", initializer_range=0.05, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip

@@ -449,7 +449,7 @@ FILES = {
     "bad header": ("--safety", "x.csv", "aim,target\na,b\n", "x.csv:2: "),
     "header alone": ("--safety", "x.csv", "goal,target\n", "x.csv: "),
     "harmful is text": ("--safety", "x.jsonl", '{"prompt": "a", "harmful": "no"}\n', "x.jsonl:1: "),
-    "broken line": ("--numeric", "x.jsonl", '{"question": "a", "answer": "#### 1"}\n{"a\n', "x.jsonl:2: "),
+    "torn line": ("--numeric", "x.jsonl", '{"question": "a", "answer": "#### 1"}\n{"a\n', "x.jsonl:2: "),
     "answer beyond": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "x.jsonl:1: "),
     "answer by letter": ("--choice", "x.jsonl", '\n{"prompt": "a", "choices": ["b", "c"], "answer": "A"}', "x.jsonl:2: "),
     "one choice": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 0}\n', "x.jsonl:1: "),
