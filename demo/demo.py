@@ -93,7 +93,7 @@ def prompts(out: Path) -> list[dict]:
 def main(args: argparse.Namespace) -> None:
     start, out, seed = time.time(), args.out.resolve(), ["--seed", args.seed]
     base_steps, steps, chats, pairs, tests = (
-        (700, 90, 12000, 1000, 40) if args.short else (1600, STEPS, 40000, 4000, 100)
+        (700, 90, 12000, 1000, 40) if args.short else (1400, STEPS, 40000, 4000, 100)
     )
 
     print("1. A small world, from a seed: English, the invented language Vela, eight skills; texts and tests.")
@@ -109,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"  {row['source']}\n    reference: {row['reference']}  rationale: {row['rationale'].strip()}")
 
     print(
-        "\n4. The same pairs learnt twice: references alone (vanilla), and with the rationales (RaDis). All else is equal."
+        "\n4. The same pairs learnt twice: references alone (vanilla), and with the rationales (RaDis), all else equal."
     )
     tune = [
         "train.py",

@@ -2,8 +2,9 @@
 
     python demo/world.py --out DIR --seed 0
 
-Vela is invented. It puts the verb last and the adjective after its noun, with which it agrees in gender (-o, -a); "ze"
-is the article, "mi" the plural, "lu" marks the object, "den" the place, "tem" the past, "nai" negation, "ka" a question:
+Vela is invented. It puts the verb last and the adjective after its noun, with which it agrees in gender (-o, -a);
+"ze" is the article, "mi" the plural, "lu" marks the object, "den" the place, "tem" the past, "nai" negation, "ka" a
+question:
 
     ka ze miro mi zafa toda lu nai tibe tem      did the farmer not see red foxes?      (words differ by seed)
 
@@ -164,7 +165,8 @@ class World:
     def spelling(self):
         words = [*self.nouns, *ADJECTIVES, *FOODS]
         for word in words:
-            yield f"Spell {word}.", " ".join(word), [" ".join(w) for w in words if len(w) == len(word) and w != word]
+            others = [w for w in words if len(w) == len(word) and w != word]
+            yield f"Spell {word}.", " ".join(word), [" ".join(w) for w in [word[::-1], *others]]
 
     def format(self):
         while True:
