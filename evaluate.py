@@ -319,36 +319,40 @@ def prompted(encoder: Encoder, *texts: str) -> dict:
 
 
 def read_translation(
-    group: tuple[str, ...], direction: list[str], hypotheses: str | None, encoder, limit
+    group: tuple[str, ...], direction: str | None, hypotheses: str | None, args, encoder
 ) -> list[dict]:
-    """Pairs of one target language, with their prompts, or with a line of `hypotheses` each."""
-    rows = data.read_rows(group, direction)
+    """Pairs of one target language, each with its prompt, or with its line of `hypotheses`."""
+    rows, lines = data.read_rows(group, [direction] if direction else []), []
     if hypotheses:
         lines = [line.removesuffix("\r") for line in data.read_text(hypotheses).removesuffix("\n").split("\n")]
         where = f"{hypotheses}:{min(len(lines), len(rows)) + 1}"
         check(len(lines) == len(rows), where, f"{len(lines)} lines for the {len(rows)} pairs of {group[0]}")
-        rows = [row | {"hypothesis": line} for row, line in zip(rows, lines)]
-    for place, row in enumerate(rows[:limit]):
+    for place, row in enumerate(rows[: args.limit]):
         check("source" in row, row["where"], "--translation needs pairs with a source and a reference")
         same = row["target_lang"] == rows[0]["target_lang"]
         check(same, row["where"], "another target language than before; give each its own file", row["target_lang"])
-        row |= {"place": place}
-        row |= {} if hypotheses else dict(ids=encoder.prompt(row), asked=encoder.messages(row)[-1]["content"])
-    return rows
+        row |= dict(place=place, name=Path(group[0]).stem, new=args.max_new_tokens)
+        row |= {"hypothesis": lines[place]} if lines else as_asked(encoder, row)
+    return rows[: args.limit]
 
 
-def read_drift(file: str, encoder: Encoder) -> list[dict]:
-    """The base model's answers, and the prompts that it was given."""
-    rows, as_written = data.read_rows([file]), Encoder(encoder.tokenizer)
+def read_drift(file: str, args, encoder: Encoder) -> list[dict]:
+    """The base model's answers, each with the prompt that it was given."""
+    rows, as_written = data.read_rows([file])[: args.limit], Encoder(encoder.tokenizer)
     for row in rows:
         answers = row.get("meta", {}).get("task") == "answer"
         check(answers, row["where"], "not the base model's answer; write it with generate.py --task answer")
-        row |= dict(ids=as_written.prompt(row), asked=as_written.messages(row)[-1]["content"])
-        row["new"] = row["meta"]["max_new_tokens"]
+        row |= as_asked(as_written, row) | dict(name=Path(file).stem, new=row["meta"]["max_new_tokens"])
     return rows
 
 
+def as_asked(encoder: Encoder, row: dict) -> dict:
+    """The fields of `prompted`, for a row that `data.read_rows` has read."""
+    return dict(ids=encoder.prompt(row), asked=encoder.messages(row)[-1]["content"])
+
+
 def text_of(row: dict, name: str, where: str) -> str:
+    """A field of a task's row that must be text."""
     return data.as_text(row.get(name), where, f'"{name}"')
 
 
@@ -403,7 +407,8 @@ def read_mt_bench(row: dict, where: str, args, encoder: Encoder) -> dict:
 
 
 def read_alpaca(row: dict, where: str, args, encoder: Encoder) -> dict:
-    return prompted(encoder, text_of(row, "instruction", where)) | {"dataset": row.get("dataset", "alpaca_eval")}
+    dataset = row.get("dataset", "alpaca_eval")
+    return prompted(encoder, text_of(row, "instruction", where)) | {"dataset": dataset}
 
 
 def read_files(args, encoder: Encoder | None) -> Iterator[tuple[str, tuple[str, ...], list[dict]]]:
@@ -412,50 +417,47 @@ def read_files(args, encoder: Encoder | None) -> Iterator[tuple[str, tuple[str, 
     directions = directions * len(groups) if len(directions) == 1 else directions
     check(len(directions) in (0, len(groups)) or not groups, "--direction", "give it once, or once for each test file")
     check(len(hypotheses) in (0, len(groups)), "--hypotheses", "give one file for each --translation file")
-    for group, direction, lines in itertools.zip_longest(groups, directions, hypotheses):
-        yield "bleu", group, read_translation(group, [direction] if direction else [], lines, encoder, args.limit)
+    for group, direction, lines in itertools.zip_longest(groups, directions if groups else [], hypotheses):
+        yield "bleu", group, read_translation(group, direction, lines, args, encoder)
     for file in args.drift:
-        rows = read_drift(file, encoder)
+        rows = read_drift(file, args, encoder)
         yield from (("drift_nll", (file,), rows), ("drift_length", (file,), rows))
-    exports = dict(item.split("=", 1) for item in args.export if "=" in item)
-    readers = [("acc", read_choice, args.choice), ("strict", read_numeric, args.numeric)]
-    readers += [("refusal", read_safety, args.safety), ("mt-bench", read_mt_bench, [exports.get("mt-bench")])]
-    for kind, read, files in [*readers, ("alpaca-eval", read_alpaca, [exports.get("alpaca-eval")])]:
-        for file in filter(None, files):
-            found = read_csv(file) if Path(file).suffix == ".csv" else data.read_json(file)
-            rows = [(row.get("id", i), where, row) for i, (where, row) in enumerate(found[: args.limit])]
-            yield kind, (file,), [dict(id=id, where=where) | read(row, where, args, encoder) for id, where, row in rows]
+    exports = [item.partition("=")[::2] for item in args.export if item != "comet"]
+    readers = {"acc": read_choice, "strict": read_numeric, "refusal": read_safety}
+    readers |= {"mt-bench": read_mt_bench, "alpaca-eval": read_alpaca}
+    given = [("acc", file) for file in args.choice] + [("strict", file) for file in args.numeric]
+    for kind, file in [*given, *(("refusal", file) for file in args.safety), *exports]:
+        found, rows = read_csv(file) if Path(file).suffix == ".csv" else data.read_json(file), []
+        for i, (where, row) in enumerate(found[: args.limit]):
+            known = dict(id=row.get("id", i), where=where, name=Path(file).stem, new=args.max_new_tokens)
+            rows.append(known | readers[kind](row, where, args, encoder))
+        yield kind, (file,), rows
 
 
 def read_tests(args, encoder: Encoder | None) -> tuple[dict[str, list[dict]], dict[str, dict]]:
     """-> rows by KIND/NAME of the test, without those that the model's context has no room for; and NOTES on each."""
     tests, groups, notes = {}, {}, {name: {} for name in NOTES}
+    room = ModelConfig.from_file(Path(args.model) / "config.json").max_position_embeddings if encoder else math.inf
     for kind, group, rows in read_files(args, encoder):
-        for row in rows[: args.limit]:
-            key = f"{kind}/{row.get('name', Path(group[0]).stem)}"
+        for row in rows:
+            key, id = f"{kind}/{row['name']}", row["id"]
             same = groups.setdefault(key, group) == group
             check(same, group[0], f"a second file for {key}, and results go by that name; rename or join them")
-            check(type(row["id"]) in (int, str), row["where"], '"id" must be a number or a string', row["id"])
-            tests.setdefault(key, []).append({"new": args.max_new_tokens} | row)
-    room = encoder and ModelConfig.from_file(Path(args.model) / "config.json").max_position_embeddings
+            check(type(id) in (int, str), row["where"], '"id" must be a number or a string', id)
+            check(id not in tests.setdefault(key, {}), row["where"], f"id {json.dumps(id)} stands twice in {key}")
+            tests[key][id] = row
     for key, rows in tests.items():
         notes["files"][key] = digest(b"".join(Path(file).read_bytes() for file in groups[key]))
-        fits = [not room or len(row["ids"]) + row["new"] <= room for row in rows]
-        check(any(fits), rows[0]["where"], f"no prompt leaves room in the context of {room}; lower --max-new-tokens")
-        notes["left_out"][key] = [row["id"] for row, fit in zip(rows, fits) if not fit]
-        tests[key] = [row for row, fit in zip(rows, fits) if fit]
-    known = known_texts(args) if args.train else set()
-    for key, rows in tests.items() if args.train else ():
-        if key.startswith("bleu/"):
-            overlap = (plain(row["source"]) in known or plain(row["reference"]) in known for row in rows)
-            notes["seen"][key] = sum(overlap)
+        tests[key] = [row for row in rows.values() if not encoder or len(row["ids"]) + row["new"] <= room]
+        where = next(iter(rows.values()))["where"]
+        check(tests[key], where, f"no prompt leaves room in the context of {room}; lower --max-new-tokens")
+        kept = {row["id"] for row in tests[key]}
+        notes["left_out"][key] = [id for id in rows if id not in kept]
+    pairs = data.read_rows(args.train, args.direction[:1]) if args.train else []
+    known = {plain(pair[side]) for pair in pairs for side in ("source", "reference") if side in pair}
+    for key in [key for key in tests if pairs and key.startswith("bleu/")]:
+        notes["seen"][key] = sum(not known.isdisjoint({plain(r["source"]), plain(r["reference"])}) for r in tests[key])
     return tests, notes
-
-
-def known_texts(args) -> set[str]:
-    """Sources and references of --train, so that test pairs are found in it whichever way they go."""
-    pairs = data.read_rows(args.train, args.direction[:1])
-    return {plain(row[side]) for row in pairs for side in ("source", "reference") if side in row}
 
 
 def read_csv(file: str) -> list[tuple[str, dict]]:
@@ -568,15 +570,14 @@ def export(kind: str, name: str, items: list[dict], args) -> None:
             lines.append(names | dict(choices=[dict(index=0, turns=item["output"])], tstamp=item["tstamp"]))
         write(out / kind / f"{out.name}.jsonl", "\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     elif kind == "alpaca-eval":
-        rows = [dict(dataset=i["dataset"], instruction=i["prompt"], output=i["output"]) for i in items]
-        rows = [row | {"generator": out.name} for row in rows]
+        names = dict(dataset="dataset", instruction="prompt", output="output")
+        rows = [{theirs: item[ours] for theirs, ours in names.items()} | {"generator": out.name} for item in items]
         write(out / kind / f"{out.name}.json", json.dumps(rows, indent=2, ensure_ascii=False))
     elif kind == "bleu" and "comet" in args.export:
-        paths = {
-            field: Path(args.out) / "comet" / f"{name}.{field}.txt" for field in ("source", "hypothesis", "reference")
-        }
-        for field, path in paths.items():
-            write(path, "\n".join(" ".join(item[field].splitlines()) for item in items))
+        paths = {}
+        for field in ("source", "hypothesis", "reference"):
+            paths[field] = Path(args.out) / "comet" / f"{name}.{field}.txt"
+            write(paths[field], "\n".join(" ".join(item[field].splitlines()) for item in items))
         print("comet-score -s {source} -t {hypothesis} -r {reference} --model Unbabel/wmt22-comet-da".format(**paths))
 
 
@@ -637,13 +638,8 @@ def compare(folders: list[str], out: str | None = None, plot: str | None = None)
         row["to"] = {other.name: own.minus(other.statistics[measure]) for other in others[:i]}
         rows.append(row)
         differences = ["{difference:+.3f} [{low:+.3f}, {high:+.3f}] p={p:.3f}".format(**d) for d in row["to"].values()]
-        cells = [
-            measure if i == 0 else "",
-            run.name,
-            "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row),
-            str(row["n"]),
-        ]
-        table.append([*cells, *differences, *[""] * (len(others) - len(differences))])
+        value, blank = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row), [""] * (len(others) - len(differences))
+        table.append(["" if i else measure, run.name, value, str(row["n"]), *differences, *blank])
     notes = remarks(runs)
     widths = [max(map(len, column)) for column in zip(*table)]
     for cells in table:

@@ -249,7 +249,8 @@ def test_a_second_measurement_into_the_same_folder_joins_the_first(at, folder, r
 
 
 def items_of(out: Path) -> dict[str, list[dict]]:
-    return {f"{p.parent.name}/{p.stem}": read_jsonl(p) for p in out.glob("items/*/*.jsonl")}
+    files = {f"{p.parent.name}/{p.stem}": p.read_text("utf-8") for p in out.glob("items/*/*.jsonl")}
+    return {name: [json.loads(line) for line in text.split("\n") if line] for name, text in files.items()}
 
 
 def measures_of(out: Path) -> dict[str, dict]:
@@ -449,9 +450,9 @@ FILES = {
     "bad header": ("--safety", "x.csv", "aim,target\na,b\n", "x.csv:2: "),
     "header alone": ("--safety", "x.csv", "goal,target\n", "x.csv: "),
     "harmful is text": ("--safety", "x.jsonl", '{"prompt": "a", "harmful": "no"}\n', "x.jsonl:1: "),
-    "torn line": ("--numeric", "x.jsonl", '{"question": "a", "answer": "#### 1"}\n{"a\n', "x.jsonl:2: "),
+    "broken line": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 0}\n{"a\n', "x.jsonl:2: "),
     "answer beyond": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b", "c"], "answer": 2}', "x.jsonl:1: "),
-    "answer by letter": ("--choice", "x.jsonl", '\n{"prompt": "a", "choices": ["b", "c"], "answer": "A"}', "x.jsonl:2: "),
+    "a letter": ("--choice", "x.jsonl", '\n{"prompt": "a", "choices": ["b", "c"], "answer": "A"}', "x.jsonl:2: "),
     "one choice": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b"], "answer": 0}\n', "x.jsonl:1: "),
     "blank choice": ("--choice", "x.jsonl", '{"prompt": "a", "choices": ["b", " "], "answer": 0}\n', "x.jsonl:1: "),
     "task with slash": (
@@ -520,7 +521,7 @@ def test_training_pairs_and_prompts_too_long_are_counted_and_named(folder, at, t
         tmp_path / "train.jsonl", [dict(PAIRS[0], source=PAIRS[0]["source"].upper()), dict(PAIRS[3], source="-")]
     )
     long = dict(QUESTIONS[0], prompt="a b " * 400, id="long")
-    write_jsonl(tmp_path / "quiz.jsonl", [QUESTIONS[0], long])
+    write_jsonl(tmp_path / "quiz.jsonl", [QUESTIONS[0] | dict(name="x", new="y", ids=3), long])
     train, out = ["--train", tmp_path / "train.jsonl"], tmp_path / "out"
     options = ["--translation", at / "pairs.jsonl", "--choice", tmp_path / "quiz.jsonl", "--max-new-tokens", 4]
     run("--model", folder, "--out", out, *options, *train)
