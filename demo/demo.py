@@ -18,7 +18,7 @@ from world import MEMORY, TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 CORES = min(2, os.cpu_count() or 1)
-STEPS, POINTS = 300, 3  # of fine-tuning, and how many exports on the way are measured
+BASE_STEPS, STEPS, POINTS = 1400, 300, 3  # of the base, of fine-tuning; exports of the latter that are measured
 CHOICE, NUMERIC = ("facts", "meaning", "spelling", "format"), ("arithmetic", "backwards", "ages")
 BASE = "--config start/config.json --tokenizer start --data chats.jsonl --out base --batch-size 32".split()
 BASE += "--micro-batch-size 16 --learning-rate 3e-3".split()
@@ -93,7 +93,7 @@ def prompts(out: Path) -> list[dict]:
 def main(args: argparse.Namespace) -> None:
     start, out, seed = time.time(), args.out.resolve(), ["--seed", args.seed]
     base_steps, steps, chats, pairs, tests = (
-        (700, 90, 12000, 1000, 40) if args.short else (1400, STEPS, 40000, 4000, 100)
+        (700, 90, 12000, 1000, 40) if args.short else (BASE_STEPS, STEPS, 40000, 4000, 100)
     )
 
     print("1. A small world, from a seed: English, the invented language Vela, eight skills; texts and tests.")

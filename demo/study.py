@@ -66,7 +66,7 @@ def prepare(args, seed: int) -> Path:
     if not Path("start").exists():
         world.write_world(Path("."), seed, 40000, 4000, 100)
     if not Path("base/config.json").exists():
-        words = [*demo.BASE, "--max-steps", 3000, "--seed", seed, "--save-every", 200] + ["--resume"] * Path(
+        words = [*demo.BASE, "--max-steps", demo.BASE_STEPS, "--seed", seed, "--save-every", 200] + ["--resume"] * Path(
             "base"
         ).exists()
         call(train, Path("logs/base.log"), *words)
