@@ -5,16 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, read_jsonl, write_jsonl, write_model, write_tokenizer
+from conftest import LINES, PAIRS, read_jsonl, write_jsonl, write_model, write_tokenizer
 
 import data
 from data import Tokenizer, read_rows
-from generate import choose, generate, judge, main, parser
+from generate import choose, generate, judge, main, parser, sample
 from model import Transformer
 
 SCRIPT = str(Path(__file__).parent.parent / "generate.py")
@@ -22,10 +23,13 @@ TEMPLATE, CUE, ONE = "Put this from {source_lang} into {target_lang}: {source}",
 PROMPTS = [[1, 40 + n, *range(100, 100 + 3 * n)] for n in (0, 1, 0, 3, 4)]  # two are the same
 ASKED = [{"prompt": "What grows in the garden?"}, {"question_id": 81, "turns": ["Name a colour.", "And another."]}]
 JUDGED = {
-    "empty": ["", " \n\t "], "repetitive": ["and so on and on " * 8],
-    "copy": ["The small owl sleeps by day in the old barn.", "in the OLD  barn.", "barn."],
+    "empty": ["", " \n\t "], "repetitive": ["and so on and on " * 8, "这个词的意思是房子。" * 3],
+    "copy": [
+        "The small owl sleeps by day in the old barn.", "in the OLD  barn.", "barn.",
+        'Translated: "The small owl sleeps by day in the old barn".',
+    ],
     "wrong_script": ["Это слово значит дом.", "这个词的意思是房子"],
-    "ok": ["Here the word barn was chosen because a stable holds horses.", "Because. " * 6, "12 + 3 = 15", "Grün."],
+    "ok": ["...", "Here the word barn was chosen because a stable holds horses.", "Because. " * 6, "12 + 3 = 15", "Ja"],
 }  # fmt: skip
 SETTINGS = dict(
     seed=["--seed", 5], temperature=["--temperature", 0], top_p=["--top-p", 0.5], dtype=["--dtype", "bfloat16"],
@@ -257,3 +261,78 @@ def test_an_answer_of_blank_lines_can_be_read_again(tmp_path):
     )
     rows = read_rows([write_jsonl(tmp_path / "l.jsonl", [row | {"finish": "eos"}])])
     assert rows[0]["reference"] == "\n\n"
+
+
+def test_two_steps_draw_what_one_sum_over_the_whole_vocabulary_would():
+    logits, u = 3 * torch.randn(64, 5000, generator=torch.Generator().manual_seed(1)), torch.rand(64).double()
+    tokens, mass = choose(logits, u, 1.0, 1.0)[0], logits.double().softmax(-1).cumsum(-1)
+    below = torch.cat([torch.zeros(64, 1), mass], -1).gather(-1, tokens[:, None])[:, 0]
+    above = mass.gather(-1, tokens[:, None])[:, 0]
+    assert ((below - 1e-6 <= u) & (u <= above + 1e-6)).all()  # float32 probabilities
+
+
+def test_what_prompts_begin_with_is_read_once_and_changes_nothing(folder):
+    model, prompts = Transformer.from_pretrained(folder), [[1, *range(50, 90), n, n + 1] for n in range(100, 110)]
+    read = []
+    model.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape))
+    together = [(ids, scores) for _, ids, scores, _ in sorted(sample(model, prompts, 8, 1.0, scored=[1] * 10))]
+    assert read[0] == (1, 41) and max(T for _, T in read[1:]) == 2
+    for n, prompt in enumerate(prompts):
+        ((_, ids, scores, _),) = sample(model, [prompt], 8, 1.0, keys=[n], scored=[1])
+        assert ids == together[n][0]
+        torch.testing.assert_close(scores, together[n][1], atol=1e-4, rtol=0)  # float32 sums of other shapes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_work_done_is_counted(folder, batch_size):
+    spent, prompts = Counter(), [[1, 40 + n, 50] for n in range(20)]
+    outputs = list(sample(Transformer.from_pretrained(folder), prompts, 5, 1.0, batch_size=batch_size, spent=spent))
+    assert (
+        spent["prefill tokens"] == 20 * 2 and spent["decode tokens"] == sum(len(ids) for _, ids, _, _ in outputs) - 20
+    )
+    assert min(spent["prefill seconds"], spent["decode seconds"]) > 0
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_ledger_does_not_go_on_with_another_conversation(folder, tmp_path, earlier):
+    said = [dict(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(LINES[:4])]
+    out = run(folder, write_jsonl(tmp_path / "a.jsonl", [dict(messages=said)]), tmp_path / "l.jsonl")
+    said[0 if earlier else 3]["content"], before = "Other.", out.read_bytes()
+    with pytest.raises(ValueError, match=r"b\.jsonl:1: another " + ("messages" if earlier else "reference")):
+        run(folder, write_jsonl(tmp_path / "b.jsonl", [dict(messages=said)]), out)
+    assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("task", ["rationale", "translation", "paraphrase", "answer"])
+def test_report_tells_what_a_ledger_holds(folder, tmp_path, capsys, task):
+    given = write_jsonl(tmp_path / "given.jsonl", ASKED if task == "answer" else PAIRS)
+    out = run(folder, given, tmp_path / "l.jsonl", "--task", task)
+    assert "of what the matrix products alone would allow" in capsys.readouterr().out
+    rows = read_jsonl(out)
+    main(parser().parse_args(["--report", str(out), "--json"]))
+    found = json.loads(capsys.readouterr().out)
+    for name in ("status", "finish"):
+        assert found[name] == {v: round(n / len(rows), 4) for v, n in Counter(row[name] for row in rows).items()}
+    lengths = [len(row["rationale_ids"]) for row in rows]
+    assert found["rationale tokens"]["mean"] == round(np.mean(lengths), 1) and found["rows"] == len(rows)
+    assert [row["id"] for row in found["examples"]] == [row["id"] for row in rows]
+    main(parser().parse_args(["--report", str(out)]))
+    shown = capsys.readouterr().out
+    assert "status  " in shown and all(row.get("source", "") in shown for row in rows)
+
+
+def test_report_of_what_is_no_ledger_is_a_mistake(folder, pairs, tmp_path):
+    out = run(folder, pairs, tmp_path / "l.jsonl")
+    (tmp_path / "torn.jsonl").write_bytes(out.read_bytes()[:-9])
+    for file, line in [(pairs, 1), (tmp_path / "torn.jsonl", 7), (tmp_path / "absent.jsonl", "")]:
+        with pytest.raises(ValueError, match=rf"{file.name}:{line}"):
+            main(parser().parse_args(["--report", str(file)]))
+    with pytest.raises(ValueError, match="--model, --data and --out, or --report"):
+        main(parser().parse_args([]))
+
+
+def test_benchmark_runs_on_a_tiny_model():
+    pytest.importorskip("transformers")
+    script = Path(SCRIPT).parent / "benchmarks" / "generate.py"
+    printed = subprocess.run([sys.executable, script, "--smoke"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert "ratio" in printed and "while decoding" in printed
