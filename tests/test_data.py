@@ -174,7 +174,8 @@ FIRST = {
     '"user", "user"': {"messages": SAID * 2}, "answer": {"messages": SAID}, '"messages" turn': {"messages": []},
     '"messages"': {"messages": [SAID]}, '"response"': {"prompt": "Why?"}, '"turns"': {"turns": "Why?"}, "object": [1],
     "--direction": BARE[0], "two-way --direction": ALMA[0], "wanted text": {"text": "x"},
-    "source_lang": {"translation": None}, '"assistant"': {"response": "x"}, "user's null": {"prompt": None, "response": "x"},
+    "source_lang": {"translation": None}, '"assistant"': {"response": "x"},
+    "user's null": {"prompt": None, "response": "x"},
     "assistant's 7": {"messages": [*SAID, {"role": "assistant", "content": 7}]},
 }  # fmt: skip
 BAD = [
