@@ -261,8 +261,10 @@ def memory(config: ModelConfig, part: list[Example], dtype: torch.dtype, base: i
     for n in ranks:
         shard = 4 * sum(-(-p.shape[0] // n) * p[0].numel() for p in model.parameters())  # whole rows, in float32
         line = dict(base=base, weights=shard, gradients=shard, optimizer=2 * shard)
-        # embedding and head with their gradients, and two layers: one is gathered while the other computes
-        line |= dict(unsharded=2 * (rest + layer) * dtype.itemsize, activations=kept)
+        # two layers, one gathered while the other computes; embedding and head, their gradients (of a tied head two that
+        # are yet to be added), and the copy in float32 that the reduction over ranks reads
+        gathered = 2 * (rest + layer) + rest * config.tie_word_embeddings
+        line |= dict(unsharded=gathered * dtype.itemsize + 4 * rest, activations=kept)
         line["total"] = sum(line.values())
         line["recomputed"] = inputs + max(0, one - logits)  # a layer at a time, once the logits are gone
         table.append({"ranks": n} | line | {"total'": line["total"] - kept + line["recomputed"]})

@@ -24,7 +24,7 @@ import data
 from data import TEMPLATE, Tokenizer
 from generate import generate
 from model import Transformer
-from train import main, parser
+from train import CrossEntropy, kept_bytes, main, parser
 
 VALID_FIELDS = set("step valid valid_loss reference_loss rationale_loss reference_tokens rationale_tokens".split())
 STEP_FIELDS = VALID_FIELDS - {"valid", "valid_loss"} | set("loss tokens padded_tokens learning_rate grad_norm".split())
@@ -442,3 +442,26 @@ def test_the_folder_that_one_stands_in_can_take_the_run(at, tmp_path, monkeypatc
     run(Path("."), *at.command, "--max-steps", 1, "--export-every", 1)
     assert {"config.json", "model.safetensors", "tokenizer.model", "step-1"} <= {f.name for f in tmp_path.iterdir()}
     assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_dry_run_counts_what_a_forward_pass_keeps_and_writes_nothing(at, tmp_path, capsys, recompute):
+    main(parser().parse_args([*map(str, at.command), "--dry-run", "--out", str(tmp_path / "none")]))
+    printed = capsys.readouterr().out
+    assert "7 examples" in printed and "with padding" in printed and not (tmp_path / "none").exists()
+
+    model, tokenizer = Transformer.from_pretrained(at.folder).train(), Tokenizer(at.folder)
+    examples = [data.Encoder(tokenizer).example(row) for row in data.read_rows([at.ledger])]
+    model.activation_checkpointing, kept = recompute, {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x  # held, so that no other takes its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        tokens, select, targets, _ = data.collate(examples)
+        CrossEntropy.apply(model(tokens, select), targets)
+    really = sum(size for place, (size, _) in kept.items() if place not in weights)
+    foretold, _ = kept_bytes(model.config, examples, torch.float32, recompute)
+    assert foretold == pytest.approx(really, rel=0.02)
