@@ -261,8 +261,8 @@ def memory(config: ModelConfig, part: list[Example], dtype: torch.dtype, base: i
     for n in ranks:
         shard = 4 * sum(-(-p.shape[0] // n) * p[0].numel() for p in model.parameters())  # whole rows, in float32
         line = dict(base=base, weights=shard, gradients=shard, optimizer=2 * shard)
-        # two layers, one gathered while the other computes; embedding and head, their gradients (of a tied head two that
-        # are yet to be added), and the copy in float32 that the reduction over ranks reads
+        # two layers, one gathered while the other computes; embedding and head, their gradients (a tied head has two,
+        # yet to be added), and the copy in float32 that the reduction over ranks reads
         gathered = 2 * (rest + layer) + rest * config.tie_word_embeddings
         line |= dict(unsharded=gathered * dtype.itemsize + 4 * rest, activations=kept)
         line["total"] = sum(line.values())
