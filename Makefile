@@ -11,7 +11,7 @@ demo: .venv/demo
 	rm -rf demo/run
 	$(ACTIVE) demo/demo.py --out demo/run
 
-.venv/installed: requirements.txt tests/requirements.txt
+.venv/installed: requirements.txt demo/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(ACTIVE) -m pip install -q -r tests/requirements.txt
 	touch $@

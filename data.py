@@ -206,6 +206,14 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a line-ended UTF-8 file that appears whole or not at all, and its folder. OSError where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text + "\n", "utf-8")
+    temporary.replace(path)
+
+
 def parse_json(text: str, path: str | Path, line: int = 1):
     """The value that `text`, which begins in this line of the file, holds."""
     try:

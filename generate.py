@@ -9,7 +9,6 @@ the rounding of sums. The ledger grows in the order of the data; the same comman
 """
 
 import argparse
-import copy
 import glob
 import hashlib
 import json
@@ -130,7 +129,7 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
     # what all prompts begin with (the system prompt, the instruction) is read once, for every slot
     shared = min([len(os.path.commonprefix(prompts)), *(len(p) - n - 1 for p, n in zip(prompts, scored))])
     if shared > 0:
-        prefill(model, part(cache, 0, 1, shared), [Row(0, prompts[0][:shared], 0, [], [], [])], 0)
+        prefill(model, cache.part(slice(1), shared), [Row(0, prompts[0][:shared], 0, [], [], [])], 0)
         for x in (cache.keys, cache.values):
             x[:, 1:, :, :shared] = x[:, :1, :, :shared]
     while waiting or rows:
@@ -139,12 +138,12 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
         if waiting and len(rows) + group <= batch_size:
             first, new = len(rows), [waiting.popleft() for _ in range(group)]
             rows += [Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], []) for i in new]
-            logits = prefill(model, part(cache, first, len(rows), length), rows[first:], shared)
+            logits = prefill(model, cache.part(slice(first, len(rows)), length), rows[first:], shared)
             stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
         else:
             last, at = zip(*((row.ids[-1], len(row.prompt) + len(row.ids) - 1) for row in rows))
             tokens, positions = torch.tensor([last, at], device=weight.device)[..., None]  # [B, 1] each
-            logits = model(tokens, cache=part(cache, 0, len(rows), max(at) + 1), positions=positions)[:, 0]
+            logits = model(tokens, cache=cache.part(slice(len(rows)), max(at) + 1), positions=positions)[:, 0]
             stage, count = "decode", len(rows)
         u = torch.tensor([row.noise[len(row.ids)] for row in rows[first:]], dtype=torch.float64)
         tokens, logprobs = (x.tolist() for x in choose(logits, u.to(weight.device), temperature, top_p, limit))
@@ -164,13 +163,6 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
                 cache.keys[:, b], cache.values[:, b] = cache.keys[:, len(rows)], cache.values[:, len(rows)]
 
 
-def part(cache: KVCache, start: int, end: int, length: int) -> KVCache:
-    """A view of the slots from `start` to `end` of a cache, up to the position `length`."""
-    view = copy.copy(cache)
-    view.keys, view.values = cache.keys[:, start:end, :, :length], cache.values[:, start:end, :, :length]
-    return view
-
-
 def prefill(model: Transformer, cache: KVCache, rows: list[Row], start: int) -> Tensor:
     """Reads prompts from `start` on into the cache -> logits [N, V] after each. Scores their last tokens."""
     device, lengths = cache.keys.device, [len(row.prompt) - start for row in rows]
@@ -178,7 +170,7 @@ def prefill(model: Transformer, cache: KVCache, rows: list[Row], start: int) -> 
     tokens = torch.tensor([row.prompt[start:] + [0] * (T - n) for row, n in zip(rows, lengths)], device=device)
     places = [b * T + n - 1 - back for b, n in enumerate(lengths) for back in range(rows[b].scored, -1, -1)]
     places, positions = torch.tensor(places, device=device), torch.arange(start, start + T, device=device)
-    logits = model(tokens, places, part(cache, 0, len(rows), start + T), positions.expand(len(rows), T))
+    logits = model(tokens, places, cache.part(slice(len(rows)), start + T), positions.expand(len(rows), T))
     following = tokens.flatten().roll(-1)[places, None]  # after a prompt comes nothing: that score is dropped
     scores, counts = logits.float().log_softmax(-1).gather(-1, following)[:, 0], [row.scored + 1 for row in rows]
     for row, own in zip(rows, scores.split(counts)):
@@ -318,9 +310,7 @@ def complete(path: Path, meta: dict, rows: list[dict], produce: Callable[[list[d
     missing = [id for id in by_id if id not in done]
     todo = [by_id[id] for id in missing if id not in ready]
     if rank == 0 and not file.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".tmp").write_text(json.dumps(meta, ensure_ascii=False) + "\n", "utf-8")
-        file.with_suffix(".tmp").replace(file)
+        data.write_text(file, json.dumps(meta, ensure_ascii=False))
     dist.barrier()  # until all have read what is finished
     if world_size > 1:
         mine = todo[rank::world_size]

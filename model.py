@@ -112,10 +112,10 @@ class KVCache:
         keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
         return keys, values
 
-    def first(self, length: int) -> "KVCache":
-        """A view of the first `length` slots: attention need not look at slots that no row has reached."""
+    def part(self, rows: slice, length: int) -> "KVCache":
+        """A view of some rows and the first `length` slots: attention need not see what no row has reached."""
         view = copy.copy(self)
-        view.keys, view.values = self.keys[:, :, :, :length], self.values[:, :, :, :length]
+        view.keys, view.values = self.keys[:, rows, :, :length], self.values[:, rows, :, :length]
         return view
 
 

@@ -389,10 +389,7 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
     dist.barrier()  # until all have looked
     with together(out) as first:
         if first and not file.exists():
-            out.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(mine, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            temporary.replace(file)
+            data.write_text(file, json.dumps(mine, indent=2, ensure_ascii=False))
     return (out / "config.json").exists()
 
 

@@ -100,6 +100,7 @@ def compare(args: argparse.Namespace, place: Path) -> None:
     rates = {
         name: train.matmul_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")[: 2 - args.smoke]
     }
+    print("matrix products:", ", ".join(f"{name} {rate / 1e9:.0f} Gflop/s" for name, rate in rates.items()), flush=True)
     args.dtype = args.dtype or max(rates, key=rates.get)
     config = ModelConfig.from_file(Path(args.model) / "config.json")
     given = ["--model", str(args.model), "--data", str(args.data), "--out", str(place), "--dtype", args.dtype]
