@@ -21,6 +21,7 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -70,9 +71,10 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float, limit: i
     else:
         probs = ((allowed - allowed.amax(-1, keepdim=True)) / temperature).softmax(-1)
         if top_p < 1:
-            # all tokens below this share together have less than what a nucleus leaves out: none of them is in it
-            count = (probs >= (1 - top_p) / probs.shape[-1]).sum(-1).max().clamp_min(1)
-            head = probs.topk(count).values
+            # all tokens below this share together have less than what a nucleus leaves out: none of them is in it.
+            # A GPU sorts them all sooner than it would wait for their number
+            size = probs.shape[-1]
+            head = probs.topk(size if probs.is_cuda else (probs >= (1 - top_p) / size).sum(-1).max().clamp_min(1)).values
             last = (head.cumsum(-1) - head >= top_p).logical_not().sum(-1, keepdim=True) - 1  # its least probable token
             probs = probs.masked_fill(probs < head.gather(-1, last), 0)
         # first a block of the vocabulary, then a token in it: no cumulative sum over the whole
@@ -132,6 +134,7 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
         prefill(model, cache.part(slice(1), shared), [Row(0, prompts[0][:shared], 0, [], [], [])], 0)
         for x in (cache.keys, cache.values):
             x[:, 1:, :, :shared] = x[:, :1, :, :shared]
+    step = Step(model, cache, partial(choose, temperature=temperature, top_p=top_p, limit=limit))
     while waiting or rows:
         start, first = time.perf_counter(), 0
         group = min(len(waiting), -(-batch_size // 8))  # several at once are read faster than one by one
@@ -140,13 +143,11 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             rows += [Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], []) for i in new]
             logits = prefill(model, cache.part(slice(first, len(rows)), length), rows[first:], shared)
             stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
+            u = torch.tensor([row.noise[0] for row in rows[first:]], dtype=torch.float64, device=weight.device)
+            tokens, logprobs = (x.tolist() for x in choose(logits, u, temperature, top_p, limit))
         else:
-            last, at = zip(*((row.ids[-1], len(row.prompt) + len(row.ids) - 1) for row in rows))
-            tokens, positions = torch.tensor([last, at], device=weight.device)[..., None]  # [B, 1] each
-            logits = model(tokens, cache=cache.part(slice(len(rows)), max(at) + 1), positions=positions)[:, 0]
+            tokens, logprobs = step(rows)
             stage, count = "decode", len(rows)
-        u = torch.tensor([row.noise[len(row.ids)] for row in rows[first:]], dtype=torch.float64)
-        tokens, logprobs = (x.tolist() for x in choose(logits, u.to(weight.device), temperature, top_p, limit))
         spent.update({f"{stage} seconds": time.perf_counter() - start, f"{stage} tokens": count})
         for b in reversed(range(first, len(rows))):
             row, token, logprob = rows[b], tokens[b - first], logprobs[b - first]
@@ -161,6 +162,43 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
                 rows[b] = rows[-1]  # the last row takes its place
                 rows.pop()
                 cache.keys[:, b], cache.values[:, b] = cache.keys[:, len(rows)], cache.values[:, len(rows)]
+
+
+class Step:
+    """Decoding: one token of each row is read, the next is chosen.
+
+    On a GPU a step is one CUDA graph, replayed: Python alone would take longer to launch its kernels than they run. Rows
+    and slots are rounded up, so that a few graphs serve; rows that are not there write where nothing is yet read.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, choose: Callable):
+        self.model, self.cache, self.choose, self.graphs = model, cache, choose, {}
+        self.pool = torch.cuda.graph_pool_handle() if cache.keys.is_cuda else None
+
+    def __call__(self, rows: list[Row]) -> tuple[list[int], list[float]]:
+        """-> a token and its log-probability for each row."""
+        found = [(row.ids[-1], len(row.prompt) + len(row.ids) - 1, row.noise[len(row.ids)]) for row in rows]
+        size, length, device = len(rows), max(at for _, at, _ in found) + 1, self.cache.keys.device
+        if device.type == "cuda":
+            slots, most = self.cache.keys.shape[1:4:2]
+            size, length = min(1 << (size - 1).bit_length(), slots), min(-(-length // 128) * 128, most)
+        found += [(0, length - 1, 0)] * (size - len(rows))
+        inputs = torch.tensor(found, dtype=torch.float64, device=device)  # [B, 3]: float64 holds all ids
+        if device.type == "cuda":
+            if (size, length) not in self.graphs:
+                work = partial(self.compute, length=length)
+                self.graphs[size, length] = torch.cuda.make_graphed_callables(work, (inputs,), pool=self.pool)
+            outputs = self.graphs[size, length](inputs)
+        else:
+            outputs = self.compute(inputs, length)
+        tokens, logprobs = outputs[:, : len(rows)].tolist()
+        return [int(token) for token in tokens], logprobs
+
+    def compute(self, inputs: Tensor, length: int) -> Tensor:
+        """inputs [B, 3] of id, position, uniform number -> [2, B] of id, log-probability."""
+        tokens, positions = inputs[:, :2].long().split(1, dim=1)  # [B, 1] each
+        logits = self.model(tokens, cache=self.cache.part(slice(len(inputs)), length), positions=positions)[:, 0]
+        return torch.stack([x.double() for x in self.choose(logits, inputs[:, 2])])
 
 
 def prefill(model: Transformer, cache: KVCache, rows: list[Row], start: int) -> Tensor:

@@ -106,12 +106,6 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layer, B, K, S, D]
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v [B, K, T, D] at `positions` [B, T] and returns all of the layer's keys and values."""
-        keys, values, rows = self.keys[layer], self.values[layer], torch.arange(len(k), device=k.device)[:, None]
-        keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
-        return keys, values
-
     def part(self, rows: slice, length: int) -> "KVCache":
         """A view of some rows and the first `length` slots: attention need not see what no row has reached."""
         view = copy.copy(self)
@@ -144,22 +138,25 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
         C, D = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache: KVCache | None = None, positions=None) -> Tensor:
+    def forward(self, x, cos, sin, mask=None, cache: tuple[Tensor, Tensor] | None = None, positions=None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.view(B, T, -1, self.config.head_dim).transpose(1, 2) for y in (q, k, v))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, D], [B, K, T, D]
         if cache is not None:
-            k, v = cache.update(self.layer, k, v, positions)  # [B, K, S, D]
+            rows = torch.arange(B, device=x.device)[:, None]
+            for slots, new in zip(cache, (k, v)):
+                slots[rows, :, positions] = new.transpose(1, 2)
+            k, v = cache  # [B, K, S, D]
         if mask is None:
             # without a cache pads stand to the right of every real token: causality alone keeps them out
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -182,10 +179,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -200,7 +197,7 @@ class Transformer(nn.Module):
         self.config, self.activation_checkpointing = config, False
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.model["layers"] = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.model["layers"] = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -223,11 +220,11 @@ class Transformer(nn.Module):
             # as a sum, and once for each of the heads that share a key/value head, so that no layer need make it
             mask = torch.where(seen, 0.0, -math.inf).to(x.dtype)
             mask = mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
-        for layer in self.model["layers"]:
+        for i, layer in enumerate(self.model["layers"]):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, positions)
+                x = layer(x, cos, sin, mask, cache and (cache.keys[i], cache.values[i]), positions)
         if select is not None:
             x = x.flatten(0, 1)[select]  # [N, C]
         x = self.model["norm"](x)

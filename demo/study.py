@@ -44,6 +44,7 @@ ARMS = {
     "seqkd": ("seqkd", ""),
 }
 TOUCHED = ("acc/facts", "acc/meaning")  # what the rationales of this world speak of
+EXPORTS = (25, 50, 100, 200, 300)  # steps after which a model is measured: most of what happens, happens early
 T95 = [math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t by number of seeds
 
 
@@ -92,9 +93,9 @@ def models(arm: str, rate: str, seed: int) -> list[tuple[float, Path]]:
     if not (out / "config.json").exists():
         rows = [f"{name}.jsonl" for name in files.split()]
         words = ["--data", *rows, *flags.split(), "--out", out, "--seed", seed, "--learning-rate", rate]
-        words += ["--max-steps", demo.STEPS, "--export-every", demo.STEPS // demo.POINTS] + ["--resume"] * out.exists()
+        words += ["--max-steps", demo.STEPS, "--export-every", EXPORTS[0]] + ["--resume"] * out.exists()
         call(train, Path(f"logs/{out}.log"), *demo.TUNE, *words)
-    return [(n / demo.POINTS, out / f"step-{demo.STEPS * n // demo.POINTS}") for n in range(1, demo.POINTS + 1)]
+    return [(step / demo.STEPS, out / f"step-{step}") for step in EXPORTS]
 
 
 def interpolate(tuned: Path, out: Path, part: float) -> Path:
