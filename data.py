@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from sentencepiece import SentencePieceProcessor
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the wording of the RaDis paper is not known
@@ -533,7 +534,10 @@ def cli(main, parser: argparse.ArgumentParser) -> None:
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     rank = int(os.environ.get("RANK", 0))
     try:
-        return main(parser.parse_args())
+        main(parser.parse_args())
+        if torch.cuda.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # NCCL warns of one that is left behind
+        return
     except BrokenPipeError:
         os._exit(141)
     except (ValueError, OSError, FloatingPointError) as e:

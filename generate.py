@@ -136,10 +136,9 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             x[:, 1:, :, :shared] = x[:, :1, :, :shared]
     step = Step(model, cache, partial(choose, temperature=temperature, top_p=top_p, limit=limit))
     while waiting or rows:
-        start, first = time.perf_counter(), 0
-        group = min(len(waiting), -(-batch_size // 8))  # several at once are read faster than one by one
-        if waiting and len(rows) + group <= batch_size:
-            first, new = len(rows), [waiting.popleft() for _ in range(group)]
+        start, first, room = time.perf_counter(), 0, min(len(waiting), batch_size - len(rows))
+        if room and room >= min(len(waiting), -(-batch_size // 8)):  # several are read faster than one by one
+            first, new = len(rows), [waiting.popleft() for _ in range(room)]
             rows += [Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], []) for i in new]
             logits = prefill(model, cache.part(slice(first, len(rows)), length), rows[first:], shared)
             stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
@@ -181,7 +180,7 @@ class Step:
         size, length, device = len(rows), max(at for _, at, _ in found) + 1, self.cache.keys.device
         if device.type == "cuda":
             slots, most = self.cache.keys.shape[1:4:2]
-            size, length = min(1 << (size - 1).bit_length(), slots), min(-(-length // 128) * 128, most)
+            size, length = min(4 ** -(-(size - 1).bit_length() // 2), slots), min(-(-length // 64) * 64, most)
         found += [(0, length - 1, 0)] * (size - len(rows))
         inputs = torch.tensor(found, dtype=torch.float64, device=device)  # [B, 3]: float64 holds all ids
         if device.type == "cuda":
@@ -481,6 +480,8 @@ def main(args: argparse.Namespace) -> None:
 
     def produce(todo: list[dict]) -> Iterator[dict]:  # the weights are read once it is sure that they are needed
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+        if args.compile:
+            model.compile_layers(coordinate_descent_tuning=True)  # products of one row become sums, fused with the rest
         return write_rows(args, model, tokenizer, todo)
 
     # 3. the rows
@@ -522,6 +523,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=number(1, kind=int), default=64, help="rows at a time (default 64)")
     p.add_argument("--limit", type=number(1, kind=int), metavar="N", help="the first N rows only")
     p.add_argument("--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="here %(default)s")
+    p.add_argument("--compile", action="store_true", help="compile the layers: for long runs on a GPU")
     p.add_argument("--report", metavar="LEDGER", help="reads a ledger, says what is in it, and shows twelve rows")
     p.add_argument("--json", action="store_true", help="the report as JSON")
     return p

@@ -151,7 +151,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.view(B, T, -1, self.config.head_dim).transpose(1, 2) for y in (q, k, v))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)  # [B, H, T, D], [B, K, T, D]
+        # turned together: [B, H, T, D] and [B, K, T, D]
+        q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
             for slots, new in zip(cache, (k, v)):
@@ -163,7 +164,7 @@ class Attention(nn.Module):
         else:
             # heads that share a key/value head become more queries of it: no copy of the cache on any backend
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, q.shape[3]), k, v, attn_mask=mask)
-            y = y.view(q.shape)
+            y = y.reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -211,6 +212,7 @@ class Transformer(nn.Module):
         config, mask, window = self.config, None, self.config.sliding_window
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+        positions = positions.contiguous()  # a compiled layer would have a program for every stride
         cos, sin = rotary(config, positions)
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         if cache is not None or (window and tokens.shape[1] > window):
@@ -230,6 +232,11 @@ class Transformer(nn.Module):
         x = self.model["norm"](x)
         return F.linear(x, self.model["embed_tokens"].weight) if config.tie_word_embeddings else self.lm_head(x)
 
+    def compile_layers(self, **options) -> None:
+        """Makes one program of a layer, the same for all layers and lengths; the first calls are slow."""
+        for layer in self.model["layers"]:
+            layer.forward = torch.compile(layer.forward, dynamic=True, options=options or None)
+
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype=torch.float32, device="cpu") -> "Transformer":
         """Loads a Hugging Face folder. ValueError names the file and each missing, surplus or misshapen tensor."""
@@ -245,10 +252,10 @@ class Transformer(nn.Module):
         """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
         std = self.config.raw.get("initializer_range", 0.02)
         for i, p in enumerate(self.parameters()):
-            full = torch.ones(p.shape)
-            if p.dim() > 1:
-                full.normal_(0, std, generator=torch.Generator().manual_seed(seed + i))
             local, start = local_rows(p)
+            full = torch.ones(p.shape, device=local.device)
+            if p.dim() > 1:
+                full.normal_(0, std, generator=torch.Generator(local.device).manual_seed(seed + i))
             local.copy_(full[start : start + local.shape[0]])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -275,6 +282,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # which makes a plan, in half a second, for every new length
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -42,7 +42,7 @@ from model import ModelConfig, Transformer, load_weights, read_index, save_weigh
 FREE = "resume out micro_batch_size save_every export_every valid valid_every activation_checkpointing compile dry_run"
 TOKENIZER_FILES = ("tokenizer.model", "*token*.json", "chat_template.jinja", "generation_config.json")
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
-PART_COST = 80  # what a micro-batch costs besides its tokens, in tokens
+PART_COST = 2000 if torch.cuda.is_available() else 80  # what a micro-batch costs besides its tokens, in tokens
 STEP = (
     "{step:6d}/{steps}  loss {loss:.4f}  reference {reference_loss:.4f}  rationale {rationale_loss:.4f}  "
     "lr {learning_rate:.2e}  norm {grad_norm:6.2f}  {speed:7,.0f} tokens/s  mfu {mfu:4.0%}  {memory_gib:5.2f} GiB"
@@ -296,8 +296,8 @@ def shard(model: Transformer, args: Namespace, device, index: dict | None) -> No
     # by default the float32 cos and sin would be cast at every block
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in model.model["layers"] if args.compile else ():
-        layer.forward = torch.compile(layer.forward, dynamic=True)  # a batch of another length is no other program
+    if args.compile:
+        model.compile_layers()
     for module in [*model.model["layers"], model]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)

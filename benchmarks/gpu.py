@@ -9,7 +9,6 @@ which gives all its memory back; what fails is a row of the table, and the rest 
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import random
@@ -43,7 +42,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 # dense bfloat16 operations and bytes a second, from the makers' data sheets
 SHEETS = {"H200": (989e12, 4.8e12), "H100 80GB HBM3": (989e12, 3.35e12), "A100-SXM4-80GB": (312e12, 2.04e12)}
 GOALS = dict(train=0.5, sample=0.75, ratio=2)  # share of the peak; of the bandwidth at batch 1; of transformers' speed
-REAL = dict(seconds=465, rows=512, words=(48, 144), batch=64, micro=16, steps=12, skip=4, dtype=torch.bfloat16, n=8192)
+REAL = dict(seconds=465, rows=512, words=(48, 144), batch=128, micro=32, steps=8, skip=3, dtype=torch.bfloat16, n=8192)
 REAL |= dict(copy=2**31, length=512, batches=(1, 8, 32, 64, 128, 256), prompt=128, new=64, shape={})
 TINY = dict(seconds=120, rows=16, words=(2, 6), batch=4, micro=2, steps=3, skip=1, dtype=torch.float32, n=256)
 TINY |= dict(copy=2**20, length=40, batches=(1, 8), prompt=8, new=8)
@@ -58,12 +57,12 @@ PARTS = [  # what, model, seconds at most, flags of train.py; the most telling f
     ("card", "small", 60, []),
     ("train", "1B", 60, []),
     ("sample", "1B", 90, []),
-    ("sample", "7B", 120, []),
     ("transformers", "1B", 60, []),
     ("train", "1B", 100, ["--compile"]),
+    ("sample", "7B", 100, []),
+    ("transformers", "7B", 60, []),
     ("train", "1B", 60, ["--activation-checkpointing"]),
     ("train", "7B, 8 layers", 100, ["--compile"]),
-    ("transformers", "7B", 60, []),
     ("transformers, compiled", "1B", 90, []),
     ("train", "1B", 100, ["--compile", "--activation-checkpointing"]),
     ("train", "7B, 8 layers", 60, []),
@@ -196,11 +195,12 @@ def decoding(s, what: str, model: str, setting: str, config: ModelConfig, batch:
 def ours(s, name: str, config: ModelConfig) -> None:
     """Sampling as generate.py does it: temperature 1, prompts of one length, no EOS."""
     model, prompts = random_model(config, DEVICE, s.dtype), random_tokens(config, max(s.batches), s.prompt)
-    compiles = "compile" in inspect.signature(sample).parameters
-    for options in [{}, {"compile": True}][: 1 + compiles]:
-        for batch in s.batches:
-            work = partial(sample, model, prompts[:batch], temperature=1.0, batch_size=batch, **options)
-            setting = f"batch {batch}" + ", compiled" * bool(options)
+    for compiled in (False, True):
+        if compiled:
+            model.compile_layers(coordinate_descent_tuning=True)
+        for batch in s.batches[:: 1 + 2 * compiled]:
+            work = partial(sample, model, prompts[:batch], temperature=1.0, batch_size=batch)
+            setting = f"batch {batch}" + ", compiled" * compiled
             decoding(s, "sample", name, setting, config, batch, lambda n, work=work: list(work(max_new_tokens=n)))
 
 

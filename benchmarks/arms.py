@@ -1,0 +1,236 @@
+"""Ways of fine-tuning compared as curves: what is kept, read where the translations are equally good.
+
+    python benchmarks/arms.py --model DIR --pairs train.jsonl --test test.jsonl --general prompts.jsonl \
+                              --drift vicuna.jsonl --choice piqa.jsonl bbh.jsonl --out DIR --seeds 0 1 --rates 3e-5 1e-4
+    python benchmarks/arms.py --out DIR --table
+
+For each seed the model writes its rationales, translations, paraphrases and answers; each arm starts from the model with
+the same steps, batch and rate, and is measured at several steps. Finished arms are skipped, so the same command goes on.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import evaluate  # noqa: E402
+import generate  # noqa: E402
+import train  # noqa: E402
+
+# arm -> its data and flags of train.py
+ARMS = {
+    "vanilla": ("rationales", "--rationale-weight 0"),
+    "RaDis": ("rationales", ""),
+    "vanilla + replay": ("rationales replay", "--rationale-weight 0"),
+    "RaDis + replay": ("rationales replay", ""),
+    "SeqKD": ("translation", ""),
+    "SDFT": ("paraphrase", ""),
+    "shuffled rationales": ("shuffled", ""),
+    "coverage 0.5": ("rationales", "--rationale-coverage 0.5"),
+    "coverage 0.25": ("rationales", "--rationale-coverage 0.25"),
+    "weight 0.33": ("rationales", "--rationale-weight 0.33"),
+    "weight 2": ("rationales", "--rationale-weight 2"),
+}
+STEPS, EVERY, POINTS = 128, 16, (16, 32, 64, 96, 128)
+MEASURES = ("chrF++", "BLEU", "KL", "NLL", "length", "choice")
+TUNE = f"--batch-size 16 --micro-batch-size 16 --schedule constant --warmup-steps 2 --max-steps {STEPS} --save-every 0"
+DIRECTION = "--direction de-en"
+
+
+def call(script, log: Path, words: str, *more) -> None:
+    """What `python SCRIPT WORDS MORE` does, in this process."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        script.main(script.parser().parse_args([*words.split(), *map(str, more)]))
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+def ledger(args, seed: int, task: str) -> None:
+    """A ledger that `generate.py` writes, into DIR/SEED; `drift` and `replay` are answers."""
+    folder, options = args.out / str(seed), f"--seed {seed} --batch-size {args.rows} --dtype float32"
+    if task in ("drift", "replay"):
+        file = args.drift if task == "drift" else args.general
+        options += " --task answer --max-new-tokens 128"
+        folder = args.out if task == "drift" else folder  # one for all seeds: the tests are the same
+    else:
+        file, options = args.pairs, f"{options} {DIRECTION} --max-new-tokens 64 --top-p 0.95"
+        options += " --task " + ("rationale" if task == "rationales" else task)
+    cue = ["--cue", "\\n"] if task == "rationales" else []
+    words = ["--model", args.model, "--data", file, "--out", folder / f"{task}.jsonl", *cue]
+    call(generate, args.out / "logs" / f"{task}-{seed}.log", options, *words)
+    if task == "rationales":
+        rows, names = lines(folder / "rationales.jsonl"), ("rationale", "rationale_ids", "finish", "status")
+        others = random.Random(seed).sample(rows, len(rows))
+        write(folder / "shuffled.jsonl", [row | {n: other[n] for n in names} for row, other in zip(rows, others)])
+        shutil.copy(folder / "rationales.meta.json", folder / "shuffled.meta.json")
+
+
+def measure(args, model: Path, name: str) -> np.ndarray:
+    """[measures, 1 + resamples]: the value of each of MEASURES, and its bootstrap draws over the test items."""
+    out = args.out / "results" / name
+    words = ["--model", model, "--out", out, "--translation", args.test, "--drift", args.out / "drift.jsonl"]
+    options = f"{DIRECTION} --max-new-tokens 128 --batch-size {args.rows} --dtype float32"
+    call(evaluate, args.out / "logs" / f"{name.split('/')[0]}.log", options, *words, "--choice", *args.choice)
+    found = {}
+    for key, statistic in evaluate.Run(str(out), name).statistics.items():
+        found.setdefault(key.split("/")[0], []).append(np.array([statistic.value, *statistic.draws]))
+    names = ("chrf++", "bleu", "drift_kl", "drift_nll", "drift_length", "acc")
+    scale = (1, 1, 1, 1, 1, 100)
+    return np.stack([k * np.mean(found[n], axis=0) for n, k in zip(names, scale)]).astype(np.float32)
+
+
+def run(args, seed: int, rate: str, arm: str) -> None:
+    """Trains an arm and measures its exports, the base model first -> DIR/curves/SEED RATE ARM.npy."""
+    name, (files, flags) = f"{seed} {rate} {arm}".replace(" ", "_"), ARMS[arm]
+    out = args.out / "models" / name
+    shutil.rmtree(out, ignore_errors=True)
+    rows = [args.out / str(seed) / f"{file}.jsonl" for file in files.split()]
+    words = f"{TUNE} {flags} --seed {seed} --learning-rate {rate} --export-every {EVERY} {DIRECTION}"
+    call(train, args.out / "logs" / f"{name}.log", words, "--model", args.model, "--out", out, "--data", *rows)
+    curve = [np.load(args.out / "base.npy")]
+    curve += [measure(args, out / f"step-{step}", f"{name}/step-{step}") for step in POINTS]
+    shutil.rmtree(out)
+    (args.out / "curves").mkdir(exist_ok=True)
+    with open(args.out / "curves" / f"{name}.tmp", "wb") as f:
+        np.save(f, np.stack(curve))  # [points, measures, draws]
+    Path(f.name).rename(Path(f.name).with_suffix(".npy"))
+
+
+def work(task: tuple) -> str:
+    """One task in a process of the pool -> how it went."""
+    what, *words = task
+    start = time.time()
+    try:
+        what(*words)
+        return f"{' '.join(map(str, words[1:]))}: {time.time() - start:.0f} s"
+    except Exception:
+        return f"{' '.join(map(str, words[1:]))}: failed\n{traceback.format_exc()}"
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py heeds it in its own way; the pool ends its processes so
+
+
+def curve_file(args, seed: int, rate: str, arm: str) -> Path:
+    return args.out / "curves" / (f"{seed} {rate} {arm}".replace(" ", "_") + ".npy")
+
+
+def main(args) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    tasks = [[(ledger, args, 0, "drift")], [(base, args)]]
+    for seed in args.seeds:
+        (args.out / str(seed)).mkdir(exist_ok=True)
+        kinds = {word for arm in args.arms for word in ARMS[arm][0].split()} | {"rationales"}
+        tasks[0] += [(ledger, args, seed, task) for task in sorted(kinds - {"shuffled"})]
+        todo = [(seed, rate, arm) for rate in args.rates for arm in args.arms]
+        tasks[1] += [(run, args, *key) for key in todo if not curve_file(args, *key).exists()]
+    with context.Pool(args.workers) as pool:
+        for stage in ([*tasks[0]], tasks[1][:1], tasks[1][1:]):
+            for line in pool.imap_unordered(work, stage):
+                print(f"[{time.time() - START:.0f} s] {line}", flush=True)
+    table(args)
+
+
+def base(args) -> None:
+    np.save(args.out / "base.npy", measure(args, args.model, "base"))
+
+
+def read_at(curve: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """curve [points, measures, draws], x [draws] -> the measures [measures, draws] where chrF++ first comes to x."""
+    found = np.full(curve.shape[1:], np.nan)
+    for a, b in zip(curve, curve[1:]):
+        part = (x - a[0]) / np.where(b[0] == a[0], 1, b[0] - a[0])
+        here = np.isnan(found[0]) & (part >= -1e-6) & (part <= 1 + 1e-6)
+        found[:, here] = (a + part * (b - a))[:, here]
+    return found
+
+
+def span(draws: np.ndarray, digits: int) -> str:
+    """Value and 95 % interval of [1 + resamples]."""
+    low, high = np.nanpercentile(draws[1:], [2.5, 97.5])
+    return f"{draws[0]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(args) -> None:
+    """Each arm where it ends, and against vanilla at the best translation that both reach."""
+    files = sorted((args.out / "curves").glob("*.npy"))
+    curves = {tuple(file.stem.split("_", 2)): np.load(file).astype(float) for file in files}
+    digits, start = (1, 1, 3, 3, 0, 1), np.load(args.out / "base.npy").astype(float)
+    print("| rate | arm | seeds | chrF++ | BLEU | KL | NLL | length | choice, % |" + "\n|---|---|---:" + "|---" * 6 + "|")
+    print("| | base | | " + " | ".join(span(x, d) for x, d in zip(start, digits)) + " |")
+    for part in ("at the last step", "against vanilla"):
+        if part == "against vanilla":
+            print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points | KL, each seed |")
+            print("|---|---|---:" + "|---" * 6 + "|")
+        for rate in sorted({rate for _, rate, _ in curves}, key=float):
+            for arm in ARMS:
+                found = {s: c for (s, r, a), c in curves.items() if (r, a) == (rate, arm.replace(" ", "_"))}
+                if not found or (part == "against vanilla" and arm == "vanilla"):
+                    continue
+                if part == "at the last step":
+                    cells = [span(x, d) for x, d in zip(np.mean([c[-1] for c in found.values()], 0), digits)]
+                    print(f"| {rate} | {arm} | {len(found)} | " + " | ".join(cells) + " |")
+                    continue
+                gaps, levels = [], []
+                for seed in [s for s in found if (s, rate, "vanilla") in curves]:
+                    vanilla = curves[seed, rate, "vanilla"]
+                    x = np.minimum(found[seed][:, 0].max(0), vanilla[:, 0].max(0))
+                    gaps.append(read_at(found[seed], x) - read_at(vanilla, x))
+                    levels.append(x[0])
+                mean = np.nanmean(gaps, axis=0)
+                cells = [span(x, d) for x, d in list(zip(mean, digits))[2:]]
+                own = ", ".join(f"{gap[2, 0]:+.3f}" for gap in gaps)
+                print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} | {own} |")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Ways of fine-tuning compared as curves, read at equal translation.")
+    p.add_argument("--model", type=Path, help="model folder")
+    p.add_argument("--pairs", type=Path, help="what is learnt, German to English")
+    p.add_argument("--test", type=Path, help="pairs to translate")
+    p.add_argument("--general", type=Path, help="prompts whose answers are replayed")
+    p.add_argument("--drift", type=Path, help="prompts on which drift is measured")
+    p.add_argument("--choice", type=Path, nargs="+", help="choice tasks")
+    p.add_argument("--out", type=Path, required=True, help="folder for everything")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
+    p.add_argument("--rates", nargs="+", default=["3e-5", "1e-4"], help="learning rates (default 3e-5 1e-4)")
+    p.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS, help="default: all")
+    p.add_argument("--workers", type=int, default=1, help="processes beside each other on one device (default 1)")
+    p.add_argument("--rows", type=int, default=64, help="rows at a time in sampling (default 64)")
+    p.add_argument("--table", action="store_true", help="only print the table of what is there")
+    return p
+
+
+START = time.time()
+
+if __name__ == "__main__":
+    options = parser().parse_args()
+    for name in ("model", "pairs", "test", "general", "drift", "out"):
+        if getattr(options, name):
+            setattr(options, name, getattr(options, name).resolve())
+    options.choice = options.choice and [file.resolve() for file in options.choice]
+    table(options) if options.table else main(options)
