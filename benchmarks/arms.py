@@ -2,19 +2,17 @@
 
     python benchmarks/arms.py --model DIR --pairs train.jsonl --test test.jsonl --general prompts.jsonl \
                               --drift vicuna.jsonl --choice piqa.jsonl bbh.jsonl --out DIR --seeds 0 1 --rates 3e-5 1e-4
-    python benchmarks/arms.py --out DIR --table
+    python benchmarks/arms.py --out DIR --table --plot arms.png
 
-For each seed the model writes its rationales, translations, paraphrases and answers; each arm starts from the model with
-the same steps, batch and rate, and is measured at several steps. Finished arms are skipped, so the same command goes on.
+For each seed the model writes its rationales, translations, paraphrases and answers; each arm starts from the model
+with the same steps, batch and rate, and is measured at several steps. The same command goes on with what is missing.
 """
 
 import argparse
 import contextlib
 import gc
 import json
-import math
 import multiprocessing
-import os
 import random
 import shutil
 import signal
@@ -104,18 +102,22 @@ def measure(args, model: Path, name: str) -> np.ndarray:
     return np.stack([k * np.mean(found[n], axis=0) for n, k in zip(names, scale)]).astype(np.float32)
 
 
+def curve_file(args, seed: int, rate: str, arm: str) -> Path:
+    return args.out / "curves" / (f"{seed} {rate} {arm}".replace(" ", "_") + ".npy")
+
+
 def run(args, seed: int, rate: str, arm: str) -> None:
     """Trains an arm and measures its exports, the base model first -> DIR/curves/SEED RATE ARM.npy."""
-    name, (files, flags) = f"{seed} {rate} {arm}".replace(" ", "_"), ARMS[arm]
+    name, (files, flags) = curve_file(args, seed, rate, arm).stem, ARMS[arm]
     out = args.out / "models" / name
-    shutil.rmtree(out, ignore_errors=True)
+    for started in (out, args.out / "results" / name):  # on a GPU two trainings differ in their last bits
+        shutil.rmtree(started, ignore_errors=True)
     rows = [args.out / str(seed) / f"{file}.jsonl" for file in files.split()]
     words = f"{TUNE} {flags} --seed {seed} --learning-rate {rate} --export-every {EVERY} {DIRECTION}"
     call(train, args.out / "logs" / f"{name}.log", words, "--model", args.model, "--out", out, "--data", *rows)
     curve = [np.load(args.out / "base.npy")]
     curve += [measure(args, out / f"step-{step}", f"{name}/step-{step}") for step in POINTS]
     shutil.rmtree(out)
-    (args.out / "curves").mkdir(exist_ok=True)
     with open(args.out / "curves" / f"{name}.tmp", "wb") as f:
         np.save(f, np.stack(curve))  # [points, measures, draws]
     Path(f.name).rename(Path(f.name).with_suffix(".npy"))
@@ -131,15 +133,13 @@ def work(task: tuple) -> str:
     except Exception:
         return f"{' '.join(map(str, words[1:]))}: failed\n{traceback.format_exc()}"
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # train.py heeds it in its own way; the pool ends its processes so
-
-
-def curve_file(args, seed: int, rate: str, arm: str) -> Path:
-    return args.out / "curves" / (f"{seed} {rate} {arm}".replace(" ", "_") + ".npy")
+        signal.signal(
+            signal.SIGTERM, signal.SIG_DFL
+        )  # train.py heeds it in its own way; the pool ends its processes so
 
 
 def main(args) -> None:
-    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "curves").mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     tasks = [[(ledger, args, 0, "drift")], [(base, args)]]
     for seed in args.seeds:
@@ -180,31 +180,54 @@ def table(args) -> None:
     files = sorted((args.out / "curves").glob("*.npy"))
     curves = {tuple(file.stem.split("_", 2)): np.load(file).astype(float) for file in files}
     digits, start = (1, 1, 3, 3, 0, 1), np.load(args.out / "base.npy").astype(float)
-    print("| rate | arm | seeds | chrF++ | BLEU | KL | NLL | length | choice, % |" + "\n|---|---|---:" + "|---" * 6 + "|")
+    print(
+        "| rate | arm | seeds | chrF++ | BLEU | KL | NLL | length | choice, % |" + "\n|---|---|---:" + "|---" * 6 + "|"
+    )
     print("| | base | | " + " | ".join(span(x, d) for x, d in zip(start, digits)) + " |")
     for part in ("at the last step", "against vanilla"):
         if part == "against vanilla":
-            print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points | KL, each seed |")
-            print("|---|---|---:" + "|---" * 6 + "|")
+            print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points |")
+            print("|---|---|---:" + "|---" * 5 + "|")
         for rate in sorted({rate for _, rate, _ in curves}, key=float):
             for arm in ARMS:
                 found = {s: c for (s, r, a), c in curves.items() if (r, a) == (rate, arm.replace(" ", "_"))}
-                if not found or (part == "against vanilla" and arm == "vanilla"):
+                shared = [s for s in found if (s, rate, "vanilla") in curves and arm != "vanilla"]
+                if not found or (part == "against vanilla" and not shared):
                     continue
                 if part == "at the last step":
                     cells = [span(x, d) for x, d in zip(np.mean([c[-1] for c in found.values()], 0), digits)]
                     print(f"| {rate} | {arm} | {len(found)} | " + " | ".join(cells) + " |")
                     continue
                 gaps, levels = [], []
-                for seed in [s for s in found if (s, rate, "vanilla") in curves]:
+                for seed in shared:
                     vanilla = curves[seed, rate, "vanilla"]
                     x = np.minimum(found[seed][:, 0].max(0), vanilla[:, 0].max(0))
                     gaps.append(read_at(found[seed], x) - read_at(vanilla, x))
                     levels.append(x[0])
                 mean = np.nanmean(gaps, axis=0)
                 cells = [span(x, d) for x, d in list(zip(mean, digits))[2:]]
-                own = ", ".join(f"{gap[2, 0]:+.3f}" for gap in gaps)
-                print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} | {own} |")
+                print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} |")
+    if args.plot:
+        draw(curves, start, args.plot)
+
+
+def draw(curves: dict, start: np.ndarray, path: Path) -> None:
+    """Translation against drift: a panel a rate, a path an arm, the mean of its seeds."""
+    from matplotlib.figure import Figure
+
+    rates = sorted({rate for _, rate, _ in curves}, key=float)
+    panels = np.atleast_1d(Figure(figsize=(6 * len(rates), 5), layout="constrained").subplots(1, len(rates)))
+    for rate, axes in zip(rates, panels):
+        for i, arm in enumerate(ARMS):
+            found = [c[..., 0] for (_, r, a), c in curves.items() if (r, a) == (rate, arm.replace(" ", "_"))]
+            if found:
+                x, y = np.mean(found, axis=0)[:, [0, 2]].T
+                axes.plot(x, y, marker="o", markersize=3, color=f"C{i}" if i < 10 else "black", label=arm)
+        axes.set(
+            title=f"learning rate {rate}", xlabel="translation: chrF++", ylabel="drift: KL(base || model), nats a token"
+        )
+        axes.legend(fontsize=8)
+    panels[0].figure.savefig(path, dpi=90)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,6 +244,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS, help="default: all")
     p.add_argument("--workers", type=int, default=1, help="processes beside each other on one device (default 1)")
     p.add_argument("--rows", type=int, default=64, help="rows at a time in sampling (default 64)")
+    p.add_argument("--plot", type=Path, metavar="FILE.png", help="with --table: translation against drift (matplotlib)")
     p.add_argument("--table", action="store_true", help="only print the table of what is there")
     return p
 
