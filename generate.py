@@ -186,7 +186,7 @@ class Step:
         if device.type == "cuda":
             if (size, length) not in self.graphs:
                 work = partial(self.compute, length=length)
-                self.graphs[size, length] = torch.cuda.make_graphed_callables(work, (inputs,), pool=self.pool)
+                self.graphs[size, length] = torch.cuda.make_graphed_callables(work, (inputs,), 1, pool=self.pool)
             outputs = self.graphs[size, length](inputs)
         else:
             outputs = self.compute(inputs, length)
