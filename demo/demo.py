@@ -18,7 +18,8 @@ from world import MEMORY, TEMPLATE
 
 ROOT = Path(__file__).parent.parent
 CORES = min(2, os.cpu_count() or 1)
-BASE_STEPS, STEPS, POINTS = 1400, 300, 3  # of the base, of fine-tuning; exports of the latter that are measured
+SIZES = dict(chats=40000, pairs=4000, tests=100)
+BASE_STEPS, EXPORTS = 1400, (25, 50, 100, 200, 300)  # fine-tuning is measured after these steps: much happens early
 CHOICE, NUMERIC = ("facts", "meaning", "spelling", "format"), ("arithmetic", "backwards", "ages")
 BASE = "--config start/config.json --tokenizer start --data chats.jsonl --out base --batch-size 32".split()
 BASE += "--micro-batch-size 16 --learning-rate 3e-3".split()
@@ -39,9 +40,8 @@ def run(folder: Path, commands: dict[str, list], launch: bool = False) -> None:
     waiting, running, start = dict(commands), {}, time.time()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     spread = f"-m torch.distributed.run --standalone --nproc-per-node {CORES}".split() if launch and CORES > 1 else []
-    print(
-        "$ python", *spread, *(repr(str(word)) if " " in str(word) else word for word in next(iter(commands.values())))
-    )
+    words = [repr(str(word)) if " " in str(word) else word for word in next(iter(commands.values()))]
+    print("$ python", *spread, *words)
     if len(commands) > 1:
         print(f"  and the same for {', '.join(list(commands)[1:])}")
     while waiting or running:
@@ -92,58 +92,41 @@ def prompts(out: Path) -> list[dict]:
 
 def main(args: argparse.Namespace) -> None:
     start, out, seed = time.time(), args.out.resolve(), ["--seed", args.seed]
-    base_steps, steps, chats, pairs, tests = (
-        (700, 90, 12000, 1000, 40) if args.short else (BASE_STEPS, STEPS, 40000, 4000, 100)
-    )
 
     print("1. A small world, from a seed: English, the invented language Vela, eight skills; texts and tests.")
-    sizes = ["--chats", chats, "--pairs", pairs, "--tests", tests]
+    sizes = [word for name, n in SIZES.items() for word in (f"--{name}", n)]
     run(out, {"world": ["demo/world.py", "--out", ".", *seed, *sizes]})
 
     print("\n2. The base model, from random weights. It learns the skills, and a little Vela: half the words.")
-    run(out, {"base": ["train.py", *BASE, "--max-steps", base_steps, *seed]}, launch=True)
+    run(out, {"base": ["train.py", *BASE, "--max-steps", BASE_STEPS, *seed]})
 
     print("\n3. Rationales: the answer is forced to begin with the reference, and the base model goes on by itself.")
     run(out, {"rationales": ["generate.py", *RATIONALES, *seed]}, launch=True)
     for row in read(out / "rationales.jsonl")[:4]:
         print(f"  {row['source']}\n    reference: {row['reference']}  rationale: {row['rationale'].strip()}")
 
-    print(
-        "\n4. The same pairs learnt twice: references alone (vanilla), and with the rationales (RaDis), all else equal."
-    )
-    tune = [
-        "train.py",
-        *TUNE,
-        "--data",
-        "rationales.jsonl",
-        "--max-steps",
-        steps,
-        "--export-every",
-        steps // POINTS,
-        *seed,
-    ]
+    print("\n4. The same pairs learnt twice: references alone (vanilla), with the rationales (RaDis), all else equal.")
+    tune = ["train.py", *TUNE, "--data", "rationales.jsonl", *seed]
+    tune += ["--max-steps", EXPORTS[-1], "--export-every", EXPORTS[0]]
     run(out, {"vanilla": [*tune, "--out", "vanilla", "--rationale-weight", "0"], "radis": [*tune, "--out", "radis"]})
 
     print("\n5. What was gained and what was lost. No test item was in training, but where it says memory.")
-    exports = [f"{arm}/step-{steps // POINTS * n}" for arm in ("vanilla", "radis") for n in range(1, POINTS + 1)]
-    models = ["base", *(exports if not args.short else exports[POINTS - 1 :: POINTS])]
+    models = ["base", *(f"{arm}/step-{step}" for arm in ("vanilla", "radis") for step in EXPORTS)]
     run(out, {model: ["evaluate.py", "--model", model, "--out", f"results/{model}", *TESTS] for model in models})
-    results, plot = [f"results/{model}" for model in models], [] if args.short else ["--plot", "comparison.png"]
-    run(out, {"compare": ["evaluate.py", "--compare", *results, "--out", "comparison", *plot]})
-    table(out, ["base", *exports[POINTS - 1 :: POINTS]])
+    results = [f"results/{model}" for model in models]
+    compare = ["evaluate.py", "--compare", *results, "--out", "comparison", "--plot", "comparison.png"]
+    run(out, {"compare": compare})
+    table(out, ["base", *models[len(EXPORTS) :: len(EXPORTS)]])
 
-    if not args.short:
-        print("\n6. The same prompts, answered by the three models.")
-        (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts(out)))
-        names = ("base", "vanilla", "radis")
-        run(
-            out, {f"answers-{n}": ["generate.py", "--model", n, "--out", f"answers-{n}.jsonl", *ANSWERS] for n in names}
-        )
-        for rows in zip(*(read(out / f"answers-{name}.jsonl") for name in names)):
-            print(f"\n  {rows[0]['prompt']}")
-            for name, row in zip(names, rows):
-                print(f"{name:>10}: {row['response'].strip().replace(chr(10), ' / ')[:100]}")
-        print(f"\nTable with intervals: {out}/comparison/comparison.md, picture: {out}/comparison.png")
+    print("\n6. The same prompts, answered by the three models.")
+    (out / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts(out)))
+    names = ("base", "vanilla", "radis")
+    run(out, {f"answers-{n}": ["generate.py", "--model", n, "--out", f"answers-{n}.jsonl", *ANSWERS] for n in names})
+    for rows in zip(*(read(out / f"answers-{name}.jsonl") for name in names)):
+        print(f"\n  {rows[0]['prompt']}")
+        for name, row in zip(names, rows):
+            print(f"{name:>10}: {row['response'].strip().replace(chr(10), ' / ')[:100]}")
+    print(f"\nTable with intervals: {out}/comparison/comparison.md, picture: {out}/comparison.png")
     print(f"{time.time() - start:.0f} s in all")
 
 
@@ -151,7 +134,6 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="From random weights to the comparison of vanilla fine-tuning and RaDis.")
     p.add_argument("--out", type=Path, default=ROOT / "demo" / "run", help="folder to write (default demo/run)")
     p.add_argument("--seed", type=int, default=0, help="of world, weights, order and samples (default 0)")
-    p.add_argument("--short", action="store_true", help="a minute: a weaker model, no picture; for the tests")
     return p
 
 

@@ -44,7 +44,6 @@ ARMS = {
     "seqkd": ("seqkd", ""),
 }
 TOUCHED = ("acc/facts", "acc/meaning")  # what the rationales of this world speak of
-EXPORTS = (25, 50, 100, 200, 300)  # steps after which a model is measured: most of what happens, happens early
 T95 = [math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # Student's t by number of seeds
 
 
@@ -65,7 +64,7 @@ def prepare(args, seed: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     if not Path("start").exists():
-        world.write_world(Path("."), seed, 40000, 4000, 100)
+        world.write_world(Path("."), seed, **demo.SIZES)
     if not Path("base/config.json").exists():
         words = [*demo.BASE, "--max-steps", demo.BASE_STEPS, "--seed", seed, "--save-every", 200] + ["--resume"] * Path(
             "base"
@@ -93,9 +92,9 @@ def models(arm: str, rate: str, seed: int) -> list[tuple[float, Path]]:
     if not (out / "config.json").exists():
         rows = [f"{name}.jsonl" for name in files.split()]
         words = ["--data", *rows, *flags.split(), "--out", out, "--seed", seed, "--learning-rate", rate]
-        words += ["--max-steps", demo.STEPS, "--export-every", EXPORTS[0]] + ["--resume"] * out.exists()
+        words += ["--max-steps", demo.EXPORTS[-1], "--export-every", demo.EXPORTS[0]] + ["--resume"] * out.exists()
         call(train, Path(f"logs/{out}.log"), *demo.TUNE, *words)
-    return [(step / demo.STEPS, out / f"step-{step}") for step in EXPORTS]
+    return [(step / demo.EXPORTS[-1], out / f"step-{step}") for step in demo.EXPORTS]
 
 
 def interpolate(tuned: Path, out: Path, part: float) -> Path:

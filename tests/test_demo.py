@@ -1,4 +1,4 @@
-"""The demo's world: every test can be read, and what is not memory was not in training."""
+"""The demo: its world can be read, what is not memory was not in training, and its claim shows in a shortened run."""
 
 import sys
 from pathlib import Path
@@ -12,6 +12,8 @@ from evaluate import read_choice, read_numeric, read_safety
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
+import demo  # noqa: E402
+import study  # noqa: E402
 from world import MEMORY, write_world  # noqa: E402
 
 READERS = {"choices": read_choice, "question": read_numeric, "harmful": read_safety}
@@ -35,3 +37,18 @@ def test_every_task_of_the_demo_is_read_and_only_memory_was_in_training(seed, fo
             assert read(row, str(file), args, encoder)["ids"]
         if file.stem not in MEMORY:
             assert not trained & {row.get("prompt") or row["question"] for row in rows}, file.stem
+
+
+def test_a_shortened_demo_shows_forgetting_and_that_radis_forgets_less(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the study works in its folder
+    monkeypatch.setattr(demo, "SIZES", dict(chats=12000, pairs=1000, tests=40))
+    monkeypatch.setattr(demo, "BASE_STEPS", 500)
+    monkeypatch.setattr(demo, "EXPORTS", (90,))
+    study.run(SimpleNamespace(out=tmp_path, seeds=[0], rates=["1e-3"], arms=["vanilla", "radis"]))
+    curves = {row["arm"]: [] for row in study.lines(tmp_path / "results.jsonl")}
+    for row in study.lines(tmp_path / "results.jsonl"):
+        curves[row["arm"]].append(row["measures"])
+    base, ends = curves["vanilla"][0], {arm: curve[-1] for arm, curve in curves.items()}
+    assert min(end["chrf++/translation"] for end in ends.values()) > base["chrf++/translation"] + 3
+    kept = {name: study.ability(end, touched=True) for name, end in {"base": base, **ends}.items()}
+    assert kept["base"] > 80 and kept["vanilla"] < kept["base"] - 10 and kept["radis"] > kept["vanilla"] + 5, kept
