@@ -5,7 +5,7 @@ ACTIVE = .venv/bin/python
 .PHONY: test demo clean
 
 test: .venv/installed
-	$(ACTIVE) -m pytest -q tests
+	$(ACTIVE) -m pytest -q -n 2 --dist loadfile tests
 
 demo: .venv/demo
 	rm -rf demo/run
