@@ -10,6 +10,7 @@ results are appended to DIR/results.jsonl, a line an export.
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -164,23 +165,29 @@ def interval(by_seed: dict) -> str:
 
 
 def table(args) -> None:
-    """Each arm at its end, and its advantage over vanilla where vanilla translates equally well."""
+    """Each arm at its end, and its advantage over vanilla where vanilla translates equally well.
+
+    Vanilla of the same rate, and of the rate that keeps most there: a choice after the fact, which favours vanilla.
+    """
     curves = {}
     for row in lines(args.out / "results.jsonl"):
         curves.setdefault((row["seed"], row["rate"], row["arm"]), []).append(row["measures"])
-    print("| rate | arm | seeds | BLEU | touched | untouched | touched, against vanilla | untouched, against vanilla |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    skills = ("touched", "untouched")
+    names = ["BLEU", *skills, *(f"{s}, vanilla" for s in skills), *(f"{s}, best vanilla" for s in skills)]
+    print(f"| rate | arm | seeds | {' | '.join(names)} |\n|---|---|" + "---:|" * 8)
     arms = [("base", "base")] + [(rate, arm) for rate in args.rates for arm in ARMS]
     for rate, arm in arms:
-        columns = [{} for _ in range(5)]
+        columns = [{} for _ in names]
         for (seed, r, a), curve in curves.items():
             if (r, a) != (rate, arm) and (arm != "base" or a != "vanilla"):
                 continue
             end = curve[0] if arm == "base" else curve[-1]
             found, reached = [end["bleu/translation"], ability(end, True), ability(end, False)], end["bleu/translation"]
-            for touched in (True, False):
-                vanilla = [(m["bleu/translation"], ability(m, touched)) for m in curves.get((seed, r, "vanilla"), [])]
-                found.append(ability(end, touched) - read_at(vanilla, reached))
+            for rates, touched in itertools.product([[r], args.rates], (True, False)):
+                vanilla = [curves.get((seed, rate, "vanilla"), []) for rate in rates]
+                paths = [[(m["bleu/translation"], ability(m, touched)) for m in curve] for curve in vanilla]
+                kept = [y for y in (read_at(path, reached) for path in paths) if not math.isnan(y)]
+                found.append(ability(end, touched) - max(kept, default=math.nan))
             for column, x in zip(columns, found):
                 column.setdefault(seed, []).append(x)
         if columns[0]:
