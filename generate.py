@@ -42,6 +42,7 @@ LEAKS = ("reference answer", "your response", "my response", "now it's your turn
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")  # of CJK a character, else \w+
 BLOCK = 256  # of the vocabulary, as sampling walks it
+READ = 2**15  # tokens of prompts that are read at a time, at most
 
 
 @dataclass
@@ -73,8 +74,9 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float, limit: i
         if top_p < 1:
             # all tokens below this share together have less than what a nucleus leaves out: none of them is in it.
             # A GPU sorts them all sooner than it would wait for their number
-            size = probs.shape[-1]
-            head = probs.topk(size if probs.is_cuda else (probs >= (1 - top_p) / size).sum(-1).max().clamp_min(1)).values
+            most = probs.shape[-1]
+            count = most if probs.is_cuda else (probs >= (1 - top_p) / most).sum(-1).max().clamp_min(1)
+            head = probs.topk(count).values
             last = (head.cumsum(-1) - head >= top_p).logical_not().sum(-1, keepdim=True) - 1  # its least probable token
             probs = probs.masked_fill(probs < head.gather(-1, last), 0)
         # first a block of the vocabulary, then a token in it: no cumulative sum over the whole
@@ -137,8 +139,9 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
     step = Step(model, cache, partial(choose, temperature=temperature, top_p=top_p, limit=limit))
     while waiting or rows:
         start, first, room = time.perf_counter(), 0, min(len(waiting), batch_size - len(rows))
-        if room and room >= min(len(waiting), -(-batch_size // 8)):  # several are read faster than one by one
-            first, new = len(rows), [waiting.popleft() for _ in range(room)]
+        if room and room >= min(len(waiting), -(-batch_size // 8)):  # slots wait for others: several are read faster
+            longest = max(len(prompts[waiting[i]]) for i in range(room))
+            first, new = len(rows), [waiting.popleft() for _ in range(min(room, max(1, READ // longest)))]
             rows += [Row(i, prompts[i], scored[i], uniforms(seed, keys[i], max_new_tokens), [], []) for i in new]
             logits = prefill(model, cache.part(slice(first, len(rows)), length), rows[first:], shared)
             stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
@@ -166,8 +169,9 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
 class Step:
     """Decoding: one token of each row is read, the next is chosen.
 
-    On a GPU a step is one CUDA graph, replayed: Python alone would take longer to launch its kernels than they run. Rows
-    and slots are rounded up, so that a few graphs serve; rows that are not there write where nothing is yet read.
+    On a GPU a step is one CUDA graph, replayed: Python alone would take longer to launch its kernels than they run.
+    Rows and slots are rounded up, so that a few graphs serve: to a power of four, to a multiple of 64. Rows that are
+    not there write where nothing is read before it is overwritten.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, choose: Callable):
@@ -179,7 +183,7 @@ class Step:
         found = [(row.ids[-1], len(row.prompt) + len(row.ids) - 1, row.noise[len(row.ids)]) for row in rows]
         size, length, device = len(rows), max(at for _, at, _ in found) + 1, self.cache.keys.device
         if device.type == "cuda":
-            slots, most = self.cache.keys.shape[1:4:2]
+            _, slots, _, most, _ = self.cache.keys.shape
             size, length = min(4 ** -(-(size - 1).bit_length() // 2), slots), min(-(-length // 64) * 64, most)
         found += [(0, length - 1, 0)] * (size - len(rows))
         inputs = torch.tensor(found, dtype=torch.float64, device=device)  # [B, 3]: float64 holds all ids

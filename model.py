@@ -151,7 +151,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (y.view(B, T, -1, self.config.head_dim).transpose(1, 2) for y in (q, k, v))
-        # turned together: [B, H, T, D] and [B, K, T, D]
+        # [B, H, T, D] and [B, K, T, D], turned together: half as many kernels
         q, k = rotate(torch.cat([q, k], dim=1), cos, sin).split([q.shape[1], k.shape[1]], dim=1)
         if cache is not None:
             rows = torch.arange(B, device=x.device)[:, None]
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         return model.eval()
 
     def initialize(self, seed: int) -> None:
-        """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
+        """Random weights, the same on any number of ranks of a kind of device: matrices N(0, 0.02), norms 1."""
         std = self.config.raw.get("initializer_range", 0.02)
         for i, p in enumerate(self.parameters()):
             local, start = local_rows(p)

@@ -113,7 +113,7 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """-log P [N] of targets [N] under logits [N, V], in float32, a few rows at a time.
+    """-log P [N] of targets [N] under logits [N, V], in float32, some rows at a time.
 
     The gradient takes the place of the logits in memory, where nothing else of a step is as large.
     """
@@ -121,7 +121,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets):
         ctx.save_for_backward(logits, targets)
-        size = ctx.size = 4096 if logits.is_cuda else 64  # a GPU wants more at a time
+        size = ctx.size = max(64, 2**27 // logits.shape[1]) if logits.is_cuda else 64  # a GPU wants more: half a GiB
         rows = zip(logits.split(size), targets.split(size))
         return torch.cat([F.cross_entropy(x.float(), t, reduction="none") for x, t in rows])
 

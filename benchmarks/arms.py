@@ -45,7 +45,9 @@ ARMS = {
     "weight 2": ("rationales", "--rationale-weight 2"),
 }
 STEPS, EVERY, POINTS = 128, 16, (16, 32, 64, 96, 128)
-MEASURES = ("chrF++", "BLEU", "KL", "NLL", "length", "choice")
+# measures of evaluate.py, averaged over files and tasks: factor, digits
+MEASURES = {"chrf++": (1, 1), "bleu": (1, 1), "drift_kl": (1, 3), "drift_nll": (1, 3), "drift_length": (1, 0)}
+MEASURES |= {"acc": (100, 1)}
 TUNE = f"--batch-size 16 --micro-batch-size 16 --schedule constant --warmup-steps 2 --max-steps {STEPS} --save-every 0"
 DIRECTION = "--direction de-en"
 
@@ -97,9 +99,7 @@ def measure(args, model: Path, name: str) -> np.ndarray:
     found = {}
     for key, statistic in evaluate.Run(str(out), name).statistics.items():
         found.setdefault(key.split("/")[0], []).append(np.array([statistic.value, *statistic.draws]))
-    names = ("chrf++", "bleu", "drift_kl", "drift_nll", "drift_length", "acc")
-    scale = (1, 1, 1, 1, 1, 100)
-    return np.stack([k * np.mean(found[n], axis=0) for n, k in zip(names, scale)]).astype(np.float32)
+    return np.stack([k * np.mean(found[name], axis=0) for name, (k, _) in MEASURES.items()]).astype(np.float32)
 
 
 def curve_file(args, seed: int, rate: str, arm: str) -> Path:
@@ -133,25 +133,27 @@ def work(task: tuple) -> str:
     except Exception:
         return f"{' '.join(map(str, words[1:]))}: failed\n{traceback.format_exc()}"
     finally:
-        signal.signal(
-            signal.SIGTERM, signal.SIG_DFL
-        )  # train.py heeds it in its own way; the pool ends its processes so
+        # train.py heeds SIGTERM in its own way; the pool ends its processes by it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(args) -> None:
     (args.out / "curves").mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    tasks = [[(ledger, args, 0, "drift")], [(base, args)]]
+    ledgers, runs, failed = [(ledger, args, 0, "drift")], [], 0
     for seed in args.seeds:
         (args.out / str(seed)).mkdir(exist_ok=True)
         kinds = {word for arm in args.arms for word in ARMS[arm][0].split()} | {"rationales"}
-        tasks[0] += [(ledger, args, seed, task) for task in sorted(kinds - {"shuffled"})]
+        ledgers += [(ledger, args, seed, task) for task in sorted(kinds - {"shuffled"})]
         todo = [(seed, rate, arm) for rate in args.rates for arm in args.arms]
-        tasks[1] += [(run, args, *key) for key in todo if not curve_file(args, *key).exists()]
+        runs += [(run, args, *key) for key in todo if not curve_file(args, *key).exists()]
     with context.Pool(args.workers) as pool:
-        for stage in ([*tasks[0]], tasks[1][:1], tasks[1][1:]):
+        for stage in (ledgers, [(base, args)], runs):
             for line in pool.imap_unordered(work, stage):
                 print(f"[{time.time() - START:.0f} s] {line}", flush=True)
+                failed += "failed" in line
+    if failed:
+        sys.exit(f"{failed} of these failed; the same command tries them again")
     table(args)
 
 
@@ -176,42 +178,44 @@ def span(draws: np.ndarray, digits: int) -> str:
 
 
 def table(args) -> None:
-    """Each arm where it ends, and against vanilla at the best translation that both reach."""
+    """Each arm where it ends, and against vanilla at the best translation that both reach.
+
+    The last column reads arm, RaDis and vanilla at the best translation that all three reach.
+    """
     files = sorted((args.out / "curves").glob("*.npy"))
     curves = {tuple(file.stem.split("_", 2)): np.load(file).astype(float) for file in files}
-    digits, start = (1, 1, 3, 3, 0, 1), np.load(args.out / "base.npy").astype(float)
-    print(
-        "| rate | arm | seeds | chrF++ | BLEU | KL | NLL | length | choice, % |" + "\n|---|---|---:" + "|---" * 6 + "|"
-    )
-    print("| | base | | " + " | ".join(span(x, d) for x, d in zip(start, digits)) + " |")
-    for part in ("at the last step", "against vanilla"):
-        if part == "against vanilla":
-            print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points |")
-            print("|---|---|---:" + "|---" * 5 + "|")
-        for rate in sorted({rate for _, rate, _ in curves}, key=float):
-            for arm in ARMS:
-                found = {s: c for (s, r, a), c in curves.items() if (r, a) == (rate, arm.replace(" ", "_"))}
-                shared = [s for s in found if (s, rate, "vanilla") in curves and arm != "vanilla"]
-                if not found or (part == "against vanilla" and not shared):
-                    continue
-                if part == "at the last step":
-                    cells = [span(x, d) for x, d in zip(np.mean([c[-1] for c in found.values()], 0), digits)]
-                    print(f"| {rate} | {arm} | {len(found)} | " + " | ".join(cells) + " |")
-                    continue
-                gaps, levels = [], []
-                for seed in shared:
-                    vanilla = curves[seed, rate, "vanilla"]
-                    x = np.minimum(found[seed][:, 0].max(0), vanilla[:, 0].max(0))
-                    gaps.append(read_at(found[seed], x) - read_at(vanilla, x))
-                    levels.append(x[0])
-                mean = np.nanmean(gaps, axis=0)
-                cells = [span(x, d) for x, d in list(zip(mean, digits))[2:]]
-                print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} |")
+    digits, start = [d for _, d in MEASURES.values()], np.load(args.out / "base.npy").astype(float)
+    arms = [(r, a) for r in sorted({r for _, r, _ in curves}, key=float) for a in ARMS]
+    seeds = {(r, a): [s for s, *rest in curves if rest == [r, a.replace(" ", "_")]] for r, a in arms}
+    print("| rate | arm | seeds | chrF++ | BLEU | KL | NLL | length | choice, % |\n|---|---|---:" + "|---" * 6 + "|")
+    print("| | base | | " + " | ".join(map(span, start, digits)) + " |")
+    for rate, arm in arms:
+        ends = [curves[seed, rate, arm.replace(" ", "_")][-1] for seed in seeds[rate, arm]]
+        if ends:
+            print(f"| {rate} | {arm} | {len(ends)} | " + " | ".join(map(span, np.mean(ends, axis=0), digits)) + " |")
+    print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points | of RaDis' gain in KL, % |")
+    print("|---|---|---:" + "|---" * 6 + "|")
+    for rate, arm in arms:
+        gaps, levels, gains = [], [], []
+        for seed in seeds[rate, arm] if arm != "vanilla" else ():
+            own, vanilla, radis = (curves.get((seed, rate, a)) for a in (arm.replace(" ", "_"), "vanilla", "RaDis"))
+            if vanilla is not None:
+                x = np.minimum(own[:, 0].max(0), vanilla[:, 0].max(0))
+                gaps.append(read_at(own, x) - read_at(vanilla, x))
+                levels.append(x[0])
+                if radis is not None:
+                    x = np.minimum(x, radis[:, 0].max(0))
+                    gains.append([(read_at(vanilla, x) - read_at(curve, x))[2] for curve in (own, radis)])
+        if gaps:
+            cells = list(map(span, np.nanmean(gaps, axis=0), digits))[2:]
+            learnt = np.mean(levels) > start[0, 0] + 1  # else nothing is gained over vanilla, by any arm
+            share = span(100 * np.divide(*np.mean(gains, axis=0)), 0) if gains and learnt and arm != "RaDis" else ""
+            print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} | {share} |")
     if args.plot:
-        draw(curves, start, args.plot)
+        draw(curves, args.plot)
 
 
-def draw(curves: dict, start: np.ndarray, path: Path) -> None:
+def draw(curves: dict, path: Path) -> None:
     """Translation against drift: a panel a rate, a path an arm, the mean of its seeds."""
     from matplotlib.figure import Figure
 

@@ -194,13 +194,13 @@ def decoding(s, what: str, model: str, setting: str, config: ModelConfig, batch:
 
 def ours(s, name: str, config: ModelConfig) -> None:
     """Sampling as generate.py does it: temperature 1, prompts of one length, no EOS; compiled, at two sizes."""
-    model, prompts = random_model(config, DEVICE, s.dtype), random_tokens(config, max(s.batches), s.prompt)
+    model, prompts = random_model(config, DEVICE, s.dtype), random_tokens(config, 3 * max(s.batches), s.prompt)
     for compiled in (False, True):
         if compiled:
             model.compile_layers(coordinate_descent_tuning=True)
         for batch in s.batches[::2] if compiled else s.batches:
             setting = f"batch {batch}" + ", compiled" * compiled
-            work = partial(waves, model, prompts[:batch] * 3, batch)
+            work = partial(waves, model, prompts[: 3 * batch], batch)
             decoding(s, "sample", name, setting, config, batch, work)
 
 
@@ -248,7 +248,7 @@ def their_training(s, name: str, config: ModelConfig, compiled: bool) -> None:
 
     def step() -> tuple[int, float]:
         batch = sorted(next(batches), key=len, reverse=True)
-        for part in [batch[i : i + s.micro // 2] for i in range(0, len(batch), s.micro // 2)]:  # more does not fit 80 GB
+        for part in [batch[i : i + s.micro // 2] for i in range(0, len(batch), s.micro // 2)]:  # more: no room
             tokens, select, targets, _ = collate(part, DEVICE)
             labels = torch.full_like(tokens, -100)
             labels.view(-1)[select] = targets

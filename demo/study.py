@@ -173,7 +173,7 @@ def table(args) -> None:
     for row in lines(args.out / "results.jsonl"):
         curves.setdefault((row["seed"], row["rate"], row["arm"]), []).append(row["measures"])
     skills = ("touched", "untouched")
-    names = ["BLEU", *skills, *(f"{s}, vanilla" for s in skills), *(f"{s}, best vanilla" for s in skills)]
+    names = ["BLEU", *skills, *(f"{s}, over {kind}" for kind in ("vanilla", "best vanilla") for s in skills)]
     print(f"| rate | arm | seeds | {' | '.join(names)} |\n|---|---|" + "---:|" * 8)
     arms = [("base", "base")] + [(rate, arm) for rate in args.rates for arm in ARMS]
     for rate, arm in arms:

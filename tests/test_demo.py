@@ -12,9 +12,10 @@ from evaluate import read_choice, read_numeric, read_safety
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "demo"))
 
-import demo  # noqa: E402
 import study  # noqa: E402
 from world import MEMORY, write_world  # noqa: E402
+
+import demo  # noqa: E402
 
 READERS = {"choices": read_choice, "question": read_numeric, "harmful": read_safety}
 
