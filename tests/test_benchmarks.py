@@ -33,8 +33,7 @@ def test_rehearsal_gives_every_figure(tmp_path):
     if rows["train", "1B", "--compile --activation-checkpointing"][-1] != "n/a: train.py has no such flag":
         wanted.append(("train", "--compile --activation-checkpointing"))
     if find_spec("transformers"):
-        found = ("batch 1", "batch 8", "training", "batch 1, compiled", "batch 8, compiled", "training, compiled")
-        wanted += [("transformers", setting) for setting in found]
+        wanted += [("transformers", setting) for setting in ("batch 1", "batch 8", "training")]
     for what, setting in wanted:
         speed, share, _, memory, _ = rows[what, "1B", setting]
         assert float(speed.replace(",", "")) > 0 and float(share.rstrip("%")) > 0 and float(memory) > 0, setting
