@@ -42,7 +42,7 @@ LEAKS = ("reference answer", "your response", "my response", "now it's your turn
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")  # of CJK a character, else \w+
 BLOCK = 256  # of the vocabulary, as sampling walks it
-READ = 2**15  # tokens of prompts that are read at a time, at most
+READ = 2**15 if torch.cuda.is_available() else 2**10  # tokens of prompts that are read at a time, at most
 
 
 @dataclass
