@@ -1,11 +1,13 @@
-"""benchmarks/gpu.py without a GPU: its rehearsal gives every figure, and without --smoke it says what it needs."""
+"""Benchmarks: the GPU's rehearsal gives every figure and says what it needs; arms are compared at equal translation."""
 
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from model import ModelConfig, Transformer
@@ -55,3 +57,26 @@ def test_without_a_gpu_it_is_one_line(tmp_path):
     done = run(cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "") and list(tmp_path.iterdir()) == []
     assert done.stderr.startswith("error: no CUDA device") and done.stderr.count("\n") == 1
+
+
+def test_arms_are_read_where_they_translate_equally_well(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import arms
+
+    def save(path: Path, points: list[tuple[float, float]]) -> None:
+        curve = np.zeros((len(points), len(arms.MEASURES), 4), "float32")  # the value, and three draws like it
+        curve[:, [0, 2]] = np.array(points)[..., None]
+        np.save(path, curve if len(points) > 1 else curve[0])
+
+    (tmp_path / "curves").mkdir()
+    save(tmp_path / "base.npy", [(10, 0)])
+    save(tmp_path / "curves" / "0_1e-4_vanilla.npy", [(10, 0), (25, 0.3), (40, 0.5)])
+    save(tmp_path / "curves" / "0_1e-4_RaDis.npy", [(10, 0), (20, 0.1)])
+    save(tmp_path / "curves" / "0_1e-4_weight_2.npy", [(10, 0), (30, 0.3)])
+    arms.table(SimpleNamespace(out=tmp_path, plot=None))
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    found = {row[1]: row for row in rows[rows.index([]) :] if len(row) > 2}
+    # vanilla is at 0.2 where it translates as RaDis does at its end, at 0.367 where weight 2 does
+    assert found["RaDis"][3:5] == ["20.0", "-0.100 [-0.100, -0.100]"]
+    assert found["weight 2"][3:5] == ["30.0", "-0.067 [-0.067, -0.067]"]
+    assert found["weight 2"][-1] == "50 [50, 50]", "at 20, where all three are, it has 0.15"
