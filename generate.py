@@ -136,7 +136,8 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
         prefill(model, cache.part(slice(1), shared), [Row(0, prompts[0][:shared], 0, [], [], [])], 0)
         for x in (cache.keys, cache.values):
             x[:, 1:, :, :shared] = x[:, :1, :, :shared]
-    step = Step(model, cache, partial(choose, temperature=temperature, top_p=top_p, limit=limit))
+    pick = partial(choose, temperature=temperature, top_p=top_p, limit=limit)
+    step = Step(model, cache, pick)
     while waiting or rows:
         start, first, room = time.perf_counter(), 0, min(len(waiting), batch_size - len(rows))
         if room and room >= min(len(waiting), -(-batch_size // 8)):  # slots wait for others: several are read faster
@@ -146,7 +147,7 @@ def sample(model: Transformer, prompts: list[list[int]], max_new_tokens: int, te
             logits = prefill(model, cache.part(slice(first, len(rows)), length), rows[first:], shared)
             stage, count = "prefill", sum(len(prompts[i]) - shared for i in new)
             u = torch.tensor([row.noise[0] for row in rows[first:]], dtype=torch.float64, device=weight.device)
-            tokens, logprobs = (x.tolist() for x in choose(logits, u, temperature, top_p, limit))
+            tokens, logprobs = (x.tolist() for x in pick(logits, u))
         else:
             tokens, logprobs = step(rows)
             stage, count = "decode", len(rows)

@@ -233,7 +233,7 @@ class Transformer(nn.Module):
         return F.linear(x, self.model["embed_tokens"].weight) if config.tie_word_embeddings else self.lm_head(x)
 
     def compile_layers(self, **options) -> None:
-        """Makes one program of a layer, the same for all layers and lengths; the first calls are slow."""
+        """Makes one program of a layer, the same for all layers and lengths, with `options` of torch.compile."""
         for layer in self.model["layers"]:
             layer.forward = torch.compile(layer.forward, dynamic=True, options=options or None)
 
@@ -282,7 +282,7 @@ def start_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # which makes a plan, in half a second, for every new length
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it may make a plan for every new length
     return dist.get_rank(), dist.get_world_size(), device
 
 

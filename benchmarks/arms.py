@@ -9,9 +9,6 @@ with the same steps, batch and rate, and is measured at several steps. The same 
 """
 
 import argparse
-import contextlib
-import gc
-import json
 import multiprocessing
 import random
 import shutil
@@ -22,9 +19,11 @@ import traceback
 from pathlib import Path
 
 import numpy as np
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+
+from study import call, shuffle  # noqa: E402
 
 import evaluate  # noqa: E402
 import generate  # noqa: E402
@@ -52,24 +51,6 @@ TUNE = f"--batch-size 16 --micro-batch-size 16 --schedule constant --warmup-step
 DIRECTION = "--direction de-en"
 
 
-def call(script, log: Path, words: str, *more) -> None:
-    """What `python SCRIPT WORDS MORE` does, in this process."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-        script.main(script.parser().parse_args([*words.split(), *map(str, more)]))
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
-
-
-def write(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-
-
 def ledger(args, seed: int, task: str) -> None:
     """A ledger that `generate.py` writes, into DIR/SEED; `drift` and `replay` are answers."""
     folder, options = args.out / str(seed), f"--seed {seed} --batch-size {args.rows} --dtype float32"
@@ -82,12 +63,9 @@ def ledger(args, seed: int, task: str) -> None:
         options += " --task " + ("rationale" if task == "rationales" else task)
     cue = ["--cue", "\\n"] if task == "rationales" else []
     words = ["--model", args.model, "--data", file, "--out", folder / f"{task}.jsonl", *cue]
-    call(generate, args.out / "logs" / f"{task}-{seed}.log", options, *words)
+    call(generate, args.out / "logs" / f"{task}-{seed}.log", *options.split(), *words)
     if task == "rationales":
-        rows, names = lines(folder / "rationales.jsonl"), ("rationale", "rationale_ids", "finish", "status")
-        others = random.Random(seed).sample(rows, len(rows))
-        write(folder / "shuffled.jsonl", [row | {n: other[n] for n in names} for row, other in zip(rows, others)])
-        shutil.copy(folder / "rationales.meta.json", folder / "shuffled.meta.json")
+        shuffle(folder, random.Random(seed))
 
 
 def measure(args, model: Path, name: str) -> np.ndarray:
@@ -95,7 +73,7 @@ def measure(args, model: Path, name: str) -> np.ndarray:
     out = args.out / "results" / name
     words = ["--model", model, "--out", out, "--translation", args.test, "--drift", args.out / "drift.jsonl"]
     options = f"{DIRECTION} --max-new-tokens 128 --batch-size {args.rows} --dtype float32"
-    call(evaluate, args.out / "logs" / f"{name.split('/')[0]}.log", options, *words, "--choice", *args.choice)
+    call(evaluate, args.out / "logs" / f"{name.split('/')[0]}.log", *options.split(), *words, "--choice", *args.choice)
     found = {}
     for key, statistic in evaluate.Run(str(out), name).statistics.items():
         found.setdefault(key.split("/")[0], []).append(np.array([statistic.value, *statistic.draws]))
@@ -114,7 +92,7 @@ def run(args, seed: int, rate: str, arm: str) -> None:
         shutil.rmtree(started, ignore_errors=True)
     rows = [args.out / str(seed) / f"{file}.jsonl" for file in files.split()]
     words = f"{TUNE} {flags} --seed {seed} --learning-rate {rate} --export-every {EVERY} {DIRECTION}"
-    call(train, args.out / "logs" / f"{name}.log", words, "--model", args.model, "--out", out, "--data", *rows)
+    call(train, args.out / "logs" / f"{name}.log", *words.split(), "--model", args.model, "--out", out, "--data", *rows)
     curve = [np.load(args.out / "base.npy")]
     curve += [measure(args, out / f"step-{step}", f"{name}/step-{step}") for step in POINTS]
     shutil.rmtree(out)
@@ -193,16 +171,17 @@ def table(args) -> None:
         ends = [curves[seed, rate, arm.replace(" ", "_")][-1] for seed in seeds[rate, arm]]
         if ends:
             print(f"| {rate} | {arm} | {len(ends)} | " + " | ".join(map(span, np.mean(ends, axis=0), digits)) + " |")
-    print("\n| rate | arm | seeds | at chrF++ | KL | NLL | length | choice, points | of RaDis' gain in KL, % |")
-    print("|---|---|---:" + "|---" * 6 + "|")
+    names = ["rate", "arm", "seeds", "at chrF++", "vanilla's KL", "KL", "NLL", "length", "choice, points"]
+    print("\n| " + " | ".join([*names, "of RaDis' gain in KL, %"]) + " |\n|---|---|---:" + "|---" * 7 + "|")
     for rate, arm in arms:
-        gaps, levels, gains = [], [], []
+        gaps, levels, gains, drifts = [], [], [], []
         for seed in seeds[rate, arm] if arm != "vanilla" else ():
             own, vanilla, radis = (curves.get((seed, rate, a)) for a in (arm.replace(" ", "_"), "vanilla", "RaDis"))
             if vanilla is not None:
                 x = np.minimum(own[:, 0].max(0), vanilla[:, 0].max(0))
                 gaps.append(read_at(own, x) - read_at(vanilla, x))
                 levels.append(x[0])
+                drifts.append(read_at(vanilla, x)[2, 0])
                 if radis is not None:
                     x = np.minimum(x, radis[:, 0].max(0))
                     gains.append([(read_at(vanilla, x) - read_at(curve, x))[2] for curve in (own, radis)])
@@ -210,7 +189,8 @@ def table(args) -> None:
             cells = list(map(span, np.nanmean(gaps, axis=0), digits))[2:]
             learnt = np.mean(levels) > start[0, 0] + 1  # else nothing is gained over vanilla, by any arm
             share = span(100 * np.divide(*np.mean(gains, axis=0)), 0) if gains and learnt and arm != "RaDis" else ""
-            print(f"| {rate} | {arm} | {len(gaps)} | {np.mean(levels):.1f} | {' | '.join(cells)} | {share} |")
+            cells = [f"{np.mean(levels):.1f}", f"{np.mean(drifts):.3f}", *cells, share]
+            print(f"| {rate} | {arm} | {len(gaps)} | {' | '.join(cells)} |")
     if args.plot:
         draw(curves, args.plot)
 

@@ -10,6 +10,7 @@ results are appended to DIR/results.jsonl, a line an export.
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -53,6 +54,9 @@ def call(script, log: Path, *words) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
         script.main(script.parser().parse_args([str(word) for word in words]))
+    gc.collect()  # models hold themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def lines(path: Path) -> list[dict]:
@@ -76,12 +80,17 @@ def prepare(args, seed: int) -> Path:
         words = [*demo.RATIONALES, "--out", "seqkd.jsonl", "--seed", seed, "--task", "translation"]
         call(generate, Path("logs/seqkd.log"), *words)
     rows, rng = lines(Path("rationales.jsonl")), random.Random(seed)
-    others = rng.sample(rows, len(rows))
-    names = ("rationale", "rationale_ids", "finish", "status")
-    world.write(Path("shuffled.jsonl"), [row | {n: other[n] for n in names} for row, other in zip(rows, others)])
-    Path("shuffled.meta.json").write_text(Path("rationales.meta.json").read_text())
+    shuffle(Path("."), rng)
     world.write(Path("replay.jsonl"), rng.sample(lines(Path("chats.jsonl")), len(rows) // 10))
     return folder
+
+
+def shuffle(folder: Path, rng: random.Random) -> None:
+    """rationales.jsonl with the rationales of other rows -> shuffled.jsonl"""
+    rows, names = lines(folder / "rationales.jsonl"), ("rationale", "rationale_ids", "finish", "status")
+    others = rng.sample(rows, len(rows))
+    world.write(folder / "shuffled.jsonl", [row | {n: other[n] for n in names} for row, other in zip(rows, others)])
+    (folder / "shuffled.meta.json").write_text((folder / "rationales.meta.json").read_text())
 
 
 def models(arm: str, rate: str, seed: int) -> list[tuple[float, Path]]:

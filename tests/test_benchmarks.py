@@ -75,6 +75,6 @@ def test_arms_are_read_where_they_translate_equally_well(tmp_path, monkeypatch, 
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     found = {row[1]: row for row in rows[rows.index([]) :] if len(row) > 2}
     # vanilla is at 0.2 where it translates as RaDis does at its end, at 0.367 where weight 2 does
-    assert found["RaDis"][3:5] == ["20.0", "-0.100 [-0.100, -0.100]"]
-    assert found["weight 2"][3:5] == ["30.0", "-0.067 [-0.067, -0.067]"]
+    assert found["RaDis"][3:6] == ["20.0", "0.200", "-0.100 [-0.100, -0.100]"]
+    assert found["weight 2"][3:6] == ["30.0", "0.367", "-0.067 [-0.067, -0.067]"]
     assert found["weight 2"][-1] == "50 [50, 50]", "at 20, where all three are, it has 0.15"
