@@ -3,507 +3,598 @@
     python train.py --model DIR --data rationales.jsonl --out tuned
     torchrun --nproc-per-node 8 train.py --model DIR --data rationales.jsonl --out tuned
 
-Over all examples of an optimizer step, whichever rank and micro-batch they fall on, with weight w on the rationales,
+Over all examples of a step, whichever rank and micro-batch they fall on, with weight w,
 
-    loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / (reference + rationale tokens)
+    loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / tokens
 
-Weight 0, or data without rationales, is vanilla fine-tuning. The order of the data is a function of seed and step, so a
-run that is stopped goes on (--resume) and ends in the same weights.
+where tokens counts those of all references y and rationales r. With --teacher the second term is
+KL(teacher || model) at each token of r, of which -log P is a sample. Weight 0 is vanilla
+fine-tuning. A run that was stopped is resumed by --resume and ends in the same weights.
 """
 
-import hashlib
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
+
 import json
 import math
 import os
+import re
 import resource
 import shutil
-import signal
 import sys
 import time
 from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.func import functional_call
-from torch.utils.benchmark import Timer
 
 import data
-from data import Encoder, Example, Tokenizer
-from model import ModelConfig, Transformer, load_weights, read_index, save_weights, start_processes
-
-# arguments that change speed, memory or what is written, never the update
-FREE = "resume out micro_batch_size save_every export_every valid valid_every activation_checkpointing compile dry_run"
-TOKENIZER_FILES = ("tokenizer.model", "*token*.json", "chat_template.jinja", "generation_config.json")
-SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
-PART_COST = 2000 if torch.cuda.is_available() else 80  # what a micro-batch costs besides its tokens, in tokens
-STEP = (
-    "{step:6d}/{steps}  loss {loss:.4f}  reference {reference_loss:.4f}  rationale {rationale_loss:.4f}  "
-    "lr {learning_rate:.2e}  norm {grad_norm:6.2f}  {speed:7,.0f} tokens/s  mfu {mfu:4.0%}  {memory_gib:5.2f} GiB"
+from data import Encoder, Example, Tokenizer, require
+from model import (
+    ModelConfig,
+    Transformer,
+    find_weights,
+    hash_model,
+    is_first_rank,
+    load_weights,
+    save_weights,
+    start_processes,
+    write_text,
 )
 
-
-def say(text: str) -> None:
-    """Prints from rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def read_examples(files: list[str], args: Namespace, tokenizer: Tokenizer, config: ModelConfig) -> list[Example]:
-    """Encodes the rows of `files`. Rows that are too long are left out whole; rank 0 says how many."""
-    # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system, coverage, args.keep_all)
-    rows = data.read_rows(files, args.direction)
-    examples = [encoder.example(row) for row in rows]
-    length = min(args.max_length, config.max_position_embeddings)
-    long = [str(e.id) for e in examples if len(e) > length]
-    examples = [e for e in examples if len(e) <= length]
-    text = f"{' '.join(files)}: {len(examples)} examples, {len(long)} longer than {length} tokens left out"
-    text += f" (first {', '.join(long[:5])})" if long else ""
-    notes = Counter(e.note if args.rationale_weight else "weight 0" for e in examples if e.note)
-    say(text + data.without_meta(rows) + "".join(f", {n} rationales left out ({note})" for note, n in notes.items()))
-    if not examples:
-        raise ValueError(f"{files[0]}: no row fits --max-length {length}; raise it")
-    if max(max(e.tokens) for e in examples) >= config.vocab_size:
-        raise ValueError(f"{tokenizer.folder}: has ids beyond the model's vocabulary, {config.vocab_size}; use its own")
-    return examples
+# arguments that change speed, memory or what is written, and paths, whose content is compared
+FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
+    activation_checkpointing model teacher config tokenizer data versions""".split()
+TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
+    special_tokens_map.json generation_config.json chat_template.jinja""".split()
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
+REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us already
 
 
-def batch_of(examples: list[Example], step: int, args: Namespace) -> list[Example]:
-    """The examples of `step` (from 0): each once an epoch, in an order that hangs on (seed, epoch) alone."""
-    epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator)
-    return [examples[j] for j in order[i * args.batch_size : (i + 1) * args.batch_size].tolist()]
+# 1. The joint loss and the step
 
 
-def micro_batches(examples: list[Example], size: int, world_size: int) -> list[list[Example]]:
-    """Splits a batch into parts of like lengths, at most `size` each; rank r takes [r::world_size], as many as any.
+def joint_loss(model, teacher, examples: list[Example], args: Namespace, learn: bool) -> dict:
+    """The loss over `examples`, shared out among the ranks, and its gradient if `learn`."""
+    world_size = dist.get_world_size()
+    device = next(model.parameters()).device
+    # every rank knows the whole step, so counting needs no communication
+    references = sum(len(example.reference) for example in examples)
+    rationales = sum(len(example.rationale) for example in examples)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    padded = 0
+    for part in micro_batches(examples, args.micro_batch_size):
+        tokens, places, targets = data.collate(part, device)
+        padded += tokens.numel() if part else 0
+        first = sum(len(example.reference) for example in part)  # rationales come after these
+        logits = model(tokens, places)  # [N, V]: none where there is no loss
+        soft = logits.new_empty(0, logits.shape[1])
+        if teacher:
+            with torch.no_grad():
+                soft = teacher(tokens, places[first:])
+        losses = TokenLosses.apply(logits, targets, soft).double()  # [N]
+        reference = losses[:first].sum()
+        rationale = losses[first:].sum()
+        loss = (reference + args.rationale_weight * rationale) / (references + rationales)
+        if learn:
+            # fully_shard averages gradients over the ranks: multiply by their number
+            (loss * world_size).backward()
+        sums += torch.stack([loss, reference, rationale]).detach()
+    sums = torch.cat([sums.cpu(), torch.tensor([padded])])
+    dist.all_reduce(sums)
+    loss, reference, rationale, padded = sums.tolist()
+    return {
+        "loss": loss,
+        "reference_loss": reference / references if references else None,
+        "rationale_loss": rationale / rationales if rationales else None,
+        "reference_tokens": references,
+        "rationale_tokens": rationales,
+        "tokens": sum(len(example) for example in examples),
+        "padded_tokens": int(padded),
+    }
 
-    Of all cuts of the rows, in order of length, into rounds of a part a rank, the one that costs the fewest tokens.
-    """
-    rows, best = sorted(examples, key=len, reverse=True), [(0, [])]  # the cost, and the cuts, of the first rows
-    starts = range(0, len(rows), world_size)
-    for end in range(1, len(starts) + 1):
-        options = range(max(0, end - size), end)
-        costs = [best[i][0] + PART_COST + (end - i) * len(rows[starts[i]]) for i in options]
-        i = options[costs.index(min(costs))]
-        best.append((min(costs), [*best[i][1], rows[starts[i] : end * world_size]]))
-    # with few rows some parts are empty: no loss, but every rank must take part in every reduction
-    n = world_size
-    return [r[len(r) * i // n : len(r) * (i + 1) // n] for r in best[-1][1] for i in range(n)]
 
+class TokenLosses(torch.autograd.Function):
+    """The loss of each supervised token [N], from logits [N, V], in float32.
 
-def learning_rate(step: int, steps: int, args: Namespace) -> float:
-    """Rate at `step` (from 0) of `steps`: linear warm-up, then one of four schedules."""
-    warmup = args.warmup_steps if args.warmup_steps is not None else math.ceil(0.03 * steps)
-    if step < warmup:
-        return args.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)  # 0 to just under 1
-    shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    shapes["inverse_sqrt"] = math.sqrt(max(warmup, 1) / (max(warmup, 1) + step - warmup))
-    return args.learning_rate * shapes[args.schedule]
-
-
-class CrossEntropy(torch.autograd.Function):
-    """-log P [N] of targets [N] under logits [N, V], in float32, some rows at a time.
-
-    The gradient takes the place of the logits in memory, where nothing else of a step is as large.
+    targets [N] are the tokens. Where soft [M, V], a teacher's logits, has rows, the last M of the
+    N losses are KL(teacher || model) instead. A few rows are computed at a time, and the gradient
+    takes the place of the logits: nothing else of a step is as large.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.save_for_backward(logits, targets)
-        size = ctx.size = max(64, 2**27 // logits.shape[1]) if logits.is_cuda else 64  # a GPU wants more: half a GiB
-        rows = zip(logits.split(size), targets.split(size))
-        return torch.cat([F.cross_entropy(x.float(), t, reduction="none") for x, t in rows])
+    def forward(ctx, logits, targets, soft):
+        ctx.save_for_backward(logits, targets, soft)
+        hard = len(logits) - len(soft)
+        losses = []
+        for x, target in in_chunks(logits[:hard], targets[:hard]):
+            losses.append(F.cross_entropy(x.float(), target, reduction="none"))
+        for x, t in in_chunks(logits[hard:], soft):
+            wanted = t.float().log_softmax(-1)
+            gap = wanted - x.float().log_softmax(-1)
+            losses.append((wanted.exp() * gap).sum(-1))
+        return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, gradient):
-        logits, targets = ctx.saved_tensors
-        for x, t, g in zip(*(y.split(ctx.size) for y in (logits, targets[:, None], gradient[:, None]))):
-            p = x.float().softmax(-1)
-            x.copy_(p.scatter_add_(1, t, -torch.ones_like(g)).mul_(g))
-        return logits.detach(), None
+        logits, targets, soft = ctx.saved_tensors
+        hard = len(logits) - len(soft)
+        gradient = gradient[:, None]
+        for x, target, g in in_chunks(logits[:hard], targets[:hard, None], gradient[:hard]):
+            probs = x.float().softmax(-1)
+            x.copy_(probs.scatter_add_(1, target, -torch.ones_like(g)).mul_(g))
+        for x, t, g in in_chunks(logits[hard:], soft, gradient[hard:]):
+            probs = x.float().softmax(-1)
+            x.copy_(probs.sub_(t.float().softmax(-1)).mul_(g))
+        return logits.detach(), None, None
 
 
-def run(model: Transformer, examples: list[Example], args: Namespace, learn: bool) -> dict:
-    """Forward over `examples`, shared out among the ranks, and backward if `learn` -> the losses over all ranks."""
-    world_size, device = dist.get_world_size(), next(model.parameters()).device
-    # every rank knows the whole step, so the number of its supervised tokens needs no communication
-    reference_tokens = sum(len(e.reference) for e in examples)
-    rationale_tokens = sum(len(e.rationale) for e in examples)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    parts = micro_batches(examples, args.micro_batch_size, world_size)
-    for part in parts[dist.get_rank() :: world_size]:
-        tokens, select, targets, is_rationale = data.collate(part, device)
-        # logits [N, V]: none where there is no loss
-        losses = CrossEntropy.apply(model(tokens, select), targets).double()  # [N]
-        reference, rationale = losses.where(~is_rationale, 0).sum(), losses.where(is_rationale, 0).sum()
-        loss = (reference + args.rationale_weight * rationale) / (reference_tokens + rationale_tokens)
-        if learn:
-            (loss * world_size).backward()  # fully_shard averages gradients over ranks: multiply by their number
-        sums += torch.stack([loss, reference, rationale]).detach()
-    sums = sums.cpu()  # once: a GPU would wait for it at every micro-batch
-    dist.all_reduce(sums)
-    loss, reference, rationale = sums.tolist()
-    return dict(
-        loss=loss,
-        reference_loss=reference / reference_tokens if reference_tokens else None,  # means over their own tokens
-        rationale_loss=rationale / rationale_tokens if rationale_tokens else None,
-        reference_tokens=reference_tokens,
-        rationale_tokens=rationale_tokens,
-        tokens=sum(map(len, examples)),
-        padded_tokens=sum(len(part) * len(part[0]) for part in parts if part),
-    )
+def in_chunks(*tensors: torch.Tensor):
+    """The same rows of each tensor, a few at a time: 64, or half a GiB in float32 on a GPU."""
+    first = tensors[0]
+    size = max(64, 2**27 // first.shape[1]) if first.is_cuda else 64
+    return zip(*(tensor.split(size) for tensor in tensors))
 
 
-def train_step(model, optimizer, examples: list[Example], step: int, rate: float, args: Namespace) -> dict:
-    """One optimizer step. ValueError, before the weights are touched, where the loss or the gradient is not finite."""
-    line = run(model, examples, args, learn=True)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf).full_tensor().item()
+def train_step(model, teacher, optimizer, examples, step: int, rate: float, args) -> dict:
+    """One optimizer step. FloatingPointError, before it changes a weight, if it would be NaN."""
+    ids = ", ".join(str(example.id) for example in examples)
+    line = joint_loss(model, teacher, examples, args, learn=True)
+    most = args.max_grad_norm or math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most).full_tensor().item()
     if not math.isfinite(line["loss"]) or not math.isfinite(norm):
-        found = f"step {step}: loss {line['loss']}, gradient norm {norm}; the weights are as they were"
-        ids = ", ".join(str(e.id) for e in examples)
-        raise ValueError(f"{found}: lower --learning-rate, or look at the rows of this step, ids {ids}")
+        found = f"step {step}: loss {line['loss']}, gradient norm {norm}, so it is not taken"
+        raise FloatingPointError(f"{found}; lower --learning-rate, or look at its rows: {ids}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return {"step": step} | line | {"grad_norm": norm, "learning_rate": rate}
+    return {"step": step} | line | {"learning_rate": rate, "grad_norm": norm}
 
 
 @torch.no_grad()
-def validate(model, valid: dict[str, list[Example]], step: int, args: Namespace) -> None:
-    """Measures the loss on each set of `valid`, as one line of metrics each."""
+def validate(model, teacher, valid: dict[str, list[Example]], step: int, args) -> None:
+    """The loss on each set of `valid`, as one line of metrics each."""
     model.eval()
     for name, examples in valid.items():
-        line = run(model, examples, args, learn=False)
+        line = joint_loss(model, teacher, examples, args, learn=False)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
-        report(line, "{step:6d}  valid {valid}  loss {valid_loss:.4f}", args)
-    model.reshard()  # without a backward pass the root stays whole, and its parameters are other tensors
+        record(line, args.out)
+        say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
+    model.reshard()  # without a backward pass the root stays whole, and has other parameters
     model.train()
 
 
-def report(line: dict, text: str, args: Namespace, **more) -> None:
-    """Appends a line to metrics.jsonl and prints it, and `more`, as `text` says; from rank 0."""
-    with together(args.out) as first:
-        if first:
-            with open(Path(args.out) / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(line) + "\n")
-    say(text.format(**{name: x or 0 for name, x in line.items()}, **more))
+# 2. Which examples, and how fast
 
 
-def costs(model: Transformer, examples: list[Example], seconds: float, peak: float) -> dict:
-    """Time, memory, and the share of `peak` (operations a second) that a step of `seconds` on `examples` used."""
-    config, layers = model.config, sum(p.numel() for p in model.model["layers"].parameters())
-    head = config.vocab_size * config.hidden_size * sum(len(e.reference) + len(e.rationale) for e in examples)
-    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    # 6 operations a weight and token, of the head only where there is loss, and 6 * width * T^2 of causal attention
-    operations = 6 * (head + sum(layers * len(e) + width * len(e) ** 2 for e in examples))
-    return dict(seconds=seconds, mfu=operations / seconds / peak, memory_gib=peak_memory() / 2**30)
+def batch_of(examples: list[Example], step: int, args: Namespace) -> list[Example]:
+    """The examples of `step` (from 0): each once an epoch, in an order by (seed, epoch) alone."""
+    epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
+    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator).tolist()
+    start = i * args.batch_size
+    return [examples[j] for j in order[start : start + args.batch_size]]
 
 
-def peak_memory() -> int:
-    """Bytes at the most so far: on a GPU of tensors, on a CPU of the process, Python and PyTorch included."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def micro_batches(examples: list[Example], size: int) -> list[list[Example]]:
+    """This rank's parts of a batch, at most `size` rows of like lengths each.
+
+    Every rank has as many parts, since all take part in every reduction; some may be empty.
+    """
+    rank = dist.get_rank()
+    world_size = dist.get_world_size()
+    rows = sorted(examples, key=len, reverse=True)
+    parts = []
+    for start in range(0, len(rows), size * world_size):
+        together = rows[start : start + size * world_size]
+        parts.append(together[rank::world_size])
+    return parts
 
 
-def matmul_rate(dtype: torch.dtype, device) -> float:
-    """Operations a second that a plain matrix product of `dtype` reaches here: the peak that mfu refers to."""
-    n = 8192 if device.type == "cuda" else 512
-    a = torch.randn(n, n, dtype=dtype, device=device)
-    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
-    return 2 * n**3 / timer.blocked_autorange(min_run_time=0.1).median
+def learning_rate(step: int, steps: int, args: Namespace) -> float:
+    """Rate at `step` (from 0) of `steps`: linear warm-up, then one of four schedules."""
+    warmup = args.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(0.03 * steps)
+    if step < warmup:
+        return args.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(steps - warmup, 1)  # 0 to just under 1
+    since = max(warmup, 1)
+    shapes = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "inverse_sqrt": math.sqrt(since / (since + step - warmup)),
+    }
+    return args.learning_rate * shapes[args.schedule]
 
 
-def kept_bytes(config: ModelConfig, part: list[Example], dtype: torch.dtype, recompute: bool) -> tuple[int, int]:
-    """What a forward pass over `part` keeps for the backward pass, all and a layer, on tensors that take no memory."""
-    kept, totals = {}, []
+def read_examples(files: list[str], args, tokenizer, config: ModelConfig) -> list[Example]:
+    """Encodes the rows of `files`; those that are too long are left out whole, and told."""
+    # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    rows = data.read_rows(files, args.direction)
+    length = min(args.max_length, config.max_position_embeddings)
+    examples = []
+    left_out = Counter()
+    for row in rows:
+        example = encoder.example(row)
+        left_out[f"rationales ({example.left_out})"] += bool(example.left_out)
+        if example.left_out and not row["reference"]:
+            left_out["rows with nothing else to learn"] += 1
+        elif len(example) > length:
+            left_out[f"rows longer than {length} tokens"] += 1
+        else:
+            examples.append(example)
+    told = [f"{n} {what}" for what, n in left_out.items() if n]
+    say(f"{' '.join(files)}: {len(examples)} examples; left out: {', '.join(told) or 'nothing'}")
+    require(examples, files[0], f"no row to learn from fits --max-length {length}")
+    most = max(max(example.tokens) for example in examples)
+    fault = f"has ids beyond the model's vocabulary of {config.vocab_size}; use the model's own"
+    require(most < config.vocab_size, tokenizer.folder, fault)
+    return examples
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
 
-    for layers in (1, 2):  # every layer keeps the same
-        with torch.device("meta"):
-            model = Transformer(replace(config, num_hidden_layers=layers))
-        model.activation_checkpointing = recompute
-        with FakeTensorMode(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            weights = {n: torch.empty(p.shape, dtype=dtype, requires_grad=True) for n, p in model.named_parameters()}
-            tokens, select, targets, _ = data.collate(part)
-            losses = CrossEntropy.apply(functional_call(model, weights, (tokens, select)), targets)
-        own = {p.untyped_storage()._cdata for p in weights.values()}
-        totals.append(sum(size for storage, size in kept.items() if storage not in own))
-        kept.clear()
-        del losses  # which held all that was kept: no storage could take another's place
-    layer = totals[1] - totals[0]
-    return totals[0] + (config.num_hidden_layers - 1) * layer, layer
+def named_files(items: list[str]) -> dict[str, list[str]]:
+    """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own."""
+    named = {}
+    for item in items:
+        name, _, file = item.rpartition("=")
+        if not name or Path(item).exists():  # a path may hold "="
+            name = Path(item).stem
+            file = item
+        named.setdefault(name, []).append(file)
+    return named
 
 
-def memory(config: ModelConfig, part: list[Example], dtype: torch.dtype, base: int, ranks: list[int]) -> list[dict]:
-    """Bytes of a rank, by part, at the peak of a step with micro-batches like `part`: as the backward pass begins."""
+# 3. The model, in shards
+
+
+def load_sharded(config: ModelConfig, folder, args, device, frozen: bool) -> Transformer:
+    """The model in shards, none of them whole; `frozen`: a teacher, in the compute type.
+
+    What learns has float32 weights and reductions, and computes in --dtype.
+    """
+    compute = getattr(torch, args.dtype)
     with torch.device("meta"):
         model = Transformer(config)
-    layer = sum(p.numel() for p in model.model["layers"][0].parameters())
-    rest = sum(p.numel() for name, p in model.named_parameters() if "layers" not in name)
-    logits = dtype.itemsize * config.vocab_size * sum(len(e.reference) + len(e.rationale) for e in part)
-    (kept, one), (inputs, _) = (kept_bytes(config, part, dtype, recompute) for recompute in (False, True))
-    table = []
-    for n in ranks:
-        shard = 4 * sum(-(-p.shape[0] // n) * p[0].numel() for p in model.parameters())  # whole rows, in float32
-        line = dict(base=base, weights=shard, gradients=shard, optimizer=2 * shard)
-        # two layers, one gathered while the other computes; embedding and head, their gradients (a tied head has two,
-        # yet to be added), and the copy in float32 that the reduction over ranks reads
-        gathered = 2 * (rest + layer) + rest * config.tie_word_embeddings
-        line |= dict(unsharded=gathered * dtype.itemsize + 4 * rest, activations=kept)
-        line["total"] = sum(line.values())
-        line["recomputed"] = inputs + max(0, one - logits)  # a layer at a time, once the logits are gone
-        table.append({"ranks": n} | line | {"total'": line["total"] - kept + line["recomputed"]})
-    return table
-
-
-def dry_run(config: ModelConfig, examples: list[Example], steps: int, args: Namespace) -> None:
-    """Prints what a run would take; writes nothing."""
-    batches = [batch_of(examples, step, args) for step in range(math.ceil(len(examples) / args.batch_size))]
-    parts = [p for b in batches for p in micro_batches(b, args.micro_batch_size, dist.get_world_size()) if p]
-    tokens, padded = sum(map(len, examples)), sum(len(part) * len(part[0]) for part in parts)
-    supervised = sum(len(e.reference) + len(e.rationale) for e in examples)
-    text = f"{len(examples):,} examples, {tokens:,} tokens, {supervised:,} of them supervised; "
-    say(f"{text}{padded:,} with padding ({padded / tokens - 1:.1%} more); {steps:,} steps")
-    largest = max(parts, key=lambda part: len(part) * len(part[0]))
-    say(f"GiB a rank, micro-batches up to {len(largest)} x {len(largest[0])} tokens; last two columns: recomputed")
-    ranks = sorted({dist.get_world_size(), *(2**i for i in range(7))})
-    table = memory(config, largest, getattr(torch, args.dtype), peak_memory(), ranks)
-    say("  ".join(table[0]))
-    for line in table:
-        sizes = (f"{x / 2**30:{len(name)}.2f}" for name, x in line.items() if name != "ranks")
-        say("  ".join([f"{line['ranks']:5}", *sizes]))
-
-
-def shard(model: Transformer, args: Namespace, device, index: dict | None) -> None:
-    """Fills a model on `meta` in shards, none of them whole: float32 weights and reduction, compute in --dtype."""
-    compute = torch.bfloat16 if args.dtype == "bfloat16" else None
-    # by default the float32 cos and sin would be cast at every block
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = torch.distributed.init_device_mesh(device.type, (dist.get_world_size(),))
+    if frozen:
+        model = model.to(compute).requires_grad_(False)
     if args.compile:
         model.compile_layers()
+    # by default the float32 cos and sin would be cast at every block
+    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen or None)
     model.to_empty(device=device)
     model.activation_checkpointing = args.activation_checkpointing
-    if index:
-        load_weights(dict(model.named_parameters()), index)
+    parameters = dict(model.named_parameters())
+    if folder:
+        load_weights(parameters, find_weights(folder, parameters))
     else:
         model.initialize(args.seed)
+    return model.train(not frozen)
 
 
-@contextmanager
-def together(out: str | Path):
-    """Writes below `out`; what fails on one rank raises on all, so that none waits for others. -> whether rank 0."""
-    error, errors = None, [None] * dist.get_world_size()
-    try:
-        yield dist.get_rank() == 0
-    except OSError as e:
-        error = str(e)
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        raise OSError(f"{out}: {next(filter(None, errors))}; free space, then go on with --resume")
+def make_optimizer(model: Transformer, args: Namespace) -> torch.optim.Optimizer:
+    """AdamW; norms are not decayed."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
-def state(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+# 4. What a run leaves on disk
+
+
+def say(text: str) -> None:
+    """Prints from rank 0."""
+    if is_first_rank():
+        print(text, flush=True)
+
+
+def record(line: dict, out: str) -> None:
+    """Appends a line to metrics.jsonl. FloatingPointError if a number is not finite."""
+    if not is_first_rank():
+        return
+    for name, value in line.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise FloatingPointError(f"step {line['step']}: {name} is {value}; nothing is written")
+    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def checkpoint_tensors(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint holds, by folder and name: weights and both moments of Adam."""
-    named = dict(model.named_parameters())
-    moments = {m: {name: optimizer.state[p][m] for name, p in named.items()} for m in ("exp_avg", "exp_avg_sq")}
-    return {"weights": named} | moments
+    tensors = {"weights": dict(model.named_parameters())}
+    for moment in ("exp_avg", "exp_avg_sq"):
+        named = model.named_parameters()
+        tensors[moment] = {name: optimizer.state[p][moment] for name, p in named}
+    return tensors
+
+
+def checkpoints(out: Path) -> dict[int, Path]:
+    """The complete checkpoints by their steps."""
+    folders = out.glob("checkpoint/step-*")
+    return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step-\d+", f.name)}
 
 
 def save_checkpoint(model, optimizer, out: Path, step: int) -> None:
-    """Writes `state` as safetensors, readable on any number of ranks; appears whole or not at all."""
+    """Writes a checkpoint, readable on any number of ranks; it appears whole or not at all."""
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
-    for name, tensors in state(model, optimizer).items():
-        with together(out):
-            save_weights(tensors, temporary / name, torch.float32)
-    with together(out) as first:
-        if first:
-            temporary.rename(folder)
-            for old in set(folder.parent.iterdir()) - {folder}:
-                shutil.rmtree(old)
+    tensors = checkpoint_tensors(model, optimizer)
+    for name in tensors:
+        save_weights(tensors[name], temporary / name, torch.float32)
+    if is_first_rank():
+        for name in tensors:
+            find_weights(temporary / name, tensors[name])  # it can be read
+        temporary.rename(folder)
+        remove_checkpoints(out, folder)
+    dist.barrier()
+
+
+def remove_checkpoints(out: Path, kept: Path | None) -> None:
+    """Removes all that this script has written to checkpoint/, but for one; nothing else."""
+    for folder in out.glob("checkpoint/step-*"):
+        if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
+            shutil.rmtree(folder)
+    if kept is None and (out / "checkpoint").exists() and not os.listdir(out / "checkpoint"):
+        (out / "checkpoint").rmdir()
 
 
 def load_checkpoint(model, optimizer, out: Path) -> int:
-    """Restores the newest complete checkpoint -> steps done; 0 where there is none. Cuts the metrics back to it."""
-    done = max((int(f.name[5:]) for f in (out / "checkpoint").glob("step-*[0-9]")), default=0)
+    """Restores the newest complete checkpoint -> the steps that are done, 0 where there is none."""
+    done = max(checkpoints(out), default=0)
     if done:
         for p in model.parameters():
             step = torch.tensor(float(done), device=p.device)
-            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        for name, tensors in state(model, optimizer).items():
-            shapes = {name: t.shape for name, t in tensors.items()}
-            load_weights(tensors, read_index(out / "checkpoint" / f"step-{done}" / name, shapes))
-    metrics = out / "metrics.jsonl"
-    if dist.get_rank() == 0 and metrics.exists():
-        # without a torn last line; the lines are ASCII and in the order of the steps
-        lines = metrics.read_text("utf-8").split("\n")[:-1]
-        os.truncate(metrics, sum(len(line) + 1 for line in lines if json.loads(line)["step"] <= (done or -1)))
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            optimizer.state[p] = {"step": step} | moments
+        for name, tensors in checkpoint_tensors(model, optimizer).items():
+            folder = checkpoints(out)[done] / name
+            load_weights(tensors, find_weights(folder, tensors))
+    if is_first_rank():
+        cut_metrics(out / "metrics.jsonl", done)
     return done
 
 
+def cut_metrics(file: Path, done: int) -> None:
+    """Cuts metrics.jsonl back to the steps that are done."""
+    kept = []
+    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
+        try:
+            step = json.loads(line)["step"]
+        except ValueError:  # torn by a kill, or blank
+            continue
+        if 0 < step <= done or (step == 0 and done):
+            kept.append(line)
+    if kept:
+        write_text(file, "\n".join(kept))
+    else:
+        file.unlink(missing_ok=True)
+
+
 def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
-    """Writes a model folder in the compute type, the very weights of the forward pass, with its tokenizer files."""
+    """Writes a model folder in the compute type, with the tokenizer's own files.
+
+    Each file appears whole, config.json last: it says that all is there.
+    """
     temporary = folder / "export.tmp"  # within, so on the same file system
-    with together(folder) as first:
-        model.save_pretrained(temporary, getattr(torch, dtype))
-        if first:
-            for file in [f for pattern in TOKENIZER_FILES for f in Path(source).glob(pattern) if f.is_file()]:
-                shutil.copyfile(file, temporary / file.name)
-            for file in sorted(temporary.iterdir(), key=lambda f: f.name == "config.json"):
-                file.replace(folder / file.name)  # config.json last: it says that all is there
-            temporary.rmdir()
+    model.save_pretrained(temporary, getattr(torch, dtype))
+    if is_first_rank():
+        for name in TOKENIZER_FILES:
+            copy_own_file(Path(source) / name, temporary / name)
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+        temporary.rmdir()
+    dist.barrier()
+
+
+def copy_own_file(file: Path, copy: Path) -> None:
+    """Copies a file of a model folder; of a link only what lies in Hugging Face's own cache."""
+    target = file.resolve()
+    own = (file.parent.resolve(), (file.parent / "../../blobs").resolve())
+    if target.is_file() and target.parent in own:
+        shutil.copyfile(target, copy)
 
 
 def open_run(args: Namespace, examples: list[Example]) -> bool:
-    """Prepares --out, or checks that it is the same run -> whether that is finished. Nothing there is overwritten."""
-    out, file, digest = Path(args.out), Path(args.out) / "args.json", hashlib.sha256()
-    for e in examples:
-        digest.update(f"{e.id} {e.prompt} {e.reference} {e.rationale}\n".encode())
-    mine = vars(args) | {"data_hash": digest.hexdigest()[:16]}
-    if file.exists() and args.resume:
-        old = json.loads(data.read_text(file))
-        for name in mine:
-            if name not in FREE.split() and old.get(name) != mine[name]:
-                raise ValueError(f"{file}: {name} was {old.get(name)}, now {mine[name]}; --resume needs the same run")
-    elif out.exists() and any(out.iterdir()):
-        way = "go on with --resume, or" if file.exists() else "and holds no run to go on with;"
-        raise ValueError(f"{out}: is not empty; {way} choose another --out")
-    dist.barrier()  # until all have looked
-    with together(out) as first:
-        if first and not file.exists():
-            data.write_text(file, json.dumps(mine, indent=2, ensure_ascii=False))
+    """Prepares --out, or checks that it has the same run -> whether that is finished."""
+    out = Path(args.out)
+    file = out / "args.json"
+    rows = [[e.id, e.prompt, e.reference, e.rationale] for e in examples]
+    data_hash = data.short_hash(json.dumps(rows).encode())
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, data_hash)
+    require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
+    if is_first_rank():
+        mine = vars(args) | {"data_hash": data_hash, "versions": {"torch": torch.__version__}}
+        for name in ("model", "teacher"):
+            folder = getattr(args, name)
+            mine[f"{name}_hash"] = hash_model(folder) if folder else None
+        if args.config:
+            mine["config_hash"] = data.short_hash(Path(args.config).read_bytes())
+        if file.exists() and args.resume:
+            data.require_same(file, data.read_object(file), mine, FREE)
+        else:
+            there = set(os.listdir(out)) if out.exists() else set()
+            way = "resume it with --resume, or" if file.exists() else "and holds no run;"
+            fault = f"is not empty; {way} choose another --out"
+            require(there <= {"args.json.tmp"}, out, fault)
+            write_text(file, json.dumps(mine, indent=2, ensure_ascii=False))
+    dist.barrier()
     return (out / "config.json").exists()
 
 
-def heed_signals() -> list[int]:
-    """SIGTERM and Ctrl-C enter the returned list, which ends the run after its step; a second one ends it at once."""
-    received = []
+# 5. The run
 
-    def heed(number: int, _) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heed)
-    return received
+@contextmanager
+def signals_heard():
+    """SIGTERM and Ctrl-C enter the list, which ends the run after its step.
+
+    They may come twice, from a scheduler or a terminal and from torchrun. A later Ctrl-C ends the
+    run at once.
+    """
+    heard = []
+    since = []
+
+    def hear(number: int, _) -> None:
+        if number == signal.SIGINT and since and time.monotonic() - since[0] > REPEAT_S:
+            os._exit(128 + number)
+        heard.append(number)
+        since.append(time.monotonic())
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most so far: on a GPU of tensors, on a CPU of the process, PyTorch included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
+
+
+def print_step(line: dict, steps: int) -> None:
+    losses = f"loss {line['loss']:.4f}"
+    for name in ("reference", "rationale"):
+        loss = line[f"{name}_loss"]
+        losses += f"  {name} {'-':>6}" if loss is None else f"  {name} {loss:.4f}"
+    speed = line["tokens"] / line["seconds"]
+    how = f"lr {line['learning_rate']:.2e}  norm {line['grad_norm']:6.2f}"
+    cost = f"{speed:7,.0f} tokens/s  {line['memory_gib']:5.2f} GiB"
+    say(f"{line['step']:6}/{steps}  {losses}  {how}  {cost}")
+
+
+def run_steps(model, teacher, optimizer, examples, valid, steps: int, args, heard) -> None:
+    """Trains from the newest checkpoint to the end, or to a signal."""
+    out = Path(args.out)
+    source = args.tokenizer or args.model
+    device = next(model.parameters()).device
+    done = load_checkpoint(model, optimizer, out) if args.resume else 0
+    if done == 0:
+        validate(model, teacher, valid, 0, args)
+    for step in range(done + 1, steps + 1):
+        start = time.perf_counter()
+        batch = batch_of(examples, step - 1, args)
+        rate = learning_rate(step - 1, steps, args)
+        line = train_step(model, teacher, optimizer, batch, step, rate, args)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        line["seconds"] = time.perf_counter() - start
+        line["memory_gib"] = memory_gib(device)
+        record(line, out)
+        print_step(line, steps)
+        if step == steps or (args.valid_every and step % args.valid_every == 0):
+            validate(model, teacher, valid, step, args)
+        if args.export_every and step % args.export_every == 0:
+            export(model, out / f"step-{step}", source, args.dtype)
+        stop = torch.tensor(max(heard, default=0))
+        dist.all_reduce(stop, dist.ReduceOp.MAX)  # one rank that is told to stop stops all
+        due = args.save_every and step % args.save_every == 0
+        if step < steps and (stop or due):
+            save_checkpoint(model, optimizer, out, step)
+        if step < steps and stop:
+            say(f"stopped by a signal after step {step}; resume it with --resume")
+            sys.exit(128 + stop.item())
+    export(model, out, source, args.dtype)
 
 
 def main(args: Namespace) -> None:
-    # 1. processes
-    rank, world_size, device = start_processes()
-    out = Path(args.out)
+    # 1. processes; a rank waits for the others as long as one file takes to be written
+    _, world_size, device = start_processes(timedelta(minutes=15))
 
-    # 2. headers and data: what can be wrong is found before any weight is read
+    # 2. the data and the headers: what can be wrong is found before any weight is read
     source = args.tokenizer or args.model
-    if not source or bool(args.model) == bool(args.config):
-        raise ValueError("give --model, or --config with --tokenizer")
+    one = bool(args.model) != bool(args.config)
+    require(source and one, "train.py", "give --model, or --config with --tokenizer")
     config = ModelConfig.from_file(args.config or Path(args.model) / "config.json")
-    with torch.device("meta"):
-        model = Transformer(config)
-    index = read_index(args.model, {name: p.shape for name, p in model.named_parameters()}) if args.model else None
-    tokenizer, sets = Tokenizer(source, args.chat), data.named_files(args.valid)
+    tokenizer = Tokenizer(source, args.chat or "auto")
+    if args.teacher:
+        teacher_config = ModelConfig.from_file(Path(args.teacher) / "config.json")
+        same = Tokenizer(args.teacher).hash == tokenizer.hash
+        same = same and teacher_config.vocab_size == config.vocab_size
+        require(same, args.teacher, "the teacher's vocabulary is another than the model's")
     examples = read_examples(args.data, args, tokenizer, config)
-    valid = {name: read_examples(files, args, tokenizer, config) for name, files in sets.items()}
+    valid = {}
+    for name, files in named_files(args.valid).items():
+        valid[name] = read_examples(files, args, tokenizer, config)
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
-    if args.dry_run:
-        return dry_run(config, examples, steps, args)
-    if open_run(args, examples):
-        return say(f"{out}: this run is finished")
 
-    # 3. model and optimizer; norms and biases are not decayed
-    shard(model, args, device, index)
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-
-    # 4. where we are
-    done = load_checkpoint(model, optimizer, out) if args.resume else 0
-    peak = matmul_rate(getattr(torch, args.dtype), device) * world_size
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters, {world_size} x {device.type}, {peak / 1e12:.3g} Tflop/s; steps {done} to {steps}")
-    if done == 0:
-        validate(model, valid, 0, args)
-
-    # 5. the loop
-    signals = heed_signals()
-    for step in range(done + 1, steps + 1):
-        start = time.perf_counter()
-        batch, rate = batch_of(examples, step - 1, args), learning_rate(step - 1, steps, args)
-        line = train_step(model, optimizer, batch, step, rate, args)
-        line |= costs(model, batch, time.perf_counter() - start, peak)
-        report(line, STEP, args, steps=steps, speed=line["tokens"] / line["seconds"])
-        if step == steps or (args.valid_every and step % args.valid_every == 0):
-            validate(model, valid, step, args)
-        if args.export_every and step % args.export_every == 0:
-            export(model, out / f"step-{step}", source, args.dtype)
-        stop = torch.tensor(float(bool(signals)))
-        dist.all_reduce(stop)  # one rank that is told to stop stops all
-        if step < steps and (stop or (args.save_every and step % args.save_every == 0)):
-            save_checkpoint(model, optimizer, out, step)
-        if step < steps and stop:
-            say(f"stopped by a signal after step {step}; --resume goes on from here")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
-    # 6. the model
-    export(model, out, source, args.dtype)
-    if rank == 0:
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    say(f"wrote {out}")
+    with data.lock(args.out), signals_heard() as heard:
+        # 3. where the run stands
+        if open_run(args, examples):
+            say(f"{args.out}: this run is finished")
+        else:
+            # 4. model, teacher and optimizer
+            model = load_sharded(config, args.model, args, device, frozen=False)
+            teacher = None
+            if args.teacher:
+                teacher = load_sharded(teacher_config, args.teacher, args, device, frozen=True)
+            count = sum(p.numel() for p in model.parameters())
+            say(f"{count:,} parameters on {world_size} x {device.type}, {steps} steps")
+            # 5. the steps, and the model
+            optimizer = make_optimizer(model, args)
+            run_steps(model, teacher, optimizer, examples, valid, steps, args, heard)
+            say(f"wrote {args.out}")
+        if is_first_rank():
+            remove_checkpoints(Path(args.out), None)
 
 
 def parser() -> data.Arguments:
-    count, whole, real = data.number(1, kind=int), data.number(0, kind=int), data.number(0)
-    p = data.Arguments(description="Fine-tunes a model on references and rationales with one joint loss.")
-    p.add_argument("--model", help="model folder to start from")
-    p.add_argument("--config", help="config.json of a model to start from random weights; goes with --tokenizer")
-    p.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.model (default: --model)")
-    p.add_argument("--data", required=True, nargs="+", help="ledgers, pairs, conversations, in any mixture")
-    p.add_argument("--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="validation sets")
-    p.add_argument("--out", required=True, help="folder for model, metrics and checkpoint")
-    data.common_arguments(p)
-    p.add_argument("--rationale-weight", type=real, default=1.0, help="w in the loss; 0 is vanilla (default 1)")
-    p.add_argument("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share of rationales kept (1)")
-    p.add_argument("--keep-all", action="store_true", help="keep rationales of rows whose status is not ok")
-    p.add_argument("--epochs", type=data.number(1e-6), default=1.0, help="passes over the data (default 1)")
-    p.add_argument("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
-    p.add_argument("--batch-size", type=count, default=128, help="examples of a step, over all ranks (default 128)")
-    p.add_argument("--micro-batch-size", type=count, default=8, help="examples of a rank at a time (default 8)")
-    p.add_argument("--max-length", type=data.number(2, kind=int), default=1024, help="tokens; longer rows go (1024)")
-    p.add_argument("--learning-rate", type=real, default=2e-5, help="peak (default 2e-5)")
-    p.add_argument("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
-    p.add_argument("--warmup-steps", type=whole, metavar="N", help="linear warm-up (default 3 %% of the steps)")
-    p.add_argument("--weight-decay", type=real, default=0.0, help="of matrices, decoupled (default 0)")
-    p.add_argument("--max-grad-norm", type=real, default=1.0, help="0 switches clipping off (default 1)")
-    p.add_argument(
-        "--dtype", default=data.default_dtype(), choices=("float32", "bfloat16"), help="compute (here %(default)s)"
-    )
-    p.add_argument("--seed", type=whole, default=0, help="order of the data, random weights (default 0)")
-    p.add_argument("--save-every", type=whole, default=500, help="steps between checkpoints, 0: none (default 500)")
-    p.add_argument("--export-every", type=whole, default=0, help="steps between model folders step-N (0: none)")
-    p.add_argument("--valid-every", type=whole, default=0, help="steps between validations (0: first and last)")
-    p.add_argument("--activation-checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    p.add_argument("--compile", action="store_true", help="compile the layers: a slow first step, faster later ones")
-    p.add_argument("--dry-run", action="store_true", help="only say what the run would take, memory by part included")
-    p.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    count = data.COUNT
+    zero = data.COUNT_OR_ZERO
+    real = data.number(0)
+    p = data.Arguments(description="Fine-tunes a model on references and rationales.")
+    add = p.add_argument
+    add("--model", help="model folder to start from")
+    add("--config", help="config.json of a model with random weights; goes with --tokenizer")
+    add("--tokenizer", metavar="DIR", help="folder with tokenizer.model (default: --model)")
+    add("--data", required=True, nargs="+", help="ledgers, pairs, conversations, in any mixture")
+    add("--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="validation sets")
+    add("--out", required=True, help="folder for model, metrics and checkpoint")
+    data.prompt_arguments(p)
+    add("--rationale-weight", type=real, default=1.0, help="w; 0 is vanilla (default 1)")
+    add("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share used (default 1)")
+    add("--only-ok", action="store_true", help="leave out rationales of another status than ok")
+    add("--teacher", metavar="DIR", help="on rationales learn its distribution, not the samples")
+    add("--epochs", type=data.number(1e-6), default=1.0, help="passes over the data (default 1)")
+    add("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=count, default=128, help="examples of a step, all ranks (default 128)")
+    add("--micro-batch-size", type=count, default=8, help="of a rank at a time (default 8)")
+    add("--max-length", type=data.number(2, 2**31, int), default=1024, help="tokens (1024)")
+    add("--learning-rate", type=real, default=2e-5, help="peak (default 2e-5)")
+    add("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
+    add("--warmup-steps", type=zero, metavar="N", help="linear (default 3 %% of the steps)")
+    add("--weight-decay", type=real, default=0.0, help="of matrices, decoupled (default 0)")
+    add("--max-grad-norm", type=real, default=1.0, help="0 switches clipping off (default 1)")
+    data.dtype_argument(p)
+    add("--seed", type=zero, default=0, help="order of the data, random weights (default 0)")
+    add("--save-every", type=zero, default=500, help="steps; 0: no checkpoints (default 500)")
+    add("--export-every", type=zero, default=0, help="steps between model folders step-N (none)")
+    add("--valid-every", type=zero, default=0, help="steps (default: at the start and the end)")
+    add("--activation-checkpointing", action="store_true", help="less memory, slower")
+    add("--compile", action="store_true", help="compile the layers: a slow start, then faster")
+    add("--resume", action="store_true", help="resume the run in --out")
     return p
 
 
