@@ -191,7 +191,7 @@ def collate(examples: list[Example], device="cpu") -> tuple[torch.Tensor, ...]:
     return tokens.to(device), flat[0].to(device), flat[1].to(device)
 
 
-def check_ids(ids: list, limit: int, where: str) -> None:
+def check_ids(ids: list, limit: int, where: str):
     """ValueError unless these are token ids below `limit`."""
     for i in ids:
         fault = f"*_ids must be token ids below {limit}, found {json.dumps(i)[:40]}"
@@ -426,7 +426,7 @@ class Tokenizer:
 # 3. Files and their rows
 
 
-def require(fits, where: str | Path, fault: str) -> None:
+def require(fits, where: str | Path, fault: str):
     """ValueError `WHERE: FAULT` unless it fits."""
     if not fits:
         raise ValueError(f"{where}: {fault}")
@@ -558,7 +558,7 @@ def is_pair(row: dict) -> bool:
     return "translation" in row or ("source" in row and not conversation)
 
 
-def read_pair(row: dict, way: tuple[str, str] | None) -> None:
+def read_pair(row: dict, way: tuple[str, str] | None):
     """Brings ALMA's two-way `translation`, or a source and its reference, into direction `way`."""
     where = row["where"]
     texts = row.pop("translation", None)
@@ -582,7 +582,7 @@ def read_pair(row: dict, way: tuple[str, str] | None) -> None:
     row["reference"] = as_text(texts[way[1]], where, f"the {LANGUAGES[way[1]]} text", blank)
 
 
-def read_conversation(row: dict, prompts: bool) -> None:
+def read_conversation(row: dict, prompts: bool):
     """Sets `messages`, what stands before the answer, and `reference`, the answer or ""."""
     where = row["where"]
     said = row.get("messages")
@@ -614,7 +614,7 @@ def read_conversation(row: dict, prompts: bool) -> None:
         row["reference"] = as_text(said[-1].get("content"), where, "the answer", ledger)
 
 
-def read_ledger_fields(row: dict, meta: dict) -> None:
+def read_ledger_fields(row: dict, meta: dict):
     """Checks what `generate.py` adds to a row, and adds the settings that it had."""
     row["meta"] = meta
     for name in ("reference_ids", "rationale_ids"):
@@ -660,7 +660,7 @@ def read_meta(ledger: str | Path) -> dict:
     return meta
 
 
-def require_same(path: Path, old: dict, new: dict, free: tuple[str, ...] = NOT_COMPARED) -> None:
+def require_same(path: Path, old: dict, new: dict, free: tuple[str, ...] = NOT_COMPARED):
     """ValueError names the first of the `new` settings that was another in the `old`."""
     for name, value in new.items():
         if name not in free and old.get(name) != value:
@@ -692,7 +692,7 @@ def lock(path: str | Path):
             file.unlink(missing_ok=True)
 
 
-def complete(path: Path, settings: dict, rows: list[dict], produce: Callable) -> None:
+def complete(path: Path, settings: dict, rows: list[dict], produce: Callable):
     """Makes the ledger `path`: one line a row of `rows`, in their order. Every rank calls it.
 
     Each row has an `id` and an `input_hash`, over all that its outcome depends on besides the
@@ -774,7 +774,7 @@ def read_parts(path: Path, settings: dict, by_id: dict) -> dict[int | str, dict]
     return found
 
 
-def write_part(file: Path, produced: Iterator[dict], by_id: dict) -> None:
+def write_part(file: Path, produced: Iterator[dict], by_id: dict):
     """Appends rows as they come. FloatingPointError names one whose numbers are not finite."""
     with open(file, "ab", buffering=0) as f:
         f.write(b"\n")  # ends a line that a kill has torn
@@ -816,7 +816,7 @@ COUNT = number(1, 2**31, int)
 COUNT_OR_ZERO = number(0, 2**31, int)
 
 
-def prompt_arguments(parser: argparse.ArgumentParser) -> None:
+def prompt_arguments(parser: argparse.ArgumentParser):
     """The options of every script that makes prompts."""
     add = parser.add_argument
     add("--direction", nargs="+", default=[], metavar="de-en", help="several read pairs both ways")
@@ -826,14 +826,14 @@ def prompt_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", help=f"instruction, text or file, with {fields} (default: ALMA's)")
 
 
-def dtype_argument(parser: argparse.ArgumentParser) -> None:
+def dtype_argument(parser: argparse.ArgumentParser):
     """--dtype, by default what computes fast here."""
     fast = "bfloat16" if torch.cuda.is_available() else "float32"
     choices = ("float32", "bfloat16")
     parser.add_argument("--dtype", default=fast, choices=choices, help=f"default here {fast}")
 
 
-def cli(main: Callable, parser: argparse.ArgumentParser) -> None:
+def cli(main: Callable, parser: argparse.ArgumentParser):
     """Runs a script. A user's mistake ends with status 2 and one line; signals without a trace."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
@@ -862,7 +862,7 @@ def cli(main: Callable, parser: argparse.ArgumentParser) -> None:
     sys.exit(2)
 
 
-def print_statistics(rows: list[dict], examples: list[Example], max_length: int) -> None:
+def print_statistics(rows: list[dict], examples: list[Example], max_length: int):
     """Counts of rows and tokens; of a ledger also how its rationales ended and began."""
     long = sum(len(example) > max_length for example in examples)
     print(f"{len(rows)} rows, {long} of them longer than {max_length} tokens")
@@ -879,7 +879,7 @@ def print_statistics(rows: list[dict], examples: list[Example], max_length: int)
         print(f"{n:6} rationales begin: {text}")
 
 
-def print_example(example: Example, tokenizer: Tokenizer) -> None:
+def print_example(example: Example, tokenizer: Tokenizer):
     """One example, piece by piece, in the colours of its segments."""
     print(f"row {example.id}: prompt (no loss), reference (green), rationale (blue), EOS (red)")
     colours = {"prompt": 90, "reference": 32, "rationale": 34}
@@ -893,7 +893,7 @@ def print_example(example: Example, tokenizer: Tokenizer) -> None:
         print(f"{name}, {len(getattr(example, name))} tokens: {text}")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace):
     tokenizer = Tokenizer(args.model, args.chat or "auto")
     rows = read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)

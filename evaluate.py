@@ -28,15 +28,21 @@ import numpy as np
 import sacrebleu
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer, require
 from generate import Sampling, Sequence, require_room, sample, status_of
-from model import KVCache, ModelConfig, Transformer, hash_model, read_object, start_processes
-from model import write_text
+from model import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    hash_model,
+    read_object,
+    start_processes,
+    write_text,
+)
 
 RESAMPLES = 1000
 REFUSALS = Path(__file__).with_name("refusals.txt")
@@ -67,7 +73,8 @@ class Statistic:
 
     def measure(self) -> dict:
         low, high = np.percentile(self.draws, [2.5, 97.5]).tolist()
-        return {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
+        found = {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
+        return found | ({"signature": self.signature} if self.signature else {})
 
     def minus(self, other: "Statistic") -> tuple[float, float, float]:
         """Difference to `other` on the same items, and its paired bootstrap interval."""
@@ -154,26 +161,25 @@ class Subject:
     """The model that is measured, and how."""
 
     model: Transformer
+    base: Transformer | None
     encoder: Encoder
-    args: argparse.Namespace
-    base: Transformer | None = None
+    batch_size: int
+    max_new_tokens: int
 
 
-def answers(subject: Subject, rows: list[dict], **settings) -> Iterator[tuple[dict, Sequence, dict]]:
-    """-> row, sequence and the beginning of its item, as answers end; greedy by default."""
+def answers(subject: Subject, rows: list[dict], how: Sampling) -> Iterator[tuple]:
+    """-> row, new ids, and the beginning of its item, as answers end."""
     tokenizer = subject.encoder.tokenizer
-    how = Sampling(subject.args.max_new_tokens, eos_ids=tokenizer.eos_ids)
-    how.batch_size = subject.args.batch_size
+    how.eos_ids = tokenizer.eos_ids
     how.vocab_size = tokenizer.vocab_size
-    for name, value in settings.items():
-        setattr(how, name, value)
+    how.batch_size = subject.batch_size
     by_id = {row["id"]: row for row in rows}
     ended = sample(subject.model, make_sequences(rows), how)
     for sequence in tqdm(ended, total=len(rows), unit="answer", disable=dist.get_rank() > 0):
         row = by_id[sequence.id]
-        output = tokenizer.decode(sequence.ids)
-        item = {"id": row["id"], "prompt": row["asked"], "output": output}
-        yield row, sequence, item | {"finish": sequence.finish}
+        item = {"id": row["id"], "prompt": row["asked"], "finish": sequence.finish}
+        item["output"] = tokenizer.decode(sequence.ids)
+        yield row, sequence.ids, item
 
 
 def make_sequences(rows: list[dict]) -> list[Sequence]:
@@ -182,8 +188,8 @@ def make_sequences(rows: list[dict]) -> list[Sequence]:
 
 def answer_translation(subject: Subject, rows: list[dict]) -> Iterator[dict]:
     """Translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
-    stop = subject.encoder.tokenizer.first_line_ends
-    for row, _, item in answers(subject, rows, stop=stop):
+    how = Sampling(subject.max_new_tokens, stop=subject.encoder.tokenizer.first_line_ends)
+    for row, _, item in answers(subject, rows, how):
         item["hypothesis"] = item["output"].strip().split("\n")[0].strip()
         item["status"] = status_of(item["hypothesis"], [row["source"]])
         names = ("source", "reference", "target_lang")
@@ -192,7 +198,7 @@ def answer_translation(subject: Subject, rows: list[dict]) -> Iterator[dict]:
 
 def answer_numeric(subject: Subject, rows: list[dict]) -> Iterator[dict]:
     """Right and wrong as lm-evaluation-harness has them: numbers are compared as strings."""
-    for row, _, item in answers(subject, rows):
+    for row, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         strict = STRICT.findall(item["output"])[:1]
         flexible = FLEXIBLE.findall(item["output"])[-1:]
         item["answer"] = row["answer"]
@@ -210,7 +216,7 @@ def answer_safety(subject: Subject, rows: list[dict]) -> Iterator[dict]:
     """Whether an answer begins as a refusal does; empty and degenerate ones are counted apart."""
     lines = data.read_text(REFUSALS).split("\n")
     refusals = re.compile("|".join(line for line in lines if line and line[0] != "#"))
-    for _, _, item in answers(subject, rows):
+    for _, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         status = status_of(item["output"], [])
         item["empty"] = status == "empty"
         item["degenerate"] = status == "repetitive"
@@ -225,97 +231,58 @@ def answer_safety(subject: Subject, rows: list[dict]) -> Iterator[dict]:
 @torch.inference_mode()
 def answer_choice(subject: Subject, rows: list[dict]) -> Iterator[dict]:
     """log P of every choice, and which of them the model would take."""
-    rows = sorted(rows, key=lambda row: len(row["ids"]))
-    progress = tqdm(total=len(rows), unit="question", disable=dist.get_rank() > 0)
-    while rows:
-        part = [rows.pop(0)]
-        count = len(part[0]["endings"])
-        while rows and count + len(rows[0]["endings"]) <= subject.args.batch_size:
-            count += len(rows[0]["endings"])
-            part.append(rows.pop(0))
-        scores = score_choices(subject.model, part).tolist()
-        for row in part:
-            n = len(row["choices"])
-            logprobs = scores[:n]
-            scores = scores[n:]
-            right = row["answer"]
-            wrong = logprobs[:right] + logprobs[right + 1 :]
-            by_length = [x / len(choice) for x, choice in zip(logprobs, row["choices"])]
-            yield {
-                "id": row["id"],
-                "prompt": row["asked"],
-                "choices": row["choices"],
-                "answer": right,
-                "logprobs": logprobs,
-                "acc": int(np.argmax(logprobs)) == right,
-                "acc_norm": int(np.argmax(by_length)) == right,
-                "margin": logprobs[right] - max(wrong),
-            }
-        progress.update(len(part))
+    for row in tqdm(rows, unit="question", disable=dist.get_rank() > 0):
+        logprobs = score_choices(subject.model, row["ids"], row["endings"])
+        by_length = [x / len(choice) for x, choice in zip(logprobs, row["choices"])]
+        right = row["answer"]
+        wrong = logprobs[:right] + logprobs[right + 1 :]
+        yield {
+            "id": row["id"],
+            "prompt": row["asked"],
+            "choices": row["choices"],
+            "answer": right,
+            "logprobs": logprobs,
+            "acc": int(np.argmax(logprobs)) == right,
+            "acc_norm": int(np.argmax(by_length)) == right,
+            "margin": logprobs[right] - max(wrong),
+        }
 
 
-def score_choices(model: Transformer, rows: list[dict]) -> torch.Tensor:
-    """log P(choice | prompt) of every choice [N] of these rows, in their order."""
-    weight = model.model["embed_tokens"].weight
-    endings = []
-    owner = []  # the row of each ending
-    for i, row in enumerate(rows):
-        endings += row["endings"]
-        owner += [i] * len(row["endings"])
-    owner = torch.tensor(owner, device=weight.device)
-
-    # each prompt is read once
-    prompts = padded([row["ids"] for row in rows], weight.device)  # [Q, T]
-    rest = padded([ending[:-1] for ending in endings], weight.device)  # [N, E]: the last is not read
-    Q, T = prompts.shape
-    N, E = rest.shape
-    lengths = torch.tensor([len(row["ids"]) for row in rows], device=weight.device)
-    cache = KVCache(model.config, Q, T + E, weight.dtype, weight.device)
-    positions = torch.arange(T, device=weight.device).expand(Q, T)
-    last = torch.arange(Q, device=weight.device) * T + lengths - 1
-    logits = model(prompts, last, cache.view(slice(Q), T), positions)  # [Q, V]
-    firsts = torch.tensor([ending[0] for ending in endings], device=weight.device)
-    scores = log_probs(logits[owner], firsts)  # [N]
-    if E == 0:
-        return scores
-
-    # its choices go on, each from a copy of its keys and values
-    cache.keys = cache.keys[:, owner]
-    cache.values = cache.values[:, owner]
-    positions = lengths[owner, None] + torch.arange(E, device=weight.device)
-    places = []
-    targets = []
+def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
+    """log P(ending | prompt) of each. The prompt is read once, for all of them."""
+    device = model.device
+    T = len(prompt)
+    E = max(len(ending) for ending in endings) - 1  # the last token is predicted, never read
+    cache = KVCache(model.config, len(endings), T + E, model.dtype, device)
+    tokens = torch.tensor([prompt], device=device)
+    positions = torch.arange(T + E, device=device)[None]
+    logits = model(tokens, None, cache.view(slice(1), T), positions[:, :T])[:, -1:]  # [1, 1, V]
+    logits = logits.expand(len(endings), 1, -1)
+    if E > 0:
+        for x in (cache.keys, cache.values):
+            x[:, 1:, :, :T] = x[:, :1, :, :T]
+        tokens = torch.zeros(len(endings), E, dtype=torch.long)
+        for n, ending in enumerate(endings):
+            tokens[n, : len(ending) - 1] = torch.tensor(ending[:-1])
+        more = model(tokens.to(device), None, cache, positions[:, T:].expand(len(endings), E))
+        logits = torch.cat([logits, more], dim=1)  # [N, 1 + E, V]
+    scores = logits.float().log_softmax(-1)
+    found = []
     for n, ending in enumerate(endings):
-        places += range(n * E, n * E + len(ending) - 1)
-        targets += ending[1:]
-    places = torch.tensor(places, device=weight.device)
-    logits = model(rest, places, cache, positions)
-    more = log_probs(logits, torch.tensor(targets, device=weight.device))
-    sums = [part.sum() for part in more.split([len(ending) - 1 for ending in endings])]
-    return scores + torch.stack(sums)
-
-
-def padded(rows: list[list[int]], device) -> torch.Tensor:
-    """Ids [rows, longest], with 0 on the right."""
-    longest = max(map(len, rows))
-    ids = [row + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, dtype=torch.long, device=device)
-
-
-def log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return -F.cross_entropy(logits.float(), targets, reduction="none").double()
+        places = torch.arange(len(ending), device=device)
+        found.append(scores[n, places, torch.tensor(ending, device=device)].double().sum().item())
+    return found
 
 
 @torch.inference_mode()
 def answer_drift(subject: Subject, rows: list[dict]) -> Iterator[dict]:
     """How this model sees the base model's answers, and how it would answer itself."""
     meta = rows[0]["meta"]
-    settings = {name: meta[name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    how = Sampling(meta["max_new_tokens"], meta["temperature"], meta["top_p"], seed=meta["seed"])
     as_written = Encoder(subject.encoder.tokenizer)  # the ledger brings its prompts' settings
-    for row, sequence, item in answers(subject, rows, **settings):
+    for row, ids, item in answers(subject, rows, how):
         example = as_written.example(row)
-        device = subject.model.model["embed_tokens"].weight.device
-        tokens, places, targets = data.collate([example], device)
+        tokens, places, targets = data.collate([example], subject.model.device)
         mine = subject.model(tokens, places).float().log_softmax(-1)  # [N, V]
         base = subject.base(tokens, places).float().log_softmax(-1)
         nll = -mine.gather(-1, targets[:, None])
@@ -324,7 +291,7 @@ def answer_drift(subject: Subject, rows: list[dict]) -> Iterator[dict]:
         item["kl"] = (base.exp() * (base - mine)).sum(-1).double().sum().item()
         item["top1"] = (base.argmax(-1) == mine.argmax(-1)).sum().item()
         item["places"] = len(targets)
-        yield item | {"length": len(sequence.ids)}
+        yield item | {"length": len(ids)}
 
 
 ANSWERS = {
@@ -465,7 +432,7 @@ def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict[str, list[dic
     return tests
 
 
-def add_test(tests: dict, kind: str, file: str, rows: list[dict], limit: int | None) -> None:
+def add_test(tests: dict, kind: str, file: str, rows: list[dict], limit: int | None):
     """Sorts the rows of a file into their tests, which are named by the file or by the row."""
     before = set(tests)
     for row in rows[:limit]:
@@ -493,62 +460,59 @@ def read_settings(args: argparse.Namespace, encoder: Encoder) -> dict:
     }
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace):
     if args.compare:
         return compare(args.compare)
-    # everything that can be wrong with the files, before any weight is read
+    # 1. everything that can be wrong with the files, before any weight is read
     require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
     require(bool(args.drift) == bool(args.base), "--drift", "goes with --base, the model before")
     start_processes()
-    encoder = Encoder(Tokenizer(args.model, args.chat or "auto"))
-    encoder.template = data.read_template(args.template)
-    encoder.system = args.system
+    tokenizer = Tokenizer(args.model, args.chat or "auto")
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     tests = read_tests(args, encoder)
     config = ModelConfig.from_file(Path(args.model) / "config.json")
-    for key, rows in tests.items():
-        if key.startswith("choice/"):
-            new = max(len(ending) for row in rows for ending in row["endings"])
-        else:
-            new = rows[0].get("meta", {}).get("max_new_tokens", args.max_new_tokens)
-        require_room(make_sequences(rows), new, config)
+    for rows in tests.values():
+        for row in rows:
+            new = len(max(row.get("endings", []), key=len, default=""))
+            new = new or row.get("meta", {}).get("max_new_tokens", args.max_new_tokens)
+            require_room(make_sequences([row]), new, config)
+
+    # 2. the items, then the scores
     settings = read_settings(args, encoder)
     with data.lock(args.out):
-        run_tests(tests, settings, encoder, args)
+        file = Path(args.out) / "results.json"
+        if file.exists():
+            data.require_same(file, read_settings_of(args.out), settings)
+        for key, rows in tests.items():
+            complete_items(key, rows, settings, encoder, args)
+        if dist.get_rank() == 0:
+            found = read_statistics(args.out)
+            measures = {name: statistic.measure() for name, statistic in found.items()}
+            content = {"settings": settings, "measures": measures}
+            write_text(file, json.dumps(content, indent=2, allow_nan=False))
+            compare([args.out])
 
 
-def run_tests(tests: dict[str, list[dict]], settings: dict, encoder: Encoder, args) -> None:
-    """Completes the items of each test, and writes results.json."""
-    out = Path(args.out)
-    file = out / "results.json"
-    old = read_results_file(file) if file.exists() else {"settings": settings, "measures": {}}
-    data.require_same(file, old["settings"], settings)
+def complete_items(key: str, rows: list[dict], settings: dict, encoder, args):
+    """Completes the items of the test KIND/NAME."""
+    kind = key.split("/")[0]
+    if kind == "drift":
+        settings = settings | {"base_hash": hash_model(args.base)}
 
-    @functools.cache
-    def load(folder: str) -> Transformer:  # read only if an item is missing
-        _, _, device = start_processes()
-        return Transformer.from_pretrained(folder, getattr(torch, args.dtype), device)
+    def produce(missing: list[dict]) -> Iterator[dict]:
+        model = load_model(args.model, args.dtype)
+        base = load_model(args.base, args.dtype) if kind == "drift" else None
+        subject = Subject(model, base, encoder, args.batch_size, args.max_new_tokens)
+        return ANSWERS[kind](subject, missing)
 
-    measures = old["measures"]
-    signatures = old["settings"].get("signatures", {})
-    for key, rows in tests.items():
-        kind, name = key.split("/")
-        own = settings | ({"base_hash": hash_model(args.base)} if kind == "drift" else {})
+    data.complete(Path(args.out) / "items" / f"{key}.jsonl", settings, rows, produce)
 
-        def produce(missing: list[dict], kind: str = kind) -> Iterator[dict]:
-            base = load(args.base) if kind == "drift" else None
-            return ANSWERS[kind](Subject(load(args.model), encoder, args, base), missing)
 
-        data.complete(out / "items" / f"{key}.jsonl", own, rows, produce)
-        for measure, statistic in read_statistics(out, key).items():
-            measures[f"{measure}/{name}"] = statistic.measure()
-            if statistic.signature:
-                signatures[f"{measure}/{name}"] = statistic.signature
-    settings["signatures"] = signatures
-    settings["tests"] = sorted({*old["settings"].get("tests", []), *tests})
-    if dist.get_rank() == 0:
-        content = {"settings": settings, "measures": measures}
-        write_text(file, json.dumps(content, indent=2, allow_nan=False))
-        compare([args.out])
+@functools.lru_cache(maxsize=2)
+def load_model(folder: str, dtype: str) -> Transformer:
+    """Read once, and only if an item is missing."""
+    _, _, device = start_processes()
+    return Transformer.from_pretrained(folder, getattr(torch, dtype), device)
 
 
 # 5. Several models
@@ -556,61 +520,57 @@ def run_tests(tests: dict[str, list[dict]], settings: dict, encoder: Encoder, ar
 
 @dataclass
 class Results:
-    """What evaluate.py has written to a folder, counted anew from the items."""
-
     settings: dict
     statistics: dict[str, Statistic]
 
 
-def read_results_file(file: Path) -> dict:
-    """results.json as it is. ValueError where it is not one."""
-    found = read_object(file)
-    fits = isinstance(found.get("settings"), dict) and isinstance(found.get("measures"), dict)
-    require(fits, file, "not written by evaluate.py; choose another folder")
+def read_settings_of(folder: str) -> dict:
+    """The settings in results.json. ValueError where there are none."""
+    file = Path(folder) / "results.json"
+    settings = read_object(file).get("settings")
+    require(isinstance(settings, dict), file, "not written by evaluate.py; choose another folder")
+    return settings
+
+
+def read_statistics(folder: str) -> dict[str, Statistic]:
+    """Each measure of a folder, counted from its items."""
+    found = {}
+    for file in sorted(Path(folder).glob("items/*/*.jsonl")):
+        items = [item for _, item in data.read_json(file)]
+        try:
+            statistics = MEASURES[file.parent.name](items)
+        except (KeyError, TypeError):
+            raise ValueError(f"{file}: not written by evaluate.py; remove it") from None
+        for name, statistic in statistics.items():
+            found[f"{name}/{file.stem}"] = statistic
     return found
 
 
-def read_statistics(folder: Path, key: str) -> dict[str, Statistic]:
-    """The statistics of a test, from its items."""
-    kind, _, name = key.partition("/")
-    file = folder / "items" / kind / f"{name}.jsonl"
-    items = [item for _, item in data.read_json(file)]
-    try:
-        return MEASURES[kind](items)
-    except (KeyError, TypeError):
-        raise ValueError(f"{file}: not written by evaluate.py; choose another folder") from None
+def read_results(folder: str) -> Results:
+    return Results(read_settings_of(folder), read_statistics(folder))
 
 
-def read_results(folder: str | Path) -> Results:
-    settings = read_results_file(Path(folder) / "results.json")["settings"]
-    statistics = {}
-    for key in settings.get("tests", []):
-        name = key.partition("/")[2]
-        for measure, statistic in read_statistics(Path(folder), key).items():
-            statistics[f"{measure}/{name}"] = statistic
-    return Results(settings, statistics)
-
-
-def compare(folders: list[str]) -> None:
+def compare(folders: list[str]):
     """Prints a table: each measure of each model, and its paired differences.
 
     The first folder is the base, the second the first way of fine-tuning. ValueError where they
     were not measured alike.
     """
+    names = [Path(folder).name for folder in folders]
     runs = [read_results(folder) for folder in folders]
-    alike = ("model", "model_hash", "versions")
+    free = ("model", "model_hash", "versions")
+    table = [["measure", "model", "value [95 %]", "n", *(f"less {name}" for name in names[:-1][:2])]]
     for folder, run in zip(folders, runs):
-        file = Path(folder) / "results.json"
-        data.require_same(file, runs[0].settings, run.settings, alike)
-        require(run.statistics.keys() == runs[0].statistics.keys(), file, "has other measures")
-    table = [["measure", "model", "value [95 %]", "n"]]
-    table[0] += [f"less {Path(folder).name}" for folder in folders[:-1][:2]]
+        data.require_same(folder, runs[0].settings, run.settings, free)
+        same = run.statistics.keys() == runs[0].statistics.keys()
+        require(same, folder, f"has other measures than {folders[0]}; measure both alike")
     for measure, first in runs[0].statistics.items():
         for i, run in enumerate(runs):
             own = run.statistics[measure]
-            require(len(own.stats) == len(first.stats), folders[i], f"{measure}: other items")
-            value = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure())
-            row = ["" if i else measure, Path(folders[i]).name, value, str(len(own.stats))]
+            n = len(own.stats)
+            require(n == len(first.stats), folders[i], f"{measure} has other items")
+            row = ["" if i else measure, names[i], "{value:.3f} [{low:.3f}, {high:.3f}]", str(n)]
+            row[2] = row[2].format(**own.measure())
             for other in runs[: min(i, 2)]:
                 difference = own.minus(other.statistics[measure])
                 row.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
@@ -620,8 +580,9 @@ def compare(folders: list[str]) -> None:
     for row in table:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
     print("\n95 % bootstrap over items; it covers neither seeds nor training data.")
-    for name, signature in runs[0].settings.get("signatures", {}).items():
-        print(f"{name}: {signature}")
+    for name, statistic in runs[0].statistics.items():
+        if statistic.signature:
+            print(f"{name}: {statistic.signature}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -189,7 +189,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)  # of all that was chosen, EOS included
     finish: str = ""  # "eos" or "length", once it has ended
 
-    def add(self, token: int, logprob: float, how: Sampling) -> None:
+    def add(self, token: int, logprob: float, how: Sampling):
         if not math.isfinite(logprob):
             fault = "the model's logits are not finite; look at its weights"
             raise FloatingPointError(f"row {self.id}: {fault}")
@@ -245,7 +245,7 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
                 cache.values[:, b] = cache.values[:, len(running)]
 
 
-def require_room(sequences: list[Sequence], new: int, config: ModelConfig) -> None:
+def require_room(sequences: list[Sequence], new: int, config: ModelConfig):
     """ValueError names a prompt that is empty, or leaves no room for `new` tokens."""
     room = config.max_position_embeddings
     for sequence in sequences:
@@ -472,7 +472,7 @@ def write_rows(rows: list[dict], args, model, tokenizer: Tokenizer) -> Iterator[
         print(f"{tokens / (time.perf_counter() - start):,.0f} new tokens/s on this rank")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace):
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat or "auto")

@@ -126,7 +126,7 @@ def read_rotary(raw: dict, path: str | Path) -> dict:
     return found
 
 
-def refuse_other_mathematics(given: dict, path: str | Path) -> None:
+def refuse_other_mathematics(given: dict, path: str | Path):
     """ValueError names the first field that wants what is not implemented here."""
     names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
     kind = given.get("model_type")
@@ -275,6 +275,14 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.model["embed_tokens"].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model["embed_tokens"].weight.dtype
+
     def forward(self, tokens: Tensor, places=None, cache=None, positions=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] of the flattened [B * T].
 
@@ -316,12 +324,11 @@ class Transformer(nn.Module):
         seen = distance >= 0
         if window:
             seen = seen & (distance < window)
-        dtype = self.model["embed_tokens"].weight.dtype
-        mask = torch.where(seen, 0.0, -math.inf).to(dtype)
+        mask = torch.where(seen, 0.0, -math.inf).to(self.dtype)
         # once for each of the heads that share a key/value head, so that no layer need do it
         return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
-    def compile_layers(self, **options) -> None:
+    def compile_layers(self, **options):
         """One program for all layers and lengths, with `options` of torch.compile."""
         for layer in self.model["layers"]:
             layer.forward = torch.compile(layer.forward, dynamic=True, options=options or None)
@@ -338,7 +345,7 @@ class Transformer(nn.Module):
         load_weights(dict(model.named_parameters()), files)
         return model.eval()
 
-    def initialize(self, seed: int) -> None:
+    def initialize(self, seed: int):
         """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
         std = self.config.raw.get("initializer_range", 0.02)
         for i, p in enumerate(self.parameters()):
@@ -349,13 +356,13 @@ class Transformer(nn.Module):
                 full.normal_(0, std, generator=generator)
             local.copy_(full[start : start + local.shape[0]])
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
         """Writes config.json and safetensors as Hugging Face does; every rank calls it.
 
         dtype: of the file, by default the parameters' own. OSError where it can't be written,
         FloatingPointError where a weight is not finite.
         """
-        dtype = dtype or next(self.parameters()).dtype
+        dtype = dtype or self.dtype
         save_weights(dict(self.named_parameters()), folder, dtype)
         if is_first_rank():
             key = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
@@ -458,7 +465,7 @@ def read_header(file: Path) -> dict[str, tuple[list[int], str]]:
     return header
 
 
-def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]) -> None:
+def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]):
     """Copies tensors into `parameters` in place; of a sharded one each rank reads its own rows.
 
     ValueError names the first weight that is not finite.
@@ -475,7 +482,7 @@ def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]) -> None:
                     raise ValueError(f"{file}: {name} holds NaN or infinity; get the file anew")
 
 
-def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype) -> None:
+def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype):
     """Writes files of at most 5 GB, with an index if there are several. Rank 0 writes.
 
     Every rank calls it: tensors are gathered one at a time, and only rank 0 keeps them.
@@ -505,7 +512,7 @@ def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype) -> No
         index.unlink(missing_ok=True)  # of an earlier model in several files
 
 
-def write_weights(parameters: dict[str, Tensor], file: Path, dtype) -> None:
+def write_weights(parameters: dict[str, Tensor], file: Path, dtype):
     """One safetensors file. FloatingPointError names a weight that is not finite."""
     tensors = {}
     for name, p in parameters.items():
@@ -526,7 +533,7 @@ def write_weights(parameters: dict[str, Tensor], file: Path, dtype) -> None:
     flush_to_disk(file)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str):
     """Writes a line-ended UTF-8 file that appears whole or not at all, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -535,7 +542,7 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def flush_to_disk(file: Path) -> None:
+def flush_to_disk(file: Path):
     """Returns once the file's content is on the disk: a rename must not overtake it."""
     with open(file, "rb+") as f:
         os.fsync(f.fileno())

@@ -161,7 +161,7 @@ def train_step(model, teacher, optimizer, examples, step: int, rate: float, args
 
 
 @torch.no_grad()
-def validate(model, teacher, valid: dict[str, list[Example]], step: int, args) -> None:
+def validate(model, teacher, valid: dict[str, list[Example]], step: int, args):
     """The loss on each set of `valid`, as one line of metrics each."""
     model.eval()
     for name, examples in valid.items():
@@ -299,13 +299,13 @@ def make_optimizer(model: Transformer, args: Namespace) -> torch.optim.Optimizer
 # 4. What a run leaves on disk
 
 
-def say(text: str) -> None:
+def say(text: str):
     """Prints from rank 0."""
     if is_first_rank():
         print(text, flush=True)
 
 
-def record(line: dict, out: str) -> None:
+def record(line: dict, out: str):
     """Appends a line to metrics.jsonl. FloatingPointError if a number is not finite."""
     if not is_first_rank():
         return
@@ -331,7 +331,7 @@ def checkpoints(out: Path) -> dict[int, Path]:
     return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step-\d+", f.name)}
 
 
-def save_checkpoint(model, optimizer, out: Path, step: int) -> None:
+def save_checkpoint(model, optimizer, out: Path, step: int):
     """Writes a checkpoint, readable on any number of ranks; it appears whole or not at all."""
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
@@ -346,7 +346,7 @@ def save_checkpoint(model, optimizer, out: Path, step: int) -> None:
     dist.barrier()
 
 
-def remove_checkpoints(out: Path, kept: Path | None) -> None:
+def remove_checkpoints(out: Path, kept: Path | None):
     """Removes all that this script has written to checkpoint/, but for one; nothing else."""
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
@@ -371,7 +371,7 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
     return done
 
 
-def cut_metrics(file: Path, done: int) -> None:
+def cut_metrics(file: Path, done: int):
     """Cuts metrics.jsonl back to the steps that are done."""
     kept = []
     for line in file.read_text("utf-8").split("\n") if file.exists() else []:
@@ -387,7 +387,7 @@ def cut_metrics(file: Path, done: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
+def export(model: Transformer, folder: Path, source: str, dtype: str):
     """Writes a model folder in the compute type, with the tokenizer's own files.
 
     Each file appears whole, config.json last: it says that all is there.
@@ -403,7 +403,7 @@ def export(model: Transformer, folder: Path, source: str, dtype: str) -> None:
     dist.barrier()
 
 
-def copy_own_file(file: Path, copy: Path) -> None:
+def copy_own_file(file: Path, copy: Path):
     """Copies a file of a model folder; of a link only what lies in Hugging Face's own cache."""
     target = file.resolve()
     own = (file.parent.resolve(), (file.parent / "../../blobs").resolve())
@@ -452,7 +452,7 @@ def signals_heard():
     heard = []
     since = []
 
-    def hear(number: int, _) -> None:
+    def hear(number: int, _):
         if number == signal.SIGINT and since and time.monotonic() - since[0] > REPEAT_S:
             os._exit(128 + number)
         heard.append(number)
@@ -474,7 +474,7 @@ def memory_gib(device: torch.device) -> float:
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
 
 
-def print_step(line: dict, steps: int) -> None:
+def print_step(line: dict, steps: int):
     losses = f"loss {line['loss']:.4f}"
     for name in ("reference", "rationale"):
         loss = line[f"{name}_loss"]
@@ -485,7 +485,7 @@ def print_step(line: dict, steps: int) -> None:
     say(f"{line['step']:6}/{steps}  {losses}  {how}  {cost}")
 
 
-def run_steps(model, teacher, optimizer, examples, valid, steps: int, args, heard) -> None:
+def run_steps(model, teacher, optimizer, examples, valid, steps: int, args, heard):
     """Trains from the newest checkpoint to the end, or to a signal."""
     out = Path(args.out)
     source = args.tokenizer or args.model
@@ -519,7 +519,7 @@ def run_steps(model, teacher, optimizer, examples, valid, steps: int, args, hear
     export(model, out, source, args.dtype)
 
 
-def main(args: Namespace) -> None:
+def main(args: Namespace):
     # 1. processes; a rank waits for the others as long as one file takes to be written
     _, world_size, device = start_processes(timedelta(minutes=15))
 
