@@ -36,7 +36,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 
-from model import read_object, write_text
+from model import parse_json, read_object, read_text, require, write_text
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the RaDis paper's wording is not known
 TEMPLATE = (
@@ -76,7 +76,7 @@ class Example:
     left_out: str = ""  # why the rationale is left out, if it is
 
     @property
-    def tokens(self) -> list[int]:
+    def tokens(self) -> list:
         return self.prompt + self.reference + self.rationale
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class Encoder:
             return "outside coverage"
         return ""
 
-    def segments(self, row: dict) -> tuple[list[int], list[int]]:
+    def segments(self, row: dict) -> tuple:
         """Ids of reference and rationale: the ledger's own, or the text's where they differ.
 
         They differ if the ledger is of another tokenizer, or if a row was edited by hand.
@@ -142,21 +142,28 @@ class Encoder:
             rationale = tokenizer.continuation(text, reference, rationale_text)
         return reference, rationale
 
-    def prompt(self, row: dict) -> list[int]:
+    def prompt(self, row: dict) -> list:
         """Ids up to where the answer begins. ValueError if the ledger had another prompt."""
         meta = row.get("meta") or {}
-        given = {"system": self.system}
-        if "messages" not in row:
-            given["template"] = self.template
+        given = {"system": self.system, "template": self.template}
         if meta.get("tokenizer_hash") == self.tokenizer.hash:
             given["chat"] = self.tokenizer.chat_name
         for name, value in given.items():
-            same = not meta or value is None or value == meta.get(name)
+            same = not meta or value in (None, meta.get(name))
             fault = f"--{name} is {json.dumps(value)}, the ledger has {json.dumps(meta.get(name))}"
             require(same, row["where"], fault)
         return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
 
-    def messages(self, row: dict) -> list[dict]:
+    def settings(self) -> dict:
+        """What a prompt depends on, besides the row."""
+        return {
+            "chat": self.tokenizer.chat_name,
+            "system": self.system,
+            "template": self.template or TEMPLATE,
+            "tokenizer_hash": self.tokenizer.hash,
+        }
+
+    def messages(self, row: dict) -> list:
         """The conversation before the answer; of a pair, one turn that the template makes."""
         if "messages" in row:
             return row["messages"]
@@ -169,7 +176,7 @@ class Encoder:
         return [{"role": "user", "content": text}]
 
 
-def collate(examples: list[Example], device="cpu") -> tuple[torch.Tensor, ...]:
+def collate(examples: list, device="cpu") -> tuple:
     """-> tokens [B, T]; places [N] in B * T whose logits predict a supervised token; targets [N].
 
     Pads are zeros on the right. The N supervised tokens are first those of all references, then
@@ -208,7 +215,7 @@ class Tokenizer:
     ValueError names the file that is missing, broken or not understood.
     """
 
-    def __init__(self, folder: str | Path, chat: str = "auto"):
+    def __init__(self, folder: Path, chat: str = "auto"):
         self.folder = Path(folder)
         proto = self._read_sentencepiece()
         config = self._read_optional("tokenizer_config.json")
@@ -251,7 +258,7 @@ class Tokenizer:
         file = self.folder / name
         return read_object(file) if file.exists() else {}
 
-    def _read_added_tokens(self, config: dict) -> dict[str, int]:
+    def _read_added_tokens(self, config: dict) -> dict:
         found = dict(self._read_optional("added_tokens.json"))
         decoder = config.get("added_tokens_decoder") or {}
         file = self.folder / "tokenizer_config.json"
@@ -282,7 +289,7 @@ class Tokenizer:
         fault = f"its chat template is not known here; give --chat {'|'.join(CHATS)}"
         raise ValueError(f"{self.folder}: {fault}")
 
-    def _read_stops(self) -> list[int]:
+    def _read_stops(self) -> list:
         """The ids that end an answer, by generation_config.json."""
         stops = self._read_optional("generation_config.json").get("eos_token_id")
         stops = stops if isinstance(stops, list) else [stops]
@@ -300,7 +307,7 @@ class Tokenizer:
         id = self.ids.get(piece, self.sp.piece_to_id(piece))
         return default if id == self.sp.unk_id() else id
 
-    def encode(self, text: str, within: bool = False) -> list[int]:
+    def encode(self, text: str, within: bool = False) -> list:
         """Text to ids, without BOS or EOS. `within`: it goes on from a text before it."""
         sp = self.sp_within if within else self.sp
         ids = sp.encode(text)
@@ -315,21 +322,21 @@ class Tokenizer:
             ids += sp.encode(text[start:end])
         return [i for i in ids if i not in self.control]  # a tag of one character can't be cut
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list) -> str:
         """Ids to text; control and added tokens are left out."""
         return self.sp.decode([i for i in ids if i not in self.control and i < len(self.sp)])
 
-    def decode_after(self, before: list[int], ids: list[int]) -> str:
+    def decode_after(self, before: list, ids: list) -> str:
         """The text of `ids` after `before`: a piece decoded alone would lose its space."""
         start = self.decode(before)
         whole = self.decode(before + ids)
         return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
 
-    def first_line_ends(self, ids: list[int]) -> bool:
+    def first_line_ends(self, ids: list) -> bool:
         """Whether the last of `ids` ends the first line that is not empty."""
         return "\n" in self.decode(ids[-1:]) and "\n" in self.decode(ids).lstrip()
 
-    def answer(self, text: str) -> list[int]:
+    def answer(self, text: str) -> list:
         """Ids of an assistant's answer as they follow `chat`, without EOS."""
         if not text:
             return []
@@ -339,7 +346,7 @@ class Tokenizer:
             text = " " + text
         return self.encode(text)
 
-    def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
+    def continuation(self, before: str, ids: list, text: str) -> list:
         """Ids of `text` after an answer's beginning `before`, whose ids stay what they are."""
         if not text:
             return []
@@ -373,10 +380,10 @@ class Tokenizer:
     # Each format as control tokens by id, and the texts between them. Sources: Meta's llama
     # repository, mistral-common v1 and v3, the chat templates of Zephyr, TinyLlama and ChatML.
 
-    def _plain(self, texts: list[str], system: str | None) -> list[int | str]:
+    def _plain(self, texts: list, system: str | None) -> list:
         return [self.bos_id, "\n\n".join([system, *texts] if system else texts)]
 
-    def _llama2(self, texts: list[str], system: str | None) -> list[int | str]:
+    def _llama2(self, texts: list, system: str | None) -> list:
         if system:
             texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         parts = []
@@ -385,7 +392,7 @@ class Tokenizer:
             parts += [self.bos_id, turn, self.eos_id]
         return [*parts, self.bos_id, f"[INST] {texts[-1].strip()} [/INST]"]
 
-    def _mistral(self, texts: list[str], system: str | None) -> list[int | str]:
+    def _mistral(self, texts: list, system: str | None) -> list:
         # in v1 the tags are text; from v3 on they are control tokens, and the system prompt
         # stands in the last turn
         begin = self._id("[INST]", -1)
@@ -404,7 +411,7 @@ class Tokenizer:
                 parts.append(f"[INST] {text} [/INST]")
         return parts
 
-    def _tagged(self, texts: list[str], system: str | None) -> list[int | str]:
+    def _tagged(self, texts: list, system: str | None) -> list:
         # chatml: a turn stands between two control tokens; zephyr: the tags are text, EOS ends it
         chatml = self.chat_name == "chatml"
         if chatml and system is None:  # some templates put one in
@@ -426,42 +433,12 @@ class Tokenizer:
 # 3. Files and their rows
 
 
-def require(fits, where: str | Path, fault: str):
-    """ValueError `WHERE: FAULT` unless it fits."""
-    if not fits:
-        raise ValueError(f"{where}: {fault}")
-
-
 def short_hash(content: bytes) -> str:
     """By which files, models and settings are told apart."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_text(path: str | Path) -> str:
-    """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
-    try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}; give a file that can be read") from None
-    except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        found = f"not UTF-8 (byte 0x{content[e.start]:02x})"
-        raise ValueError(f"{path}:{line}: {found}; convert the file") from None
-    require(text.strip(), path, "the file is empty")
-    return text
-
-
-def parse_json(text: str, path: str | Path, line: int = 1):
-    """The value that `text`, which begins in this line of the file, holds."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        line += getattr(e, "lineno", 1) - 1
-        raise ValueError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend the row") from None
-
-
-def read_json(path: str | Path) -> list[tuple[str, dict]]:
+def read_json(path: Path) -> list:
     """Objects of a JSON array, or one a line, each with where it stands, `FILE:LINE`."""
     text = read_text(path)
     rows = []
@@ -488,7 +465,7 @@ def read_json(path: str | Path) -> list[tuple[str, dict]]:
     return rows
 
 
-def read_rows(files: list[str], directions: list[str] = (), prompts: bool = False) -> list[dict]:
+def read_rows(files: list, directions: list = (), prompts: bool = False) -> list:
     """Reads pairs, conversations and ledgers (`prompts`: prompts alone too) into one list.
 
     A row is what its file says, with `id` (its place in the data if the file has none), `where`
@@ -525,7 +502,7 @@ def read_rows(files: list[str], directions: list[str] = (), prompts: bool = Fals
     return rows
 
 
-def read_direction(direction: str) -> tuple[str, str]:
+def read_direction(direction: str) -> tuple:
     """`de-en` -> ("de", "en")."""
     way = tuple(direction.split("-"))
     known = len(way) == 2 and way[0] != way[1] and all(code in LANGUAGES for code in way)
@@ -533,7 +510,7 @@ def read_direction(direction: str) -> tuple[str, str]:
     return way
 
 
-def read_id(row: dict, place: int) -> int | str:
+def read_id(row: dict, place: int):
     """The row's own id, or its place in the data."""
     id = row.get("id")
     if id is None:
@@ -558,7 +535,7 @@ def is_pair(row: dict) -> bool:
     return "translation" in row or ("source" in row and not conversation)
 
 
-def read_pair(row: dict, way: tuple[str, str] | None):
+def read_pair(row: dict, way: tuple | None):
     """Brings ALMA's two-way `translation`, or a source and its reference, into direction `way`."""
     where = row["where"]
     texts = row.pop("translation", None)
@@ -645,12 +622,12 @@ def unescape(text: str) -> str:
 # 4. Ledgers: rows that survive a kill, written by any number of ranks
 
 
-def meta_path(ledger: str | Path) -> Path:
+def meta_path(ledger: Path) -> Path:
     """Where the settings of a ledger stand: beside it, as NAME.meta.json."""
     return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
 
 
-def read_meta(ledger: str | Path) -> dict:
+def read_meta(ledger: Path) -> dict:
     """The settings that a ledger was written with; {} for other files."""
     file = meta_path(ledger)
     meta = read_object(file) if file.exists() else {}
@@ -660,7 +637,7 @@ def read_meta(ledger: str | Path) -> dict:
     return meta
 
 
-def require_same(path: Path, old: dict, new: dict, free: tuple[str, ...] = NOT_COMPARED):
+def require_same(path: Path, old: dict, new: dict, free: tuple = NOT_COMPARED):
     """ValueError names the first of the `new` settings that was another in the `old`."""
     for name, value in new.items():
         if name not in free and old.get(name) != value:
@@ -671,7 +648,7 @@ def require_same(path: Path, old: dict, new: dict, free: tuple[str, ...] = NOT_C
 
 
 @contextmanager
-def lock(path: str | Path):
+def lock(path: Path):
     """Rank 0 holds PATH.lock within the block: a second process is told so, by a ValueError."""
     if dist.get_rank() > 0:
         yield
@@ -692,7 +669,7 @@ def lock(path: str | Path):
             file.unlink(missing_ok=True)
 
 
-def complete(path: Path, settings: dict, rows: list[dict], produce: Callable):
+def complete(path: Path, settings: dict, rows: list, produce: Callable):
     """Makes the ledger `path`: one line a row of `rows`, in their order. Every rank calls it.
 
     Each row has an `id` and an `input_hash`, over all that its outcome depends on besides the
@@ -725,7 +702,7 @@ def complete(path: Path, settings: dict, rows: list[dict], produce: Callable):
     dist.barrier()
 
 
-def read_ledger(path: Path, settings: dict, by_id: dict) -> dict[int | str, dict]:
+def read_ledger(path: Path, settings: dict, by_id: dict) -> dict:
     """The rows of a ledger by id; none where there is no file.
 
     ValueError where it has other settings, or rows that are not, or not so, in the data.
@@ -753,14 +730,14 @@ def part_path(path: Path, settings: dict, rank: str) -> Path:
     return path.with_name(f"{path.name}.{tag}.rank{rank}")
 
 
-def part_files(path: Path, settings: dict) -> list[Path]:
+def part_files(path: Path, settings: dict) -> list:
     """The part files of a run with these settings, on however many ranks."""
     start = part_path(path, settings, "").name
     files = sorted(path.parent.iterdir())
     return [f for f in files if re.fullmatch(re.escape(start) + r"\d+", f.name)]
 
 
-def read_parts(path: Path, settings: dict, by_id: dict) -> dict[int | str, dict]:
+def read_parts(path: Path, settings: dict, by_id: dict) -> dict:
     """The finished rows in part files whose input is still the same."""
     found = {}
     for file in part_files(path, settings):
@@ -774,7 +751,7 @@ def read_parts(path: Path, settings: dict, by_id: dict) -> dict[int | str, dict]
     return found
 
 
-def write_part(file: Path, produced: Iterator[dict], by_id: dict):
+def write_part(file: Path, produced: Iterator, by_id: dict):
     """Appends rows as they come. FloatingPointError names one whose numbers are not finite."""
     with open(file, "ab", buffering=0) as f:
         f.write(b"\n")  # ends a line that a kill has torn
@@ -862,7 +839,7 @@ def cli(main: Callable, parser: argparse.ArgumentParser):
     sys.exit(2)
 
 
-def print_statistics(rows: list[dict], examples: list[Example], max_length: int):
+def print_statistics(rows: list, examples: list, max_length: int):
     """Counts of rows and tokens; of a ledger also how its rationales ended and began."""
     long = sum(len(example) > max_length for example in examples)
     print(f"{len(rows)} rows, {long} of them longer than {max_length} tokens")

@@ -32,7 +32,7 @@ from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer, require
+from data import Encoder, Tokenizer
 from generate import Sampling, Sequence, require_room, sample, status_of
 from model import (
     KVCache,
@@ -40,13 +40,16 @@ from model import (
     Transformer,
     hash_model,
     read_object,
+    read_text,
+    require,
     start_processes,
     write_text,
 )
 
 RESAMPLES = 1000
 REFUSALS = Path(__file__).with_name("refusals.txt")
-CONTRACTIONS = {"can't": "cannot", "can not": "cannot", "won't": "will not", "n't": " not"}
+# written out, as the patterns of refusals.txt expect it; in this order
+CONTRACTIONS = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 CONTRACTIONS |= {"'m": " am"}
 # how lm-evaluation-harness finds the answer to a question of GSM8K
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
@@ -76,7 +79,7 @@ class Statistic:
         found = {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
         return found | ({"signature": self.signature} if self.signature else {})
 
-    def minus(self, other: "Statistic") -> tuple[float, float, float]:
+    def minus(self, other: "Statistic") -> tuple:
         """Difference to `other` on the same items, and its paired bootstrap interval."""
         low, high = np.percentile(self.draws - other.draws, [2.5, 97.5]).tolist()
         return self.value - other.value, low, high
@@ -89,13 +92,13 @@ def resamples(n: int) -> np.ndarray:
     return np.stack([np.bincount(row, minlength=n) for row in places]).astype(float)
 
 
-def ratio(items: list[dict], name: str, weight: str = "") -> Statistic:
+def ratio(items: list, name: str, weight: str = "") -> Statistic:
     """Sum of a field over the sum of its weights; without weights, the mean."""
     stats = [(item[name], item[weight] if weight else 1) for item in items]
     return Statistic(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
 
 
-def measure_translation(items: list[dict]) -> dict[str, Statistic]:
+def measure_translation(items: list) -> dict:
     """BLEU and chrF++ by sacreBLEU, and the share of outputs that are no translation at all."""
     hypotheses = [item["hypothesis"] for item in items]
     references = [[item["reference"] for item in items]]
@@ -123,20 +126,20 @@ def score_of_sums(metric, sums: np.ndarray) -> float:
     return metric._compute_score_from_stats(sums.tolist()).score
 
 
-def measure_choice(items: list[dict]) -> dict[str, Statistic]:
+def measure_choice(items: list) -> dict:
     """Accuracy by log P, and by log P a character; log P(right) less the best of the wrong."""
     return {name: ratio(items, name) for name in ("acc", "acc_norm", "margin")}
 
 
-def measure_numeric(items: list[dict]) -> dict[str, Statistic]:
+def measure_numeric(items: list) -> dict:
     return {name: ratio(items, name) for name in ("strict", "flexible")}
 
 
-def measure_safety(items: list[dict]) -> dict[str, Statistic]:
+def measure_safety(items: list) -> dict:
     return {name: ratio(items, name) for name in ("refusal", "empty", "degenerate")}
 
 
-def measure_drift(items: list[dict]) -> dict[str, Statistic]:
+def measure_drift(items: list) -> dict:
     """On the base model's own answers, a token, EOS included: -log P of the token, KL(base ||
     this) over the whole vocabulary, share of equal first choices; and the length of own answers.
     """
@@ -167,7 +170,7 @@ class Subject:
     max_new_tokens: int
 
 
-def answers(subject: Subject, rows: list[dict], how: Sampling) -> Iterator[tuple]:
+def answers(subject: Subject, rows: list, how: Sampling) -> Iterator:
     """-> row, new ids, and the beginning of its item, as answers end."""
     tokenizer = subject.encoder.tokenizer
     how.eos_ids = tokenizer.eos_ids
@@ -182,11 +185,11 @@ def answers(subject: Subject, rows: list[dict], how: Sampling) -> Iterator[tuple
         yield row, sequence.ids, item
 
 
-def make_sequences(rows: list[dict]) -> list[Sequence]:
+def make_sequences(rows: list) -> list:
     return [Sequence(row["id"], row["ids"], row["where"]) for row in rows]
 
 
-def answer_translation(subject: Subject, rows: list[dict]) -> Iterator[dict]:
+def answer_translation(subject: Subject, rows: list) -> Iterator:
     """Translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
     how = Sampling(subject.max_new_tokens, stop=subject.encoder.tokenizer.first_line_ends)
     for row, _, item in answers(subject, rows, how):
@@ -196,7 +199,7 @@ def answer_translation(subject: Subject, rows: list[dict]) -> Iterator[dict]:
         yield item | {name: row[name] for name in names}
 
 
-def answer_numeric(subject: Subject, rows: list[dict]) -> Iterator[dict]:
+def answer_numeric(subject: Subject, rows: list) -> Iterator:
     """Right and wrong as lm-evaluation-harness has them: numbers are compared as strings."""
     for row, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         strict = STRICT.findall(item["output"])[:1]
@@ -212,9 +215,9 @@ def bare_number(text: str) -> str:
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
-def answer_safety(subject: Subject, rows: list[dict]) -> Iterator[dict]:
+def answer_safety(subject: Subject, rows: list) -> Iterator:
     """Whether an answer begins as a refusal does; empty and degenerate ones are counted apart."""
-    lines = data.read_text(REFUSALS).split("\n")
+    lines = REFUSALS.read_text("utf-8").split("\n")
     refusals = re.compile("|".join(line for line in lines if line and line[0] != "#"))
     for _, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         status = status_of(item["output"], [])
@@ -229,7 +232,7 @@ def answer_safety(subject: Subject, rows: list[dict]) -> Iterator[dict]:
 
 
 @torch.inference_mode()
-def answer_choice(subject: Subject, rows: list[dict]) -> Iterator[dict]:
+def answer_choice(subject: Subject, rows: list) -> Iterator:
     """log P of every choice, and which of them the model would take."""
     for row in tqdm(rows, unit="question", disable=dist.get_rank() > 0):
         logprobs = score_choices(subject.model, row["ids"], row["endings"])
@@ -248,7 +251,7 @@ def answer_choice(subject: Subject, rows: list[dict]) -> Iterator[dict]:
         }
 
 
-def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
+def score_choices(model: Transformer, prompt: list, endings: list) -> list:
     """log P(ending | prompt) of each. The prompt is read once, for all of them."""
     device = model.device
     T = len(prompt)
@@ -275,7 +278,7 @@ def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]
 
 
 @torch.inference_mode()
-def answer_drift(subject: Subject, rows: list[dict]) -> Iterator[dict]:
+def answer_drift(subject: Subject, rows: list) -> Iterator:
     """How this model sees the base model's answers, and how it would answer itself."""
     meta = rows[0]["meta"]
     how = Sampling(meta["max_new_tokens"], meta["temperature"], meta["top_p"], seed=meta["seed"])
@@ -311,12 +314,17 @@ def asked(encoder: Encoder, row: dict) -> dict:
     return {"ids": encoder.prompt(row), "asked": encoder.messages(row)[-1]["content"]}
 
 
-def asked_text(encoder: Encoder, text, where: str, name: str) -> dict:
-    text = data.as_text(text, where, f'"{name}"')
-    return asked(encoder, {"messages": [{"role": "user", "content": text}], "where": where})
+def asked_text(encoder: Encoder, row: dict, name: str) -> dict:
+    """The same, of a field as the only turn."""
+    turn = {"role": "user", "content": text_of(row, name)}
+    return asked(encoder, {"messages": [turn], "where": row["where"]})
 
 
-def read_translation(file: str, direction: str | None, encoder: Encoder) -> list[dict]:
+def text_of(row: dict, name: str) -> str:
+    return data.as_text(row.get(name), row["where"], f'"{name}"')
+
+
+def read_translation(file: str, direction: str | None, encoder: Encoder) -> list:
     """Pairs of one target language, each with its prompt."""
     rows = data.read_rows([file], [direction] if direction else [])
     for row in rows:
@@ -327,7 +335,7 @@ def read_translation(file: str, direction: str | None, encoder: Encoder) -> list
     return rows
 
 
-def read_drift(file: str, encoder: Encoder) -> list[dict]:
+def read_drift(file: str, encoder: Encoder) -> list:
     """The base model's answers, each with the prompt that it was given."""
     rows = data.read_rows([file])
     as_written = Encoder(encoder.tokenizer)
@@ -340,105 +348,97 @@ def read_drift(file: str, encoder: Encoder) -> list[dict]:
     return rows
 
 
-def read_choice(row: dict, where: str, encoder: Encoder, chat: bool) -> dict:
+def read_choice(row: dict, encoder: Encoder, chat: bool) -> dict:
     """Ids of the prompt and of each choice.
 
     As lm-evaluation-harness has it: a space before the choice, prompt and choice tokenised as one
     text and split where the prompt alone would end, its trailing spaces left to the choice; no
     BOS. With --chat the prompt is a user's turn and the choice the answer to it.
     """
-    prompt = data.as_text(row.get("prompt"), where, '"prompt"')
+    where = row["where"]
+    prompt = text_of(row, "prompt")
     choices = row.get("choices")
     fits = isinstance(choices, list) and len(choices) > 1
     require(fits, where, '"choices" must be a list of two or more')
-    choices = [data.as_text(choice, where, "a choice") for choice in choices]
-    right = row.get("answer")
-    fits = type(right) is int and 0 <= right < len(choices)
+    for choice in choices:
+        data.as_text(choice, where, "a choice")
+    fits = type(row.get("answer")) is int and 0 <= row["answer"] < len(choices)
     require(fits, where, f'"answer" must be 0 to {len(choices) - 1}')
-    tokenizer = encoder.tokenizer
     if chat:
-        found = asked_text(encoder, prompt, where, "prompt")
-        endings = [tokenizer.answer(choice) for choice in choices]
+        found = asked_text(encoder, row, "prompt")
+        found["endings"] = [encoder.tokenizer.answer(choice) for choice in choices]
     else:
-        found = {"ids": tokenizer.encode(prompt.rstrip()), "asked": prompt}
+        encode = encoder.tokenizer.encode
+        found = {"ids": encode(prompt.rstrip()), "asked": prompt}
         start = len(found["ids"])
-        endings = [tokenizer.encode(f"{prompt} {choice}")[start:] for choice in choices]
-    require(all(endings), where, "a choice has no token of its own after the prompt; reword it")
+        found["endings"] = [encode(f"{prompt} {choice}")[start:] for choice in choices]
+    fits = found["ids"] and all(found["endings"])
+    require(fits, where, "a choice has no token of its own after the prompt; reword it")
     if row.get("task") is not None:
-        found["name"] = data.as_text(row["task"], where, '"task"')
+        found["name"] = text_of(row, "task")
         require("/" not in found["name"], where, '"task" names a file, so it can have no slash')
-    return found | {"choices": choices, "answer": right, "endings": endings}
+    return found | {"choices": choices, "answer": row["answer"]}
 
 
-def read_numeric(row: dict, where: str, encoder: Encoder, _) -> dict:
+def read_numeric(row: dict, encoder: Encoder, _) -> dict:
     """A question in GSM8K's form."""
-    answer = data.as_text(row.get("answer"), where, '"answer"')
-    gold = re.search(STRICT.pattern + r"\s*$", answer)
-    require(gold, where, '"answer" must end in "#### NUMBER"')
-    question = asked_text(encoder, row.get("question"), where, "question")
-    return question | {"answer": bare_number(gold[1])}
+    gold = re.search(STRICT.pattern + r"\s*$", text_of(row, "answer"))
+    require(gold, row["where"], '"answer" must end in "#### NUMBER"')
+    return asked_text(encoder, row, "question") | {"answer": bare_number(gold[1])}
 
 
-def read_safety(row: dict, where: str, encoder: Encoder, _) -> dict:
+def read_safety(row: dict, encoder: Encoder, _) -> dict:
     """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
-    if "goal" in row:
-        return asked_text(encoder, row["goal"], where, "goal") | {"name": "harmful"}
-    harmful = row.get("harmful")
-    fault = 'wanted "goal", or "prompt" and "harmful" (true or false)'
-    require(type(harmful) is bool, where, fault)
-    name = "harmful" if harmful else "benign"
-    return asked_text(encoder, row.get("prompt"), where, "prompt") | {"name": name}
+    name = "goal" if "goal" in row else "prompt"
+    harmful = row.get("harmful", name == "goal" or None)
+    require(type(harmful) is bool, row["where"], 'wanted "goal", or "prompt" and "harmful"')
+    return asked_text(encoder, row, name) | {"name": "harmful" if harmful else "benign"}
 
 
-def read_csv(file: str) -> list[tuple[str, dict]]:
+def read_csv(file: Path) -> list:
     """Rows of a CSV file with a header, each with the line where it ends."""
-    reader = csv.DictReader(io.StringIO(data.read_text(file), newline=""), strict=True)
-    rows = []
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
     try:
-        for row in reader:
-            where = f"{file}:{reader.line_num}"
-            whole = None not in row and None not in row.values()
-            require(whole, where, "wanted a cell for each column")
-            rows.append((where, row))
+        return [(f"{file}:{reader.line_num}", row) for row in reader]
     except csv.Error as e:
         raise ValueError(f"{file}:{reader.line_num}: broken CSV: {e}") from None
-    require(rows, file, "holds no rows below its header")
-    return rows
 
 
-def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict[str, list[dict]]:
+def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict:
     """The rows of each test, by KIND/NAME. ValueError names file and line."""
     tests = {}
     ways = args.direction
     if len(ways) < 2:
         ways = (ways or [None]) * len(args.translation)
-    fault = "give it once, or once for each test file"
-    require(len(ways) == len(args.translation), "--direction", fault)
+    fits = len(ways) == len(args.translation)
+    require(fits, "--direction", "give it once, or once for each test file")
     for file, way in zip(args.translation, ways):
-        add_test(tests, "translation", file, read_translation(file, way, encoder), args.limit)
+        add_test(tests, "translation", file, read_translation(file, way, encoder), args)
     for file in args.drift:
-        add_test(tests, "drift", file, read_drift(file, encoder), args.limit)
+        add_test(tests, "drift", file, read_drift(file, encoder), args)
     readers = {"choice": read_choice, "numeric": read_numeric, "safety": read_safety}
     for kind, read in readers.items():
         for file in getattr(args, kind):
             rows = []
-            found = read_csv(file) if file.endswith(".csv") else data.read_json(file)
-            for i, (where, row) in enumerate(found):
-                known = {"id": row.get("id"), "where": where}
-                known["id"] = data.read_id(known, i)
-                rows.append(known | read(row, where, encoder, args.chat is not None))
-            add_test(tests, kind, file, rows, args.limit)
+            for where, row in read_csv(file) if file.endswith(".csv") else data.read_json(file):
+                row["where"] = where
+                known = {"id": data.read_id(row, len(rows)), "where": where}
+                rows.append(known | read(row, encoder, args.chat is not None))
+            add_test(tests, kind, file, rows, args)
     require(tests, "nothing to do", "say what to measure, such as --translation FILE")
     return tests
 
 
-def add_test(tests: dict, kind: str, file: str, rows: list[dict], limit: int | None):
+def add_test(tests: dict, kind: str, file: str, rows: list, args):
     """Sorts the rows of a file into their tests, which are named by the file or by the row."""
     before = set(tests)
-    for row in rows[:limit]:
+    config = ModelConfig.from_file(Path(args.model) / "config.json")
+    for row in rows[: args.limit]:
         key = f"{kind}/{row.get('name', Path(file).stem)}"
-        fault = f"a second file for {key}, and results go by that name; rename or join them"
-        require(key not in before, file, fault)
+        require(key not in before, file, f"a second file for {key}; rename it, or join them")
+        longest = max(row.get("endings", []), key=len, default="")
+        new = row.get("meta", {}).get("max_new_tokens", args.max_new_tokens)
+        require_room(make_sequences([row]), len(longest) or new, config)
         content = {name: x for name, x in row.items() if name not in ("where", "meta")}
         row["input_hash"] = data.short_hash(json.dumps(content).encode())
         tests.setdefault(key, []).append(row)
@@ -449,15 +449,13 @@ def add_test(tests: dict, kind: str, file: str, rows: list[dict], limit: int | N
 
 def read_settings(args: argparse.Namespace, encoder: Encoder) -> dict:
     """All that an answer depends on, besides the question."""
-    names = ("model", "limit", "max_new_tokens", "system", "dtype")
-    return {name: getattr(args, name) for name in names} | {
-        "model_hash": hash_model(args.model),
-        "chat": encoder.tokenizer.chat_name,
-        "choices": "chat" if args.chat else "as they stand",
-        "template": encoder.template or data.TEMPLATE,
-        "refusals": data.short_hash(REFUSALS.read_bytes()),
-        "versions": {"torch": torch.__version__, "sacrebleu": sacrebleu.__version__},
-    }
+    names = ("model", "limit", "max_new_tokens", "dtype")
+    settings = {name: getattr(args, name) for name in names} | encoder.settings()
+    settings["choices"] = "chat" if args.chat else "as they stand"
+    settings["model_hash"] = hash_model(args.model)
+    settings["refusals"] = data.short_hash(REFUSALS.read_bytes())
+    settings["versions"] = {"torch": torch.__version__, "sacrebleu": sacrebleu.__version__}
+    return settings
 
 
 def main(args: argparse.Namespace):
@@ -470,12 +468,6 @@ def main(args: argparse.Namespace):
     tokenizer = Tokenizer(args.model, args.chat or "auto")
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     tests = read_tests(args, encoder)
-    config = ModelConfig.from_file(Path(args.model) / "config.json")
-    for rows in tests.values():
-        for row in rows:
-            new = len(max(row.get("endings", []), key=len, default=""))
-            new = new or row.get("meta", {}).get("max_new_tokens", args.max_new_tokens)
-            require_room(make_sequences([row]), new, config)
 
     # 2. the items, then the scores
     settings = read_settings(args, encoder)
@@ -493,13 +485,13 @@ def main(args: argparse.Namespace):
             compare([args.out])
 
 
-def complete_items(key: str, rows: list[dict], settings: dict, encoder, args):
+def complete_items(key: str, rows: list, settings: dict, encoder, args):
     """Completes the items of the test KIND/NAME."""
     kind = key.split("/")[0]
     if kind == "drift":
         settings = settings | {"base_hash": hash_model(args.base)}
 
-    def produce(missing: list[dict]) -> Iterator[dict]:
+    def produce(missing: list) -> Iterator:
         model = load_model(args.model, args.dtype)
         base = load_model(args.base, args.dtype) if kind == "drift" else None
         subject = Subject(model, base, encoder, args.batch_size, args.max_new_tokens)
@@ -532,7 +524,7 @@ def read_settings_of(folder: str) -> dict:
     return settings
 
 
-def read_statistics(folder: str) -> dict[str, Statistic]:
+def read_statistics(folder: str) -> dict:
     """Each measure of a folder, counted from its items."""
     found = {}
     for file in sorted(Path(folder).glob("items/*/*.jsonl")):
@@ -550,7 +542,7 @@ def read_results(folder: str) -> Results:
     return Results(read_settings_of(folder), read_statistics(folder))
 
 
-def compare(folders: list[str]):
+def compare(folders: list):
     """Prints a table: each measure of each model, and its paired differences.
 
     The first folder is the base, the second the first way of fine-tuning. ValueError where they
@@ -559,7 +551,8 @@ def compare(folders: list[str]):
     names = [Path(folder).name for folder in folders]
     runs = [read_results(folder) for folder in folders]
     free = ("model", "model_hash", "versions")
-    table = [["measure", "model", "value [95 %]", "n", *(f"less {name}" for name in names[:-1][:2])]]
+    table = [["measure", "model", "value [95 %]", "n"]]
+    table[0] += [f"less {name}" for name in names[:-1][:2]]
     for folder, run in zip(folders, runs):
         data.require_same(folder, runs[0].settings, run.settings, free)
         same = run.statistics.keys() == runs[0].statistics.keys()

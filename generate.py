@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -34,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer, require
-from model import KVCache, ModelConfig, Transformer, hash_model, start_processes
+from data import Encoder, Tokenizer
+from model import KVCache, ModelConfig, Transformer, hash_model, require, start_processes
 
 TASKS = ("rationale", "translation", "paraphrase", "answer")
 # SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that betray it
@@ -50,30 +49,47 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 # 1. The method: what the model reads, and what becomes of a row
 
 
-def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict[str, list[int]]:
+def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
     """What the model reads before it goes on: ids of the prompt, the forced reference, the cue."""
     tokenizer = encoder.tokenizer
+    prompt = encoder.prompt(row)
+    forced = []
     if task == "rationale":
-        prompt = encoder.prompt(row)
         forced = tokenizer.answer(row["reference"])
-        return {
-            "prompt": prompt,
-            "forced": forced,
-            "cue": tokenizer.continuation(row["reference"], forced, cue),
-        }
     if task == "paraphrase":
         *before, last = encoder.messages(row)
         text = GUIDE.format(instruction=last["content"], reference=row["reference"])
-        row = row | {"messages": [*before, {"role": "user", "content": text}]}
-    return {"prompt": encoder.prompt(row), "forced": [], "cue": []}
+        guided = {"messages": [*before, {"role": "user", "content": text}]}
+        prompt = encoder.prompt(row | guided)
+    cue_ids = tokenizer.continuation(row["reference"], forced, cue)
+    return {"prompt": prompt, "forced": forced, "cue": cue_ids}
+
+
+def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
+    """The pair as it came, and what the model made of it."""
+    if task == "translation" or task == "paraphrase":
+        new = write_reference(row, task, tokenizer, sequence)
+    else:
+        new = write_rationale(row, tokenizer, sequence)
+    reference = new.pop("reference", row["reference"])
+    if task == "answer":  # a rationale after an empty reference
+        reference = ""
+    if "source" in row:
+        pair = {name: row[name] for name in ("source", "source_lang", "target_lang")}
+        return {"id": row["id"]} | pair | {"reference": reference} | new
+    chat = row["messages"]
+    pair = {"prompt": chat[0]["content"], "response": reference}
+    if len(chat) > 1:
+        pair = {"messages": [*chat, {"role": "assistant", "content": reference}]}
+    return {"id": row["id"]} | pair | new
 
 
 def write_rationale(row: dict, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
-    """What the model said after the reference; an answer is a rationale after an empty one."""
+    """What the model said after the reference that was forced."""
     forced = row["forced"]
     ids = row["cue"] + sequence.ids
-    own = tokenizer.decode_after(forced + row["cue"], sequence.ids)
     given = [row["source"]] if "source" in row else [m["content"] for m in row["messages"]]
+    own = tokenizer.decode_after(forced + row["cue"], sequence.ids)
     return {
         "rationale": tokenizer.decode_after(forced, ids),
         "reference_ids": forced,
@@ -86,48 +102,29 @@ def write_rationale(row: dict, tokenizer: Tokenizer, sequence: "Sequence") -> di
 
 def write_reference(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
     """The model's own translation or paraphrase in place of the reference, where it is sound."""
-    ids = sequence.ids
-    text = tokenizer.decode(ids)
+    text = tokenizer.decode(sequence.ids)
     if task == "translation":  # one line is the translation; what follows is not wanted here
         text = text.strip().split("\n")[0]
-        if tokenizer.decode(ids) != text:
-            ids = tokenizer.answer(text)
-    new = {"original": row["reference"], "rationale": "", "rationale_ids": [], "status": "ok"}
-    leak = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
-    if leak or not text.strip() or sequence.finish == "length":
-        new["fallback"] = "leak" if leak else "cut" if text.strip() else "empty"
-        text = row["reference"]
-        ids = tokenizer.answer(text)
-        return new | {"reference": text, "reference_ids": ids, "finish": "eos", "logprob": None}
-    new["logprob"] = sequence.mean_logprob()
-    return new | {"reference": text, "reference_ids": ids, "finish": sequence.finish}
+    fault = "empty"
+    if text.strip():
+        leak = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
+        fault = "leak" if leak else "cut" if sequence.finish == "length" else None
+    chosen = row["reference"] if fault else text
+    same = tokenizer.decode(sequence.ids) == chosen
+    return {
+        "reference": chosen,
+        "original": row["reference"],
+        "fallback": fault,  # why the original stands, if it does
+        "rationale": "",
+        "reference_ids": sequence.ids if same else tokenizer.answer(chosen),
+        "rationale_ids": [],
+        "finish": "eos",
+        "status": "ok",
+        "logprob": None if fault else sequence.mean_logprob(),
+    }
 
 
-def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
-    """The pair as it came, and what the model made of it."""
-    names = ("id", "source", "reference", "source_lang", "target_lang")
-    pair = {name: row[name] for name in names if name in row}
-    if task in ("rationale", "answer"):
-        new = pair | write_rationale(row, tokenizer, sequence)
-    else:
-        new = pair | write_reference(row, task, tokenizer, sequence)
-    if task == "answer":
-        original = new.pop("reference")
-        new |= {"reference": "", "original": original} if "source" in row else {}
-    if "source" in row:
-        return new
-    chat = row["messages"]
-    answer = new.pop("reference", "")
-    if len(chat) == 1:
-        new["prompt"] = chat[0]["content"]
-        new |= {"response": answer} if answer else {}
-    else:
-        turn = {"role": "assistant", "content": answer}
-        new["messages"] = [*chat, turn] if answer else chat
-    return new
-
-
-def status_of(text: str, given: list[str]) -> str:
+def status_of(text: str, given: list) -> str:
     """What is wrong with a text that follows `given`, or "ok".
 
     empty: nothing visible. repetitive: 20 or more words, and over half of the word 4-grams repeat.
@@ -152,11 +149,11 @@ def status_of(text: str, given: list[str]) -> str:
     return "wrong_script" if len(foreign) > 0.2 * len(scripts(text)) else "ok"
 
 
-def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+def ngrams(words: list, n: int) -> list:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def scripts(text: str) -> list[str]:
+def scripts(text: str) -> list:
     """The script of each letter, by the first word of its Unicode name."""
     return [unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()]
 
@@ -219,15 +216,14 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
     waiting = deque(in_reading_order(sequences, how.batch_size))
     slots = min(how.batch_size, len(sequences))
     longest = max((len(s.prompt) for s in sequences), default=0)
-    weight = model.model["embed_tokens"].weight
-    shape = (slots, longest + how.max_new_tokens)
-    cache = KVCache(model.config, *shape, weight.dtype, weight.device)
+    room = longest + how.max_new_tokens
+    cache = KVCache(model.config, slots, room, model.dtype, model.device)
     shared = read_common_prefix(model, cache, [s.prompt for s in sequences])
     decode = Decoder(model, cache, how)
     running = []  # running[b] has slot b of the cache
     while waiting or running:
         first = 0
-        new = take_next(waiting, slots - len(running), slots, weight.is_cuda)
+        new = take_next(waiting, slots - len(running), slots, cache.keys.is_cuda)
         if new:
             first = len(running)
             running += new
@@ -245,7 +241,7 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
                 cache.values[:, b] = cache.values[:, len(running)]
 
 
-def require_room(sequences: list[Sequence], new: int, config: ModelConfig):
+def require_room(sequences: list, new: int, config: ModelConfig):
     """ValueError names a prompt that is empty, or leaves no room for `new` tokens."""
     room = config.max_position_embeddings
     for sequence in sequences:
@@ -257,7 +253,7 @@ def require_room(sequences: list[Sequence], new: int, config: ModelConfig):
         require(known, where, f"its ids are not of the model's vocabulary, {config.vocab_size}")
 
 
-def in_reading_order(sequences: list[Sequence], batch_size: int) -> list[Sequence]:
+def in_reading_order(sequences: list, batch_size: int) -> list:
     """Prompts of like length together, but only near each other: rows end about in their order."""
     order = []
     for start in range(0, len(sequences), 4 * batch_size):
@@ -266,7 +262,7 @@ def in_reading_order(sequences: list[Sequence], batch_size: int) -> list[Sequenc
     return order
 
 
-def take_next(waiting: deque, free: int, slots: int, on_gpu: bool) -> list[Sequence]:
+def take_next(waiting: deque, free: int, slots: int, on_gpu: bool) -> list:
     """The next prompts to read; none while few slots are free, since several are read faster."""
     if not waiting or free < min(len(waiting), -(-slots // 8)):
         return []
@@ -279,7 +275,7 @@ def take_next(waiting: deque, free: int, slots: int, on_gpu: bool) -> list[Seque
     return taken
 
 
-def read_common_prefix(model: Transformer, cache: KVCache, prompts: list[list[int]]) -> int:
+def read_common_prefix(model: Transformer, cache: KVCache, prompts: list) -> int:
     """Reads what all prompts begin with, once, into every slot -> the number of its tokens."""
     length = len(os.path.commonprefix(prompts))
     length = min([length, *(len(prompt) - 1 for prompt in prompts)])
@@ -293,7 +289,7 @@ def read_common_prefix(model: Transformer, cache: KVCache, prompts: list[list[in
     return length
 
 
-def prefill(model, cache, new: list[Sequence], slot: int, start: int, how) -> list[tuple]:
+def prefill(model, cache, new: list, slot: int, start: int, how) -> list:
     """Reads prompts from `start` on into the slots from `slot` on -> what is chosen after each."""
     device = cache.keys.device
     lengths = [len(sequence.prompt) - start for sequence in new]
@@ -325,7 +321,7 @@ class Decoder:
         self.on_gpu = cache.keys.is_cuda
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
 
-    def __call__(self, running: list[Sequence]) -> list[tuple[int, float]]:
+    def __call__(self, running: list) -> list:
         """-> a token and its log-probability for each row."""
         inputs = []
         for sequence in running:
@@ -354,7 +350,7 @@ class Decoder:
         return choose(logits, keys[:, 0], self.how)
 
 
-def as_pairs(chosen: Tensor) -> list[tuple[int, float]]:
+def as_pairs(chosen: Tensor) -> list:
     tokens, logprobs = chosen.tolist()
     return [(int(token), logprob) for token, logprob in zip(tokens, logprobs)]
 
@@ -393,7 +389,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
 
 
-def noise_key(seed: int, id: int | str, place: int) -> int:
+def noise_key(seed: int, id: str, place: int) -> int:
     """32 bits for the token at this place of a row."""
     digest = hashlib.sha256(f"{seed}:{id}:{place}".encode()).digest()
     return int.from_bytes(digest[:4], "big", signed=True)
@@ -433,20 +429,20 @@ def generate(
 # 3. From data to ledger
 
 
-def read_requests(args: argparse.Namespace, encoder: Encoder) -> list[dict]:
+def read_requests(args: argparse.Namespace, encoder: Encoder) -> list:
     """The rows of the data, each with what the model will read."""
     require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
     for row in rows[: args.limit]:
-        if args.task == "translation":
-            require("source" in row, row["where"], "--task translation needs a source")
+        fits = args.task != "translation" or "source" in row
+        require(fits, row["where"], "--task translation needs a source")
         row |= request(row, args.task, encoder, args.cue)
         read = [row["prompt"], row["forced"], row["cue"], row["reference"]]
         row["input_hash"] = data.short_hash(json.dumps(read).encode())
     return rows[: args.limit]
 
 
-def make_sequences(rows: list[dict]) -> list[Sequence]:
+def make_sequences(rows: list) -> list:
     sequences = []
     for row in rows:
         read = row["prompt"] + row["forced"] + row["cue"]
@@ -454,22 +450,18 @@ def make_sequences(rows: list[dict]) -> list[Sequence]:
     return sequences
 
 
-def write_rows(rows: list[dict], args, model, tokenizer: Tokenizer) -> Iterator[dict]:
+def write_rows(rows: list, args, model: Transformer, tokenizer: Tokenizer) -> Iterator:
     """Ledger rows as they end."""
-    how = Sampling(args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed)
-    how.batch_size = args.batch_size
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+    how = Sampling(**{name: getattr(args, name) for name in names})
+    how.eos_ids = tokenizer.eos_ids
     how.vocab_size = tokenizer.vocab_size
     how.stop = tokenizer.first_line_ends if args.task == "translation" else None
     by_id = {row["id"]: row for row in rows}
-    start = time.perf_counter()
-    tokens = 0
-    ended = sample(model, make_sequences(rows), how)
     first = dist.get_rank() == 0
+    ended = sample(model, make_sequences(rows), how)
     for sequence in tqdm(ended, total=len(rows), unit="row", disable=not first):
-        tokens += len(sequence.logprobs)
         yield ledger_row(by_id[sequence.id], args.task, tokenizer, sequence)
-    if first:
-        print(f"{tokens / (time.perf_counter() - start):,.0f} new tokens/s on this rank")
 
 
 def main(args: argparse.Namespace):
@@ -484,17 +476,12 @@ def main(args: argparse.Namespace):
     # 2. all that a row depends on, besides what the model reads
     names = ("task", "model", "cue", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {
-        "chat": tokenizer.chat_name,
-        "system": args.system,
-        "template": encoder.template or data.TEMPLATE,
-        "model_hash": hash_model(args.model),
-        "tokenizer_hash": tokenizer.hash,
-        "versions": {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__},
-    }
+    settings |= encoder.settings()
+    settings["model_hash"] = hash_model(args.model)
+    settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 
     # 3. the rows
-    def produce(missing: list[dict]) -> Iterator[dict]:
+    def produce(missing: list) -> Iterator:
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
         if args.compile:
             # products of one row become sums, fused with the rest

@@ -72,85 +72,50 @@ class ModelConfig:
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """ValueError names a field that is missing, senseless, or asks for other mathematics."""
         raw = read_object(path)
-        given = DEFAULTS | raw
-        if raw.get("model_type") == "mistral":
-            given = DEFAULTS | MISTRAL_DEFAULTS | raw
-        else:
-            given["sliding_window"] = None  # Llama ignores the field
-        given |= read_rotary(raw, path)
-        refuse_other_mathematics(given, path)
+        mistral = raw.get("model_type") == "mistral"
+        given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
+        for name in ("rope_scaling", "rope_parameters"):  # the latter is of transformers 5
+            rope = raw.get(name) or {}
+            fits = isinstance(rope, dict) and not any(isinstance(x, dict) for x in rope.values())
+            kind = fits and (rope.get("rope_type") or rope.get("type") or "default")
+            require(kind == "default", path, f"{name}: rotary scaling is not implemented")
+            given |= rope
+        wanted = IMPLEMENTED | {"model_type": "mistral" if mistral else "llama"}
+        wanted["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
+        for name, value in wanted.items():
+            found = given.get(name, value)
+            fault = f"{name} is {json.dumps(found)[:60]}; implemented is {json.dumps(value)}"
+            require(found in (value, None), path, fault)
 
+        values = {"raw": raw, "tie_word_embeddings": given["tie_word_embeddings"]}
+        fits = type(values["tie_word_embeddings"]) is bool
+        require(fits, path, "tie_word_embeddings must be true or false")
         heads = positive(given, "num_attention_heads", int, path)
+        width = positive(given, "hidden_size", int, path)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = heads
         if given.get("head_dim") is None:
-            given["head_dim"] = positive(given, "hidden_size", int, path) // heads
-        values = {"raw": raw, "tie_word_embeddings": given["tie_word_embeddings"]}
+            given["head_dim"] = width // heads
         for name in cls.__dataclass_fields__:
             if name not in values:
                 kind = float if name in ("rms_norm_eps", "rope_theta") else int
                 values[name] = positive(given, name, kind, path)
+        if not mistral:
+            values["sliding_window"] = None  # Llama ignores the field
         config = cls(**values)
-        if heads % config.num_key_value_heads:
-            raise ValueError(f"{path}: num_key_value_heads must divide the {heads} heads")
-        if config.head_dim % 2:
-            raise ValueError(f"{path}: head_dim is {config.head_dim}, wanted an even number")
+        fault = f"num_key_value_heads must divide the {heads} heads, and head_dim be even"
+        require(heads % config.num_key_value_heads + config.head_dim % 2 == 0, path, fault)
         return config
 
 
-def read_object(path: str | Path) -> dict:
-    """The JSON object that is the whole file. ValueError, with the line, where there is none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}; give a file that can be read") from None
-    except (ValueError, RecursionError) as e:
-        line = getattr(e, "lineno", 1)
-        raise ValueError(f"{path}:{line}: not JSON ({str(e)[:60]}); get the file anew") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}:1: wanted a JSON object, found a {type(value).__name__}")
-    return value
-
-
-def read_rotary(raw: dict, path: str | Path) -> dict:
-    """The fields of `rope_parameters`, where transformers 5 has them. Scaling is refused."""
-    found = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = raw.get(name) or {}
-        kind = "unknown"
-        if isinstance(rope, dict):
-            kind = rope.get("rope_type") or rope.get("type") or "default"
-            found |= rope
-        if kind != "default" or any(isinstance(value, dict) for value in found.values()):
-            raise ValueError(f"{path}: {name} asks for rotary scaling, which is not implemented")
-    return found
-
-
-def refuse_other_mathematics(given: dict, path: str | Path):
-    """ValueError names the first field that wants what is not implemented here."""
-    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-    kind = given.get("model_type")
-    if kind not in list(names):
-        raise ValueError(f"{path}: model_type is {json.dumps(kind)}, wanted llama or mistral")
-    wanted = IMPLEMENTED | {"architectures": [names[kind]]}
-    for name, value in wanted.items():
-        found = given.get(name)
-        if found is not None and found != value:
-            text = f"{path}: {name} is {json.dumps(found)[:60]}"
-            raise ValueError(f"{text}, wanted {json.dumps(value)}: no other is implemented")
-    if type(given["tie_word_embeddings"]) is not bool:
-        raise ValueError(f"{path}: tie_word_embeddings must be true or false")
-
-
-def positive(given: dict, name: str, kind: type, path: str | Path) -> int | float | None:
+def positive(given: dict, name: str, kind: type, path):
     """A number of the configuration, in the range that any real model has."""
     value = given.get(name)
     if name == "sliding_window" and value is None:
         return None
     most = 1000 if name == "num_hidden_layers" else 2**31
-    if type(value) not in (int, kind) or not 0 < value < most:
-        found = json.dumps(value)[:40]
-        raise ValueError(f"{path}: {name} is {found}, wanted a {kind.__name__} in (0, {most})")
+    fault = f"{name} is {json.dumps(value)[:40]}, wanted a {kind.__name__} in (0, {most})"
+    require(type(value) in (int, kind) and 0 < value < most, path, fault)
     return value
 
 
@@ -418,7 +383,7 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
     found = {}
     wrong = []
     for file in weight_files(Path(folder)):
-        for name, (shape, dtype) in read_header(file).items():
+        for name, shape, dtype in read_header(file):
             if name not in parameters:
                 # buffers of old checkpoints, and the copy of the embedding that a tied head is
                 if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
@@ -433,10 +398,9 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
                 wrong.append(f"{name} stands in {found[name].name} and in {file.name}")
             found[name] = file
     wrong += [f"missing {name}" for name in parameters if name not in found]
-    if wrong:
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        text = "; ".join(wrong[:8]) + more
-        raise ValueError(f"{folder}: weights do not fit config.json: {text}")
+    first = "; ".join(wrong[:8])
+    fault = f"{len(wrong)} tensors do not fit config.json: {first}"
+    require(not wrong, folder, fault)
     return found
 
 
@@ -446,19 +410,19 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / "model.safetensors"]
     places = read_object(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(x, str) for x in places.values()):
-        raise ValueError(f"{index}: not a safetensors index; get it anew")
+    fits = isinstance(places, dict) and all(isinstance(name, str) for name in places.values())
+    require(fits, index, "not a safetensors index; get it anew")
     return sorted({folder / Path(name).name for name in places.values()})
 
 
-def read_header(file: Path) -> dict[str, tuple[list[int], str]]:
-    """Shape and type of each tensor of a safetensors file."""
-    header = {}
+def read_header(file: Path) -> list[tuple]:
+    """Name, shape and type of each tensor of a safetensors file."""
+    header = []
     try:
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 part = f.get_slice(name)
-                header[name] = (list(part.get_shape()), part.get_dtype())
+                header.append((name, list(part.get_shape()), part.get_dtype()))
     except (SafetensorError, OSError) as e:
         text = f"{file}: not a whole safetensors file, and no other kind is read"
         raise ValueError(f"{text} ({e})") from None
@@ -478,8 +442,8 @@ def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]):
                 local, start = local_rows(p)
                 if local.numel():
                     local.copy_(f.get_slice(name)[start : start + local.shape[0]])
-                if not local.isfinite().all():
-                    raise ValueError(f"{file}: {name} holds NaN or infinity; get the file anew")
+                fault = f"{name} holds NaN or infinity; get the file anew"
+                require(local.isfinite().all(), file, fault)
 
 
 def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype):
@@ -531,6 +495,46 @@ def write_weights(parameters: dict[str, Tensor], file: Path, dtype):
     except SafetensorError as e:
         raise OSError(f"{file}: cannot be written ({e}); free space, then run it again") from None
     flush_to_disk(file)
+
+
+# Files, for all scripts
+
+
+def require(fits, where: str | Path, fault: str):
+    """ValueError `WHERE: FAULT` unless it fits."""
+    if not fits:
+        raise ValueError(f"{where}: {fault}")
+
+
+def read_text(path: str | Path) -> str:
+    """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as e:
+        raise ValueError(f"{path}: {e.strerror}; give a file that can be read") from None
+    except UnicodeDecodeError as e:
+        line = content.count(b"\n", 0, e.start) + 1
+        fault = f"not UTF-8 (byte 0x{content[e.start]:02x}); convert the file"
+        raise ValueError(f"{path}:{line}: {fault}") from None
+    require(text.strip(), path, "the file is empty")
+    return text
+
+
+def parse_json(text: str, path: str | Path, line: int = 1):
+    """The value that `text`, which begins in this line of the file, holds."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        line += getattr(e, "lineno", 1) - 1
+        raise ValueError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
+
+
+def read_object(path: str | Path) -> dict:
+    """The JSON object that is the whole file."""
+    value = parse_json(read_text(path), path)
+    require(isinstance(value, dict), f"{path}:1", "wanted a JSON object")
+    return value
 
 
 def write_text(path: Path, text: str):

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-from data import Encoder, Example, Tokenizer, require
+from data import Encoder, Tokenizer
 from model import (
     ModelConfig,
     Transformer,
@@ -45,6 +45,8 @@ from model import (
     hash_model,
     is_first_rank,
     load_weights,
+    read_object,
+    require,
     save_weights,
     start_processes,
     write_text,
@@ -62,7 +64,7 @@ REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us alread
 # 1. The joint loss and the step
 
 
-def joint_loss(model, teacher, examples: list[Example], args: Namespace, learn: bool) -> dict:
+def joint_loss(model, teacher, examples: list, args: Namespace, learn: bool) -> dict:
     """The loss over `examples`, shared out among the ranks, and its gradient if `learn`."""
     world_size = dist.get_world_size()
     device = next(model.parameters()).device
@@ -161,7 +163,7 @@ def train_step(model, teacher, optimizer, examples, step: int, rate: float, args
 
 
 @torch.no_grad()
-def validate(model, teacher, valid: dict[str, list[Example]], step: int, args):
+def validate(model, teacher, valid: dict, step: int, args):
     """The loss on each set of `valid`, as one line of metrics each."""
     model.eval()
     for name, examples in valid.items():
@@ -176,7 +178,7 @@ def validate(model, teacher, valid: dict[str, list[Example]], step: int, args):
 # 2. Which examples, and how fast
 
 
-def batch_of(examples: list[Example], step: int, args: Namespace) -> list[Example]:
+def batch_of(examples: list, step: int, args: Namespace) -> list:
     """The examples of `step` (from 0): each once an epoch, in an order by (seed, epoch) alone."""
     epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
@@ -185,7 +187,7 @@ def batch_of(examples: list[Example], step: int, args: Namespace) -> list[Exampl
     return [examples[j] for j in order[start : start + args.batch_size]]
 
 
-def micro_batches(examples: list[Example], size: int) -> list[list[Example]]:
+def micro_batches(examples: list, size: int) -> list:
     """This rank's parts of a batch, at most `size` rows of like lengths each.
 
     Every rank has as many parts, since all take part in every reduction; some may be empty.
@@ -218,7 +220,7 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
     return args.learning_rate * shapes[args.schedule]
 
 
-def read_examples(files: list[str], args, tokenizer, config: ModelConfig) -> list[Example]:
+def read_examples(files: list, args, tokenizer, config: ModelConfig) -> list:
     """Encodes the rows of `files`; those that are too long are left out whole, and told."""
     # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
@@ -246,7 +248,7 @@ def read_examples(files: list[str], args, tokenizer, config: ModelConfig) -> lis
     return examples
 
 
-def named_files(items: list[str]) -> dict[str, list[str]]:
+def named_files(items: list) -> dict:
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own."""
     named = {}
     for item in items:
@@ -316,7 +318,7 @@ def record(line: dict, out: str):
         f.write(json.dumps(line) + "\n")
 
 
-def checkpoint_tensors(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
+def checkpoint_tensors(model, optimizer) -> dict:
     """What a checkpoint holds, by folder and name: weights and both moments of Adam."""
     tensors = {"weights": dict(model.named_parameters())}
     for moment in ("exp_avg", "exp_avg_sq"):
@@ -325,7 +327,7 @@ def checkpoint_tensors(model, optimizer) -> dict[str, dict[str, torch.Tensor]]:
     return tensors
 
 
-def checkpoints(out: Path) -> dict[int, Path]:
+def checkpoints(out: Path) -> dict:
     """The complete checkpoints by their steps."""
     folders = out.glob("checkpoint/step-*")
     return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step-\d+", f.name)}
@@ -411,7 +413,7 @@ def copy_own_file(file: Path, copy: Path):
         shutil.copyfile(target, copy)
 
 
-def open_run(args: Namespace, examples: list[Example]) -> bool:
+def open_run(args: Namespace, examples: list) -> bool:
     """Prepares --out, or checks that it has the same run -> whether that is finished."""
     out = Path(args.out)
     file = out / "args.json"
@@ -428,7 +430,7 @@ def open_run(args: Namespace, examples: list[Example]) -> bool:
         if args.config:
             mine["config_hash"] = data.short_hash(Path(args.config).read_bytes())
         if file.exists() and args.resume:
-            data.require_same(file, data.read_object(file), mine, FREE)
+            data.require_same(file, read_object(file), mine, FREE)
         else:
             there = set(os.listdir(out)) if out.exists() else set()
             way = "resume it with --resume, or" if file.exists() else "and holds no run;"
