@@ -26,7 +26,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +112,7 @@ class Encoder:
             reference = reference + end
         return Example(row["id"], self.prompt(row), reference, rationale, left_out)
 
-    def why_left_out(self, row: dict) -> str:
+    def why_left_out(self, row) -> str:
         """The reason to train without this row's rationale; empty if there is none."""
         if self.only_ok and row.get("status") != "ok":
             return f"status {row.get('status')}"
@@ -129,10 +129,10 @@ class Encoder:
         """
         tokenizer = self.tokenizer
         text = row["reference"]
-        rationale_text = row.get("rationale", "")
+        rationale_text = row.get("rationale") or ""
         reference = row.get("reference_ids", [])
         rationale = row.get("rationale_ids", [])
-        if row.get("meta", {}).get("tokenizer_hash") != tokenizer.hash:
+        if row["meta"].get("tokenizer_hash") != tokenizer.hash:
             reference = tokenizer.answer(text)
             return reference, tokenizer.continuation(text, reference, rationale_text)
         check_ids(reference + rationale, tokenizer.vocab_size, row["where"])
@@ -144,7 +144,7 @@ class Encoder:
 
     def prompt(self, row: dict) -> list:
         """Ids up to where the answer begins. ValueError if the ledger had another prompt."""
-        meta = row.get("meta") or {}
+        meta = row["meta"]
         given = {"system": self.system, "template": self.template}
         if meta.get("tokenizer_hash") == self.tokenizer.hash:
             given["chat"] = self.tokenizer.chat_name
@@ -170,7 +170,7 @@ class Encoder:
         values = {"source": row["source"]}
         for name in ("source_lang", "target_lang"):
             values[name] = LANGUAGES.get(row[name], row[name])
-        template = self.template or row.get("meta", {}).get("template") or TEMPLATE
+        template = self.template or row["meta"].get("template") or TEMPLATE
         # in one pass: braces in the source are never read as a name
         text = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
         return [{"role": "user", "content": text}]
@@ -198,11 +198,11 @@ def collate(examples: list, device="cpu") -> tuple:
     return tokens.to(device), flat[0].to(device), flat[1].to(device)
 
 
-def check_ids(ids: list, limit: int, where: str):
+def check_ids(ids, limit, where):
     """ValueError unless these are token ids below `limit`."""
     for i in ids:
-        fault = f"*_ids must be token ids below {limit}, found {json.dumps(i)[:40]}"
-        require(type(i) is int and 0 <= i < limit, where, fault)
+        fits = type(i) is int and 0 <= i < limit
+        require(fits, where, f"wanted token ids below {limit}, found {json.dumps(i)[:40]}")
 
 
 # 2. The tokenizer and the chat formats
@@ -215,34 +215,8 @@ class Tokenizer:
     ValueError names the file that is missing, broken or not understood.
     """
 
-    def __init__(self, folder: Path, chat: str = "auto"):
+    def __init__(self, folder: str | Path, chat: str = "auto"):
         self.folder = Path(folder)
-        proto = self._read_sentencepiece()
-        config = self._read_optional("tokenizer_config.json")
-        self.ids = self._read_added_tokens(config)  # text -> id
-        self.added = {id: text for text, id in sorted(self.ids.items(), key=lambda item: item[1])}
-        self.vocab_size = max([len(self.sp), *(id + 1 for id in self.added)])
-        self.control = set(self.added) - {self.sp.unk_id()}
-        self.control |= {i for i in range(len(self.sp)) if self.sp.is_control(i)}
-        pieces = [self.sp.id_to_piece(i) for i in self.control if i < len(self.sp)]
-        tags = sorted((piece.replace("▁", " ") for piece in pieces), key=len)
-        self.tags = re.compile("|".join(f"(?={re.escape(tag)})" for tag in tags))
-        self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
-        self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
-        self.legacy = config.get("legacy") is True  # the space before every text, not the first
-        self.template = self._read_template(config)
-        self.chat_name = self._find_chat() if chat == "auto" else chat
-        self.start_id = self.end_id = self.eos_id
-        if self.chat_name == "chatml":
-            self.start_id = self._id("<|im_start|>", -1)
-            self.end_id = self._id("<|im_end|>", -1)
-        fault = f"the vocabulary lacks EOS or the tags of {self.chat_name}; give another --chat"
-        require(min(self.eos_id, self.start_id, self.end_id) >= 0, self.folder, fault)
-        self.eos_ids = sorted({self.eos_id, self.end_id, *self._read_stops()})
-        self.hash = short_hash(proto + json.dumps(self.added).encode())
-        self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
-
-    def _read_sentencepiece(self) -> bytes:
         file = self.folder / "tokenizer.model"
         require(file.is_file(), file, "no such file; a model folder needs a SentencePiece model")
         proto = file.read_bytes()
@@ -252,59 +226,65 @@ class Tokenizer:
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{file}: not a SentencePiece model; get the file anew") from None
-        return proto
+        self.size = len(self.sp)
+        self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
+        config = self._read("tokenizer_config.json")
+        self.added = self._read_added_tokens(config)  # id -> text
+        self.vocab_size = max([self.size, *(id + 1 for id in self.added)])
+        self.ids = {text: id for id, text in self.added.items()}
+        self.control = {*self.added, *filter(self.sp.is_control, range(self.size))}
+        self.control.discard(self.sp.unk_id())
+        tags = [self.sp.id_to_piece(i) for i in self.control if i < self.size]
+        tags = [re.escape(tag.replace("▁", " ")) for tag in sorted(tags, key=len)]
+        self.tags = re.compile("|".join(f"(?={tag})" for tag in tags))
+        self.hash = short_hash(proto + json.dumps(self.added).encode())
 
-    def _read_optional(self, name: str) -> dict:
+        self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
+        self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
+        self.legacy = config.get("legacy") is True  # the space before every text, not the first
+        self.template = self._read_template(config)
+        known = [name for mark, name in MARKS.items() if mark in self.template]
+        fault = f"its chat template is not known here; give --chat {'|'.join(CHATS)}"
+        require(chat != "auto" or known or not self.template, self.folder, fault)
+        self.chat_name = [*known, "plain"][0] if chat == "auto" else chat
+        tags = ("<|im_start|>", "<|im_end|>") if self.chat_name == "chatml" else ()
+        self.start_id, self.end_id = [self._id(tag, -1) for tag in tags] or [self.eos_id] * 2
+        fits = min(self.eos_id, self.start_id, self.end_id) >= 0
+        require(fits, self.folder, f"the vocabulary lacks EOS, or {tags}; give another --chat")
+        stops = self._read("generation_config.json").get("eos_token_id") or []
+        stops = stops if isinstance(stops, list) else [stops]
+        check_ids(stops, 2**31, self.folder / "generation_config.json")
+        self.eos_ids = sorted({self.eos_id, self.end_id, *stops})
+
+    def _read(self, name) -> dict:
         file = self.folder / name
         return read_object(file) if file.exists() else {}
 
-    def _read_added_tokens(self, config: dict) -> dict:
-        found = dict(self._read_optional("added_tokens.json"))
-        decoder = config.get("added_tokens_decoder") or {}
+    def _read_added_tokens(self, config) -> dict:
+        found = list(self._read("added_tokens.json").items())
         file = self.folder / "tokenizer_config.json"
         try:
-            for id, token in decoder.items():
-                found[token["content"]] = int(id)
+            for id, token in (config.get("added_tokens_decoder") or {}).items():
+                found.append((token["content"], int(id)))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError(f"{file}: added_tokens_decoder is not understood") from None
-        for text, id in found.items():
-            fault = f"added token {json.dumps(text)[:40]} needs an id from 0 on"
-            fits = isinstance(text, str) and type(id) is int and 0 <= id < 2**31
-            require(fits, self.folder, fault)
-        return found
+        check_ids([id for _, id in found], 2**31, f"{self.folder}: added tokens")
+        return {id: str(text) for text, id in sorted(found, key=lambda token: token[1])}
 
-    def _read_template(self, config: dict) -> str:
+    def _read_template(self, config) -> str:
         file = self.folder / "chat_template.jinja"
         template = read_text(file) if file.is_file() else config.get("chat_template") or ""
         if not isinstance(template, str):  # a list of several, by name
             template = json.dumps(template)
         return template.replace("\\n", "\n")
 
-    def _find_chat(self) -> str:
-        if not self.template:
-            return "plain"
-        for mark, name in MARKS.items():
-            if mark in self.template:
-                return name
-        fault = f"its chat template is not known here; give --chat {'|'.join(CHATS)}"
-        raise ValueError(f"{self.folder}: {fault}")
-
-    def _read_stops(self) -> list:
-        """The ids that end an answer, by generation_config.json."""
-        stops = self._read_optional("generation_config.json").get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops]
-        stops = [stop for stop in stops if stop is not None]
-        file = self.folder / "generation_config.json"
-        check_ids(stops, 2**31, f"{file}: eos_token_id")
-        return stops
-
-    def _id(self, piece: str | dict | None, default: int) -> int:
+    def _id(self, piece, default) -> int:
         """The id of an added token or of a piece of the vocabulary."""
         if isinstance(piece, dict):
             piece = piece.get("content")
-        if not isinstance(piece, str):
-            return default
-        id = self.ids.get(piece, self.sp.piece_to_id(piece))
+        id = self.sp.unk_id()
+        if isinstance(piece, str):
+            id = self.ids.get(piece, self.sp.piece_to_id(piece))
         return default if id == self.sp.unk_id() else id
 
     def encode(self, text: str, within: bool = False) -> list:
@@ -324,19 +304,19 @@ class Tokenizer:
 
     def decode(self, ids: list) -> str:
         """Ids to text; control and added tokens are left out."""
-        return self.sp.decode([i for i in ids if i not in self.control and i < len(self.sp)])
+        return self.sp.decode([i for i in ids if i not in self.control and i < self.size])
 
-    def decode_after(self, before: list, ids: list) -> str:
+    def decode_after(self, before, ids) -> str:
         """The text of `ids` after `before`: a piece decoded alone would lose its space."""
         start = self.decode(before)
         whole = self.decode(before + ids)
         return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
 
-    def first_line_ends(self, ids: list) -> bool:
+    def first_line_ends(self, ids) -> bool:
         """Whether the last of `ids` ends the first line that is not empty."""
         return "\n" in self.decode(ids[-1:]) and "\n" in self.decode(ids).lstrip()
 
-    def answer(self, text: str) -> list:
+    def answer(self, text) -> list:
         """Ids of an assistant's answer as they follow `chat`, without EOS."""
         if not text:
             return []
@@ -346,7 +326,7 @@ class Tokenizer:
             text = " " + text
         return self.encode(text)
 
-    def continuation(self, before: str, ids: list, text: str) -> list:
+    def continuation(self, before, ids, text) -> list:
         """Ids of `text` after an answer's beginning `before`, whose ids stay what they are."""
         if not text:
             return []
@@ -359,13 +339,10 @@ class Tokenizer:
         messages: {"role", "content"}, a system prompt if there is one, then user and assistant in
         turn, the user last.
         """
-        if messages and messages[0]["role"] == "system":
-            system = messages[0]["content"]
-            messages = messages[1:]
-        roles = [message["role"] for message in messages]
-        turns = ["user", "assistant"] * (len(roles) // 2) + ["user"]
-        require(roles == turns, "messages", f"wanted user, assistant, ..., user; found {roles}")
+        check_turns(messages, "messages")
         texts = [message["content"] for message in messages]
+        if messages[0]["role"] == "system":
+            system = texts.pop(0)
         make = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}
         parts = make.get(self.chat_name, self._tagged)(texts, system)
         one_text = self.chat_name in ("zephyr", "chatml") and not self.legacy
@@ -380,10 +357,10 @@ class Tokenizer:
     # Each format as control tokens by id, and the texts between them. Sources: Meta's llama
     # repository, mistral-common v1 and v3, the chat templates of Zephyr, TinyLlama and ChatML.
 
-    def _plain(self, texts: list, system: str | None) -> list:
+    def _plain(self, texts, system) -> list:
         return [self.bos_id, "\n\n".join([system, *texts] if system else texts)]
 
-    def _llama2(self, texts: list, system: str | None) -> list:
+    def _llama2(self, texts, system) -> list:
         if system:
             texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         parts = []
@@ -392,7 +369,7 @@ class Tokenizer:
             parts += [self.bos_id, turn, self.eos_id]
         return [*parts, self.bos_id, f"[INST] {texts[-1].strip()} [/INST]"]
 
-    def _mistral(self, texts: list, system: str | None) -> list:
+    def _mistral(self, texts, system) -> list:
         # in v1 the tags are text; from v3 on they are control tokens, and the system prompt
         # stands in the last turn
         begin = self._id("[INST]", -1)
@@ -411,7 +388,7 @@ class Tokenizer:
                 parts.append(f"[INST] {text} [/INST]")
         return parts
 
-    def _tagged(self, texts: list, system: str | None) -> list:
+    def _tagged(self, texts, system) -> list:
         # chatml: a turn stands between two control tokens; zephyr: the tags are text, EOS ends it
         chatml = self.chat_name == "chatml"
         if chatml and system is None:  # some templates put one in
@@ -433,48 +410,48 @@ class Tokenizer:
 # 3. Files and their rows
 
 
-def short_hash(content: bytes) -> str:
+def short_hash(content) -> str:
     """By which files, models and settings are told apart."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def read_json(path: Path) -> list:
+def read_json(path) -> list[tuple[str, dict]]:
     """Objects of a JSON array, or one a line, each with where it stands, `FILE:LINE`."""
     text = read_text(path)
     rows = []
     if text.lstrip().startswith("["):
         separator = re.compile(r"[\s,]*")
-        decoder = json.JSONDecoder()
-        end = text.index("[") + 1
         line = 1
+        start = 0
+        end = text.index("[") + 1
         for row in parse_json(text, path):  # each is decoded once more, to learn its line
-            before = end
+            before = start
             start = separator.match(text, end).end()
-            end = decoder.raw_decode(text, start)[1]
+            end = json.JSONDecoder().raw_decode(text, start)[1]
             line += text.count("\n", before, start)
             rows.append((f"{path}:{line}", row))
-            line += text.count("\n", start, end)
     else:
         for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
                 rows.append((f"{path}:{line}", parse_json(content, path, line)))
     for where, row in rows:
-        fault = f"wanted a JSON object, found {json.dumps(row)[:40]}"
-        require(isinstance(row, dict), where, fault)
+        require(isinstance(row, dict), where, f"wanted an object, found {json.dumps(row)[:40]}")
     require(rows, path, "holds no rows")
     return rows
 
 
-def read_rows(files: list, directions: list = (), prompts: bool = False) -> list:
+def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[dict]:
     """Reads pairs, conversations and ledgers (`prompts`: prompts alone too) into one list.
 
     A row is what its file says, with `id` (its place in the data if the file has none), `where`
-    (FILE:LINE) and, of a ledger, `meta` (its settings) added. A pair has source, reference,
+    (FILE:LINE) and `meta` (of a ledger its settings, else {}) added. A pair has source, reference,
     source_lang, target_lang; others have `messages`, the conversation before the answer, and
     `reference`, the answer. Several directions read each pair once for each. ValueError names
     file and line.
     """
-    ways = [read_direction(direction) for direction in dict.fromkeys(directions)]
+    ways = [tuple(direction.split("-")) for direction in dict.fromkeys(directions)]
+    for way in ways:
+        check_languages(way, "--direction")
     rows = []
     for file in files:
         meta = read_meta(file)
@@ -484,10 +461,11 @@ def read_rows(files: list, directions: list = (), prompts: bool = False) -> list
             first = way in (None, *ways[:1])
             for where, content in found:
                 row = content | {"where": where}
-                if "reference_ids" in row:
-                    read_ledger_fields(row, meta)
-                if is_pair(row):
-                    read_pair(row, way)
+                row["meta"] = meta if "reference_ids" in row else {}
+                check_ledger_fields(row)
+                conversation = row.keys() & {"messages", "response", "turns"}
+                if "translation" in row or ("source" in row and not conversation):
+                    read_pair(row, way, *ways[:1])
                 elif first:  # a conversation has no direction
                     read_conversation(row, prompts)
                 else:
@@ -495,22 +473,19 @@ def read_rows(files: list, directions: list = (), prompts: bool = False) -> list
                 row["id"] = read_id(row, len(rows))
                 if not first and "id" in content:
                     row["id"] = f"{row['id']} {'-'.join(way)}"
-                fault = f"id {json.dumps(row['id'])} stands twice; ids must differ"
-                require(row["id"] not in known, where, fault)
+                require(row["id"] not in known, where, f"id {row['id']} stands twice in {file}")
                 known.add(row["id"])
                 rows.append(row)
     return rows
 
 
-def read_direction(direction: str) -> tuple:
-    """`de-en` -> ("de", "en")."""
-    way = tuple(direction.split("-"))
-    known = len(way) == 2 and way[0] != way[1] and all(code in LANGUAGES for code in way)
-    require(known, f"--direction {direction}", f"give two of {'|'.join(LANGUAGES)}, as de-en")
-    return way
+def check_languages(way, where):
+    """ValueError unless these are two languages that are known here."""
+    fits = len(way) == 2 and way[0] != way[1] and set(map(str, way)) <= LANGUAGES.keys()
+    require(fits, where, f"found {str(way)[:40]}; give two of {'|'.join(LANGUAGES)}, as de-en")
 
 
-def read_id(row: dict, place: int):
+def read_id(row, place):
     """The row's own id, or its place in the data."""
     id = row.get("id")
     if id is None:
@@ -521,87 +496,80 @@ def read_id(row: dict, place: int):
     return id
 
 
-def as_text(value, where: str, name: str, may_be_blank: bool = False) -> str:
+def as_text(value, where, name, may_be_blank=False) -> str:
     """The value, if it is Unicode text and not blank."""
-    fault = f"{name} must be text that is not blank; fill it in or take the row out"
-    require(isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value), where, fault)
-    require(may_be_blank or value.strip(), where, fault)
+    fits = isinstance(value, str) and (may_be_blank or value.strip())
+    require(fits, where, f"{name} must be text that is not blank; fill it in or take the row out")
     return value
 
 
-def is_pair(row: dict) -> bool:
-    """Whether a row is a source with its reference; a conversation may have a `source` field."""
-    conversation = row.keys() & {"messages", "response", "turns"}
-    return "translation" in row or ("source" in row and not conversation)
+def read_pair(row, way, unmarked=None):
+    """Brings ALMA's two-way `translation`, or a source and its reference, into direction `way`.
 
-
-def read_pair(row: dict, way: tuple | None):
-    """Brings ALMA's two-way `translation`, or a source and its reference, into direction `way`."""
+    unmarked: the direction of rows that do not say theirs.
+    """
     where = row["where"]
+    ledger = "reference_ids" in row
     texts = row.pop("translation", None)
     if texts is None:
         own = (row.get("source_lang"), row.get("target_lang"))
-        if own == (None, None):
-            own = way
-        fault = 'needs "source_lang" and "target_lang" (two of de, en, ...), or --direction de-en'
-        require(own and all(code in list(LANGUAGES) for code in own), where, fault)
-        require(own[0] != own[1], where, fault)
+        if own == (None, None) and unmarked:
+            own = unmarked
+        check_languages(own, f"{where}: source_lang, target_lang")
         texts = {own[0]: row.get("source"), own[1]: row.get("reference")}
         way = way or own
-        fault = f"a ledger has one direction, {'-'.join(own)}"
-        require(way == own or "reference_ids" not in row, where, fault)
+        require(way == own or not ledger, where, f"this ledger is {'-'.join(own)} alone")
     require(way, where, "a two-way row; say which way by --direction, such as de-en")
-    fits = isinstance(texts, dict) and all(code in texts for code in way)
+    fits = isinstance(texts, dict) and set(way) <= texts.keys()
     require(fits, where, f"--direction {'-'.join(way)} needs a text in both languages")
     row["source_lang"], row["target_lang"] = way
     row["source"] = as_text(texts[way[0]], where, f"the {LANGUAGES[way[0]]} text")
-    blank = "reference_ids" in row  # a model may have said nothing
-    row["reference"] = as_text(texts[way[1]], where, f"the {LANGUAGES[way[1]]} text", blank)
+    row["reference"] = as_text(texts[way[1]], where, f"the {LANGUAGES[way[1]]} text", ledger)
 
 
-def read_conversation(row: dict, prompts: bool):
+def read_conversation(row, prompts):
     """Sets `messages`, what stands before the answer, and `reference`, the answer or ""."""
     where = row["where"]
     said = row.get("messages")
-    if said is None and isinstance(row.get("turns"), list):  # FastChat's questions: the first
-        said = [{"role": "user", "content": text} for text in row["turns"][:1]]
-        row["id"] = row.get("id", row.get("question_id"))
-    elif said is None:
-        said = [{"role": "user", "content": row.get("prompt")}]
-        if "response" in row:
-            said.append({"role": "assistant", "content": row["response"]})
+    if said is None:
+        texts = [row.get("prompt"), row["response"]] if "response" in row else [row.get("prompt")]
+        if isinstance(row.get("turns"), list):  # FastChat's questions: the first turn
+            texts = row["turns"][:1]
+            row.setdefault("id", row.get("question_id"))
+        said = [{"role": role, "content": x} for role, x in zip(("user", "assistant"), texts)]
     fits = isinstance(said, list) and all(isinstance(message, dict) for message in said)
     require(fits, where, '"messages" must be a list of {"role", "content"}')
-    roles = [message.get("role") for message in said]
-    answered = roles[-1:] == ["assistant"]
-    before = roles[:-1] if answered else roles
-    turns = before[1:] if before[:1] == ["system"] else before
-    wanted = 'wanted "source", "translation", "prompt", "turns", or "messages" in turn'
-    alternate = ["user", "assistant"] * (len(turns) // 2) + ["user"]
-    require(turns == alternate, where, f"{wanted}; found {json.dumps(roles)[:60]}")
-    row["messages"] = []
-    for message in said[: len(before)]:
-        text = as_text(message.get("content"), where, f"the {message['role']}'s text")
-        row["messages"].append({"role": message["role"], "content": text})
     ledger = "reference_ids" in row
-    fault = 'has no answer ("response"); prompts alone go with generate.py --task answer'
-    require(answered or prompts or ledger, where, fault)
+    row["messages"] = []
+    for i, message in enumerate(said):
+        blank = ledger and i == len(said) - 1  # a model may have said nothing
+        text = as_text(message.get("content"), where, "a prompt, response or message", blank)
+        row["messages"].append({"role": message.get("role"), "content": text})
     row["reference"] = ""
-    if answered:
-        row["reference"] = as_text(said[-1].get("content"), where, "the answer", ledger)
+    if said and said[-1].get("role") == "assistant":
+        row["reference"] = row["messages"].pop()["content"]
+    elif not ledger:
+        require(prompts, where, "has no answer; prompts alone go with generate.py --task answer")
+    check_turns(row["messages"], where)
 
 
-def read_ledger_fields(row: dict, meta: dict):
-    """Checks what `generate.py` adds to a row, and adds the settings that it had."""
-    row["meta"] = meta
+def check_turns(messages, where):
+    """ValueError unless user and assistant speak in turn, after a system prompt if there is one."""
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    fits = turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+    require(fits, where, f"wanted user, assistant, ..., user; found {json.dumps(roles)[:60]}")
+
+
+def check_ledger_fields(row):
+    """ValueError where what `generate.py` adds to a row is of another kind."""
     for name in ("reference_ids", "rationale_ids"):
-        row.setdefault(name, [])
-        require(isinstance(row[name], list), row["where"], f"{name} must be a list of token ids")
-    text = row.get("rationale") or ""
-    row["rationale"] = as_text(text, row["where"], "the rationale", may_be_blank=True)
+        fits = isinstance(row.get(name, []), list)
+        require(fits, row["where"], f"{name} must be a list of token ids")
+    as_text(row.get("rationale") or "", row["where"], "the rationale", may_be_blank=True)
 
 
-def read_template(value: str | None) -> str | None:
+def read_template(value) -> str | None:
     """--template: a file's text, or the text itself with \\n for a line break."""
     if value is None:
         return None
@@ -614,20 +582,21 @@ def read_template(value: str | None) -> str | None:
     return text
 
 
-def unescape(text: str) -> str:
+def unescape(text) -> str:
     """A shell's "\\n" and "\\t" are two characters each; here they mean line break and tab."""
+    text.encode()  # ValueError where the shell's bytes were not UTF-8
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 # 4. Ledgers: rows that survive a kill, written by any number of ranks
 
 
-def meta_path(ledger: Path) -> Path:
+def meta_path(ledger) -> Path:
     """Where the settings of a ledger stand: beside it, as NAME.meta.json."""
     return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
 
 
-def read_meta(ledger: Path) -> dict:
+def read_meta(ledger) -> dict:
     """The settings that a ledger was written with; {} for other files."""
     file = meta_path(ledger)
     meta = read_object(file) if file.exists() else {}
@@ -637,7 +606,7 @@ def read_meta(ledger: Path) -> dict:
     return meta
 
 
-def require_same(path: Path, old: dict, new: dict, free: tuple = NOT_COMPARED):
+def require_same(path, old, new, free=NOT_COMPARED):
     """ValueError names the first of the `new` settings that was another in the `old`."""
     for name, value in new.items():
         if name not in free and old.get(name) != value:
@@ -648,12 +617,13 @@ def require_same(path: Path, old: dict, new: dict, free: tuple = NOT_COMPARED):
 
 
 @contextmanager
-def lock(path: Path):
+def lock(path):
     """Rank 0 holds PATH.lock within the block: a second process is told so, by a ValueError."""
     if dist.get_rank() > 0:
         yield
         return
-    file = Path(f"{path}.lock")
+    path = Path(path)
+    file = path.with_name(path.name + ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
         try:
@@ -702,7 +672,7 @@ def complete(path: Path, settings: dict, rows: list, produce: Callable):
     dist.barrier()
 
 
-def read_ledger(path: Path, settings: dict, by_id: dict) -> dict:
+def read_ledger(path, settings, by_id) -> dict:
     """The rows of a ledger by id; none where there is no file.
 
     ValueError where it has other settings, or rows that are not, or not so, in the data.
@@ -723,37 +693,38 @@ def read_ledger(path: Path, settings: dict, by_id: dict) -> dict:
     return found
 
 
-def part_path(path: Path, settings: dict, rank: str) -> Path:
+def part_path(path, settings, rank) -> Path:
     """What one rank writes towards a ledger; the settings' hash keeps runs apart."""
     compared = {name: x for name, x in settings.items() if name not in NOT_COMPARED}
     tag = short_hash(json.dumps(compared, sort_keys=True).encode())
     return path.with_name(f"{path.name}.{tag}.rank{rank}")
 
 
-def part_files(path: Path, settings: dict) -> list:
+def part_files(path, settings) -> list:
     """The part files of a run with these settings, on however many ranks."""
     start = part_path(path, settings, "").name
     files = sorted(path.parent.iterdir())
     return [f for f in files if re.fullmatch(re.escape(start) + r"\d+", f.name)]
 
 
-def read_parts(path: Path, settings: dict, by_id: dict) -> dict:
+def read_parts(path, settings, by_id) -> dict:
     """The finished rows in part files whose input is still the same."""
     found = {}
     for file in part_files(path, settings):
-        for line in file.read_bytes().split(b"\n"):
+        for line in file.read_text("utf-8", errors="replace").split("\n"):
             try:
-                row = json.loads(line)
+                row = parse_json(line, file)
             except ValueError:  # torn by a kill, or blank
                 continue
-            if row["input_hash"] == by_id.get(row["id"], {}).get("input_hash"):
-                found[row["id"]] = row
+            id = row.get("id")
+            if id in by_id and row.get("input_hash") == by_id[id]["input_hash"]:
+                found[id] = row
     return found
 
 
-def write_part(file: Path, produced: Iterator, by_id: dict):
+def write_part(file, produced, by_id):
     """Appends rows as they come. FloatingPointError names one whose numbers are not finite."""
-    with open(file, "ab", buffering=0) as f:
+    with open(file, "ab") as f:
         f.write(b"\n")  # ends a line that a kill has torn
         for row in produced:
             row = row | {"input_hash": by_id[row["id"]]["input_hash"]}
@@ -763,6 +734,7 @@ def write_part(file: Path, produced: Iterator, by_id: dict):
                 fault = f"row {row['id']}: the model's numbers are not finite; look at its weights"
                 raise FloatingPointError(fault) from None
             f.write(line.encode() + b"\n")
+            f.flush()
 
 
 # 5. The command line
@@ -771,14 +743,14 @@ def write_part(file: Path, produced: Iterator, by_id: dict):
 class Arguments(argparse.ArgumentParser):
     """argparse whose mistakes are one line, as all our errors are."""
 
-    def error(self, message: str):
+    def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number(low: float, high: float = math.inf, kind: type = float) -> Callable:
+def number(low, high=math.inf, kind=float) -> Callable:
     """An argparse type: a number from `low` to `high`."""
 
-    def parse(text: str):
+    def parse(text):
         value = kind(text)
         if not low <= value <= high or not math.isfinite(value):
             fault = f"{text} is out of range, wanted {low:g} to {high:g}"
@@ -793,7 +765,14 @@ COUNT = number(1, 2**31, int)
 COUNT_OR_ZERO = number(0, 2**31, int)
 
 
-def prompt_arguments(parser: argparse.ArgumentParser):
+def add_options(parser, options):
+    """Adds options by name, type, default and help."""
+    for name, kind, default, text in options:
+        help = f"{text} (default {default})"
+        parser.add_argument(name, type=kind, default=default, help=help)
+
+
+def prompt_arguments(parser):
     """The options of every script that makes prompts."""
     add = parser.add_argument
     add("--direction", nargs="+", default=[], metavar="de-en", help="several read pairs both ways")
@@ -803,7 +782,7 @@ def prompt_arguments(parser: argparse.ArgumentParser):
     add("--template", help=f"instruction, text or file, with {fields} (default: ALMA's)")
 
 
-def dtype_argument(parser: argparse.ArgumentParser):
+def dtype_argument(parser):
     """--dtype, by default what computes fast here."""
     fast = "bfloat16" if torch.cuda.is_available() else "float32"
     choices = ("float32", "bfloat16")
@@ -839,7 +818,7 @@ def cli(main: Callable, parser: argparse.ArgumentParser):
     sys.exit(2)
 
 
-def print_statistics(rows: list, examples: list, max_length: int):
+def print_statistics(rows, examples, max_length):
     """Counts of rows and tokens; of a ledger also how its rationales ended and began."""
     long = sum(len(example) > max_length for example in examples)
     print(f"{len(rows)} rows, {long} of them longer than {max_length} tokens")
@@ -856,14 +835,14 @@ def print_statistics(rows: list, examples: list, max_length: int):
         print(f"{n:6} rationales begin: {text}")
 
 
-def print_example(example: Example, tokenizer: Tokenizer):
+def print_example(example, tokenizer):
     """One example, piece by piece, in the colours of its segments."""
     print(f"row {example.id}: prompt (no loss), reference (green), rationale (blue), EOS (red)")
     colours = {"prompt": 90, "reference": 32, "rationale": 34}
     for name, colour in colours.items():
         text = ""
         for i in getattr(example, name):
-            known = i < len(tokenizer.sp) and i not in tokenizer.added
+            known = i < tokenizer.size and i not in tokenizer.added
             piece = tokenizer.sp.id_to_piece(i) if known else tokenizer.added.get(i, "?")
             shade = 31 if i == tokenizer.end_id and name != "prompt" else colour
             text += f"\033[{shade}m{piece}\033[0m" if sys.stdout.isatty() else piece
@@ -886,8 +865,8 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="model folder (only its tokenizer is read)")
     add("--data", required=True, nargs="+", help="pairs, conversations or ledgers")
     prompt_arguments(p)
-    add("--max-length", type=COUNT, default=1024, help="tokens of a row (default 1024)")
-    add("--show", type=COUNT_OR_ZERO, default=0, metavar="N", help="the row to show (default 0)")
+    add_options(p, [("--max-length", COUNT, 1024, "tokens of a row")])
+    add_options(p, [("--show", COUNT_OR_ZERO, 0, "the row to show")])
     return p
 
 

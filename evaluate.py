@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer
-from generate import Sampling, Sequence, require_room, sample, status_of
+from generate import Sampling, Sequence, read, require_room, sample, status_of
 from model import (
     KVCache,
     ModelConfig,
@@ -62,7 +62,7 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 class Statistic:
     """A score that is a function of the column sums of `stats` [items, k]."""
 
-    def __init__(self, stats, score: Callable[[np.ndarray], float], signature: str = ""):
+    def __init__(self, stats, score: Callable, signature: str = ""):
         self.stats = np.asarray(stats, dtype=float)
         self.score = score
         self.signature = signature
@@ -86,7 +86,7 @@ class Statistic:
 
 
 @functools.cache
-def resamples(n: int) -> np.ndarray:
+def resamples(n) -> np.ndarray:
     """[RESAMPLES, n]: how often each item is drawn, by sacreBLEU's seed."""
     places = np.random.default_rng(12345).choice(n, size=(RESAMPLES, n))
     return np.stack([np.bincount(row, minlength=n) for row in places]).astype(float)
@@ -111,7 +111,7 @@ def measure_translation(items: list) -> dict:
     return found | {"faults": ratio(faults, "fault")}
 
 
-def translation_metrics(language: str) -> dict:
+def translation_metrics(language) -> dict:
     """BLEU has sacreBLEU's tokenizer for the language, or characters where that is missing."""
     try:
         tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
@@ -122,7 +122,7 @@ def translation_metrics(language: str) -> dict:
     return {"bleu": bleu, "chrf++": CHRF(word_order=2)}
 
 
-def score_of_sums(metric, sums: np.ndarray) -> float:
+def score_of_sums(metric, sums) -> float:
     return metric._compute_score_from_stats(sums.tolist()).score
 
 
@@ -131,11 +131,11 @@ def measure_choice(items: list) -> dict:
     return {name: ratio(items, name) for name in ("acc", "acc_norm", "margin")}
 
 
-def measure_numeric(items: list) -> dict:
+def measure_numeric(items) -> dict:
     return {name: ratio(items, name) for name in ("strict", "flexible")}
 
 
-def measure_safety(items: list) -> dict:
+def measure_safety(items) -> dict:
     return {name: ratio(items, name) for name in ("refusal", "empty", "degenerate")}
 
 
@@ -185,7 +185,7 @@ def answers(subject: Subject, rows: list, how: Sampling) -> Iterator:
         yield row, sequence.ids, item
 
 
-def make_sequences(rows: list) -> list:
+def make_sequences(rows) -> list:
     return [Sequence(row["id"], row["ids"], row["where"]) for row in rows]
 
 
@@ -199,7 +199,7 @@ def answer_translation(subject: Subject, rows: list) -> Iterator:
         yield item | {name: row[name] for name in names}
 
 
-def answer_numeric(subject: Subject, rows: list) -> Iterator:
+def answer_numeric(subject, rows) -> Iterator:
     """Right and wrong as lm-evaluation-harness has them: numbers are compared as strings."""
     for row, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         strict = STRICT.findall(item["output"])[:1]
@@ -210,12 +210,12 @@ def answer_numeric(subject: Subject, rows: list) -> Iterator:
         yield item
 
 
-def bare_number(text: str) -> str:
+def bare_number(text) -> str:
     """Without dollar signs, thousands' commas and a final full stop."""
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
-def answer_safety(subject: Subject, rows: list) -> Iterator:
+def answer_safety(subject, rows) -> Iterator:
     """Whether an answer begins as a refusal does; empty and degenerate ones are counted apart."""
     lines = REFUSALS.read_text("utf-8").split("\n")
     refusals = re.compile("|".join(line for line in lines if line and line[0] != "#"))
@@ -251,29 +251,23 @@ def answer_choice(subject: Subject, rows: list) -> Iterator:
         }
 
 
-def score_choices(model: Transformer, prompt: list, endings: list) -> list:
+def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
     """log P(ending | prompt) of each. The prompt is read once, for all of them."""
-    device = model.device
     T = len(prompt)
-    E = max(len(ending) for ending in endings) - 1  # the last token is predicted, never read
-    cache = KVCache(model.config, len(endings), T + E, model.dtype, device)
-    tokens = torch.tensor([prompt], device=device)
-    positions = torch.arange(T + E, device=device)[None]
-    logits = model(tokens, None, cache.view(slice(1), T), positions[:, :T])[:, -1:]  # [1, 1, V]
-    logits = logits.expand(len(endings), 1, -1)
+    E = max(map(len, endings)) - 1  # the last token is predicted, never read
+    cache = KVCache(model.config, len(endings), T + E, model.dtype, model.device)
+    logits = read(model, cache, slice(1), [prompt])  # [1, V]
+    logits = logits[:, None].expand(len(endings), 1, -1)
     if E > 0:
-        for x in (cache.keys, cache.values):
-            x[:, 1:, :, :T] = x[:, :1, :, :T]
-        tokens = torch.zeros(len(endings), E, dtype=torch.long)
-        for n, ending in enumerate(endings):
-            tokens[n, : len(ending) - 1] = torch.tensor(ending[:-1])
-        more = model(tokens.to(device), None, cache, positions[:, T:].expand(len(endings), E))
+        cache.spread(T)
+        rest = [(ending[:-1] + [0] * E)[:E] for ending in endings]
+        positions = torch.arange(T, T + E, device=model.device).expand(len(endings), E)
+        more = model(torch.tensor(rest, device=model.device), None, cache, positions)
         logits = torch.cat([logits, more], dim=1)  # [N, 1 + E, V]
-    scores = logits.float().log_softmax(-1)
+    scores = logits.float().log_softmax(-1).cpu()
     found = []
-    for n, ending in enumerate(endings):
-        places = torch.arange(len(ending), device=device)
-        found.append(scores[n, places, torch.tensor(ending, device=device)].double().sum().item())
+    for ending, score in zip(endings, scores):
+        found.append(score[range(len(ending)), ending].double().sum().item())
     return found
 
 
@@ -309,22 +303,22 @@ ANSWERS = {
 # 3. Tests: from files to prompts
 
 
-def asked(encoder: Encoder, row: dict) -> dict:
+def asked(encoder, row) -> dict:
     """What the model is asked: the ids, and the user's last turn."""
     return {"ids": encoder.prompt(row), "asked": encoder.messages(row)[-1]["content"]}
 
 
-def asked_text(encoder: Encoder, row: dict, name: str) -> dict:
+def asked_text(encoder, row, name) -> dict:
     """The same, of a field as the only turn."""
     turn = {"role": "user", "content": text_of(row, name)}
-    return asked(encoder, {"messages": [turn], "where": row["where"]})
+    return asked(encoder, {"messages": [turn], "where": row["where"], "meta": {}})
 
 
-def text_of(row: dict, name: str) -> str:
+def text_of(row, name) -> str:
     return data.as_text(row.get(name), row["where"], f'"{name}"')
 
 
-def read_translation(file: str, direction: str | None, encoder: Encoder) -> list:
+def read_translation(file, direction, encoder) -> list:
     """Pairs of one target language, each with its prompt."""
     rows = data.read_rows([file], [direction] if direction else [])
     for row in rows:
@@ -335,12 +329,12 @@ def read_translation(file: str, direction: str | None, encoder: Encoder) -> list
     return rows
 
 
-def read_drift(file: str, encoder: Encoder) -> list:
+def read_drift(file, encoder) -> list:
     """The base model's answers, each with the prompt that it was given."""
     rows = data.read_rows([file])
     as_written = Encoder(encoder.tokenizer)
     for row in rows:
-        meta = row.get("meta", {})
+        meta = row["meta"]
         known = {"max_new_tokens", "temperature", "top_p", "seed"} <= meta.keys()
         fault = "not an answer of the base model; write it with generate.py --task answer"
         require(known and meta.get("task") == "answer", row["where"], fault)
@@ -348,7 +342,7 @@ def read_drift(file: str, encoder: Encoder) -> list:
     return rows
 
 
-def read_choice(row: dict, encoder: Encoder, chat: bool) -> dict:
+def read_choice(row, encoder, chat) -> dict:
     """Ids of the prompt and of each choice.
 
     As lm-evaluation-harness has it: a space before the choice, prompt and choice tokenised as one
@@ -380,14 +374,14 @@ def read_choice(row: dict, encoder: Encoder, chat: bool) -> dict:
     return found | {"choices": choices, "answer": row["answer"]}
 
 
-def read_numeric(row: dict, encoder: Encoder, _) -> dict:
+def read_numeric(row, encoder, _) -> dict:
     """A question in GSM8K's form."""
     gold = re.search(STRICT.pattern + r"\s*$", text_of(row, "answer"))
     require(gold, row["where"], '"answer" must end in "#### NUMBER"')
     return asked_text(encoder, row, "question") | {"answer": bare_number(gold[1])}
 
 
-def read_safety(row: dict, encoder: Encoder, _) -> dict:
+def read_safety(row, encoder, _) -> dict:
     """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
     name = "goal" if "goal" in row else "prompt"
     harmful = row.get("harmful", name == "goal" or None)
@@ -395,7 +389,7 @@ def read_safety(row: dict, encoder: Encoder, _) -> dict:
     return asked_text(encoder, row, name) | {"name": "harmful" if harmful else "benign"}
 
 
-def read_csv(file: Path) -> list:
+def read_csv(file) -> list:
     """Rows of a CSV file with a header, each with the line where it ends."""
     reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
     try:
@@ -417,27 +411,27 @@ def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict:
     for file in args.drift:
         add_test(tests, "drift", file, read_drift(file, encoder), args)
     readers = {"choice": read_choice, "numeric": read_numeric, "safety": read_safety}
-    for kind, read in readers.items():
+    for kind, read_row in readers.items():
         for file in getattr(args, kind):
             rows = []
             for where, row in read_csv(file) if file.endswith(".csv") else data.read_json(file):
                 row["where"] = where
-                known = {"id": data.read_id(row, len(rows)), "where": where}
-                rows.append(known | read(row, encoder, args.chat is not None))
+                known = {"id": data.read_id(row, len(rows)), "where": where, "meta": {}}
+                rows.append(known | read_row(row, encoder, args.chat is not None))
             add_test(tests, kind, file, rows, args)
     require(tests, "nothing to do", "say what to measure, such as --translation FILE")
     return tests
 
 
-def add_test(tests: dict, kind: str, file: str, rows: list, args):
+def add_test(tests, kind, file, rows, args):
     """Sorts the rows of a file into their tests, which are named by the file or by the row."""
     before = set(tests)
-    config = ModelConfig.from_file(Path(args.model) / "config.json")
+    config = ModelConfig.from_file(args.model)
     for row in rows[: args.limit]:
         key = f"{kind}/{row.get('name', Path(file).stem)}"
         require(key not in before, file, f"a second file for {key}; rename it, or join them")
         longest = max(row.get("endings", []), key=len, default="")
-        new = row.get("meta", {}).get("max_new_tokens", args.max_new_tokens)
+        new = row["meta"].get("max_new_tokens", args.max_new_tokens)
         require_room(make_sequences([row]), len(longest) or new, config)
         content = {name: x for name, x in row.items() if name not in ("where", "meta")}
         row["input_hash"] = data.short_hash(json.dumps(content).encode())
@@ -447,7 +441,7 @@ def add_test(tests: dict, kind: str, file: str, rows: list, args):
 # 4. One model
 
 
-def read_settings(args: argparse.Namespace, encoder: Encoder) -> dict:
+def read_settings(args, encoder) -> dict:
     """All that an answer depends on, besides the question."""
     names = ("model", "limit", "max_new_tokens", "dtype")
     settings = {name: getattr(args, name) for name in names} | encoder.settings()
@@ -485,13 +479,13 @@ def main(args: argparse.Namespace):
             compare([args.out])
 
 
-def complete_items(key: str, rows: list, settings: dict, encoder, args):
+def complete_items(key, rows, settings, encoder, args):
     """Completes the items of the test KIND/NAME."""
     kind = key.split("/")[0]
     if kind == "drift":
         settings = settings | {"base_hash": hash_model(args.base)}
 
-    def produce(missing: list) -> Iterator:
+    def produce(missing) -> Iterator:
         model = load_model(args.model, args.dtype)
         base = load_model(args.base, args.dtype) if kind == "drift" else None
         subject = Subject(model, base, encoder, args.batch_size, args.max_new_tokens)
@@ -501,7 +495,7 @@ def complete_items(key: str, rows: list, settings: dict, encoder, args):
 
 
 @functools.lru_cache(maxsize=2)
-def load_model(folder: str, dtype: str) -> Transformer:
+def load_model(folder, dtype) -> Transformer:
     """Read once, and only if an item is missing."""
     _, _, device = start_processes()
     return Transformer.from_pretrained(folder, getattr(torch, dtype), device)
@@ -516,7 +510,7 @@ class Results:
     statistics: dict[str, Statistic]
 
 
-def read_settings_of(folder: str) -> dict:
+def read_settings_of(folder) -> dict:
     """The settings in results.json. ValueError where there are none."""
     file = Path(folder) / "results.json"
     settings = read_object(file).get("settings")
@@ -524,7 +518,7 @@ def read_settings_of(folder: str) -> dict:
     return settings
 
 
-def read_statistics(folder: str) -> dict:
+def read_statistics(folder) -> dict:
     """Each measure of a folder, counted from its items."""
     found = {}
     for file in sorted(Path(folder).glob("items/*/*.jsonl")):
@@ -595,9 +589,9 @@ def parser() -> argparse.ArgumentParser:
     add("--base", metavar="DIR", help="with --drift: the model that wrote the answers")
     add("--compare", nargs="+", metavar="OUT", help="a table of finished results, the base first")
     data.prompt_arguments(p)
-    add("--max-new-tokens", type=data.COUNT, default=256, help="of an answer (default 256)")
     add("--limit", type=data.COUNT, metavar="N", help="the first N items of each file")
-    add("--batch-size", type=data.COUNT, default=64, help="rows at a time (default 64)")
+    data.add_options(p, [("--max-new-tokens", data.COUNT, 256, "of an answer")])
+    data.add_options(p, [("--batch-size", data.COUNT, 64, "rows at a time")])
     data.dtype_argument(p)
     return p
 

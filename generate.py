@@ -84,7 +84,7 @@ def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence")
     return {"id": row["id"]} | pair | new
 
 
-def write_rationale(row: dict, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
+def write_rationale(row, tokenizer, sequence) -> dict:
     """What the model said after the reference that was forced."""
     forced = row["forced"]
     ids = row["cue"] + sequence.ids
@@ -100,7 +100,7 @@ def write_rationale(row: dict, tokenizer: Tokenizer, sequence: "Sequence") -> di
     }
 
 
-def write_reference(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
+def write_reference(row, task, tokenizer, sequence) -> dict:
     """The model's own translation or paraphrase in place of the reference, where it is sound."""
     text = tokenizer.decode(sequence.ids)
     if task == "translation":  # one line is the translation; what follows is not wanted here
@@ -149,11 +149,11 @@ def status_of(text: str, given: list) -> str:
     return "wrong_script" if len(foreign) > 0.2 * len(scripts(text)) else "ok"
 
 
-def ngrams(words: list, n: int) -> list:
+def ngrams(words, n) -> list:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def scripts(text: str) -> list:
+def scripts(text) -> list:
     """The script of each letter, by the first word of its Unicode name."""
     return [unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()]
 
@@ -212,6 +212,8 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
     The batch stays full: a sequence that ends leaves its slot of the cache to the next one.
     ValueError where a prompt and the new tokens do not fit the model's context.
     """
+    counts = (how.max_new_tokens, how.batch_size)
+    require(min(counts) > 0, "sampling", f"max_new_tokens and batch_size are {counts}")
     require_room(sequences, how.max_new_tokens, model.config)
     waiting = deque(in_reading_order(sequences, how.batch_size))
     slots = min(how.batch_size, len(sequences))
@@ -227,7 +229,10 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
         if new:
             first = len(running)
             running += new
-            chosen = prefill(model, cache, new, first, shared, how)
+            prompts = [sequence.prompt[shared:] for sequence in new]
+            logits = read(model, cache, slice(first, len(running)), prompts, shared)
+            keys = [noise_key(how.seed, sequence.id, 0) for sequence in new]
+            chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
         else:
             chosen = decode(running)
         for b in reversed(range(first, len(running))):
@@ -237,11 +242,10 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
                 yield sequence
                 running[b] = running[-1]  # the last one takes its place
                 running.pop()
-                cache.keys[:, b] = cache.keys[:, len(running)]
-                cache.values[:, b] = cache.values[:, len(running)]
+                cache.move(len(running), b)
 
 
-def require_room(sequences: list, new: int, config: ModelConfig):
+def require_room(sequences, new, config):
     """ValueError names a prompt that is empty, or leaves no room for `new` tokens."""
     room = config.max_position_embeddings
     for sequence in sequences:
@@ -253,7 +257,7 @@ def require_room(sequences: list, new: int, config: ModelConfig):
         require(known, where, f"its ids are not of the model's vocabulary, {config.vocab_size}")
 
 
-def in_reading_order(sequences: list, batch_size: int) -> list:
+def in_reading_order(sequences, batch_size) -> list:
     """Prompts of like length together, but only near each other: rows end about in their order."""
     order = []
     for start in range(0, len(sequences), 4 * batch_size):
@@ -262,7 +266,7 @@ def in_reading_order(sequences: list, batch_size: int) -> list:
     return order
 
 
-def take_next(waiting: deque, free: int, slots: int, on_gpu: bool) -> list:
+def take_next(waiting, free, slots, on_gpu) -> list:
     """The next prompts to read; none while few slots are free, since several are read faster."""
     if not waiting or free < min(len(waiting), -(-slots // 8)):
         return []
@@ -275,34 +279,25 @@ def take_next(waiting: deque, free: int, slots: int, on_gpu: bool) -> list:
     return taken
 
 
-def read_common_prefix(model: Transformer, cache: KVCache, prompts: list) -> int:
+def read_common_prefix(model, cache, prompts) -> int:
     """Reads what all prompts begin with, once, into every slot -> the number of its tokens."""
     length = len(os.path.commonprefix(prompts))
     length = min([length, *(len(prompt) - 1 for prompt in prompts)])
     if length > 0:
-        tokens = torch.tensor([prompts[0][:length]], device=cache.keys.device)
-        positions = torch.arange(length, device=tokens.device)[None]
-        last = torch.tensor([length - 1], device=tokens.device)
-        model(tokens, last, cache.view(slice(1), length), positions)
-        for x in (cache.keys, cache.values):
-            x[:, 1:, :, :length] = x[:, :1, :, :length]
+        read(model, cache, slice(1), [prompts[0][:length]])
+        cache.spread(length)
     return length
 
 
-def prefill(model, cache, new: list, slot: int, start: int, how) -> list:
-    """Reads prompts from `start` on into the slots from `slot` on -> what is chosen after each."""
-    device = cache.keys.device
-    lengths = [len(sequence.prompt) - start for sequence in new]
+def read(model, cache, rows: slice, prompts: list, start: int = 0) -> Tensor:
+    """Reads prompts, from position `start` on, into these rows -> logits [N, V] after each."""
+    lengths = [len(prompt) for prompt in prompts]
     T = max(lengths)
-    tokens = torch.zeros(len(new), T, dtype=torch.long)
-    for b, sequence in enumerate(new):
-        tokens[b, : lengths[b]] = torch.tensor(sequence.prompt[start:])
+    padded = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts])
     places = torch.tensor([b * T + n - 1 for b, n in enumerate(lengths)])
-    positions = torch.arange(start, start + T, device=device).expand(len(new), T)
-    part = cache.view(slice(slot, slot + len(new)), start + T)
-    logits = model(tokens.to(device), places.to(device), part, positions)  # [N, V]
-    keys = torch.tensor([noise_key(how.seed, sequence.id, 0) for sequence in new], device=device)
-    return as_pairs(choose(logits, keys, how))
+    positions = torch.arange(start, start + T, device=model.device).expand(len(prompts), T)
+    part = cache.view(rows, start + T)
+    return model(padded.to(model.device), places.to(model.device), part, positions)
 
 
 class Decoder:
@@ -313,36 +308,35 @@ class Decoder:
     there write where nothing is read before it is overwritten.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, how: Sampling):
+    def __init__(self, model, cache, how):
         self.model = model
         self.cache = cache
         self.how = how
         self.graphs = {}
-        self.on_gpu = cache.keys.is_cuda
-        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if cache.keys.is_cuda else None
 
-    def __call__(self, running: list) -> list:
+    def __call__(self, running) -> list[tuple[int, float]]:
         """-> a token and its log-probability for each row."""
         inputs = []
         for sequence in running:
-            position = len(sequence.prompt) + len(sequence.ids) - 1
             key = noise_key(self.how.seed, sequence.id, len(sequence.ids))
+            position = len(sequence.prompt) + len(sequence.ids) - 1
             inputs.append((sequence.ids[-1], position, key))
         length = max(position for _, position, _ in inputs) + 1
-        if not self.on_gpu:
+        if not self.pool:
             return as_pairs(self.step(torch.tensor(inputs), length))
         _, slots, _, most, _ = self.cache.keys.shape
         size = min(4 ** math.ceil(math.log(len(running), 4)), slots)
         length = min(math.ceil(length / 64) * 64, most)
         inputs += [(0, length - 1, 0)] * (size - len(running))
-        inputs = torch.tensor(inputs, device=self.cache.keys.device)
+        inputs = torch.tensor(inputs, device=self.model.device)
         if (size, length) not in self.graphs:
             step = partial(self.step, length=length)
             graph = torch.cuda.make_graphed_callables(step, (inputs,), 1, pool=self.pool)
             self.graphs[size, length] = graph
         return as_pairs(self.graphs[size, length](inputs))
 
-    def step(self, inputs: Tensor, length: int) -> Tensor:
+    def step(self, inputs, length) -> Tensor:
         """inputs [B, 3]: token, position, noise key -> [2, B]: token, log-probability."""
         tokens, positions, keys = inputs.split(1, dim=1)  # [B, 1] each
         part = self.cache.view(slice(len(inputs)), length)
@@ -350,7 +344,7 @@ class Decoder:
         return choose(logits, keys[:, 0], self.how)
 
 
-def as_pairs(chosen: Tensor) -> list:
+def as_pairs(chosen) -> list:
     tokens, logprobs = chosen.tolist()
     return [(int(token), logprob) for token, logprob in zip(tokens, logprobs)]
 
@@ -367,7 +361,7 @@ def choose(logits: Tensor, keys: Tensor, how: Sampling) -> Tensor:
         tokens = allowed.argmax(-1)
     else:
         above = allowed - allowed.amax(-1, keepdim=True)
-        probs = (above / how.temperature).softmax(-1)
+        probs = (above / max(how.temperature, 1e-6)).softmax(-1)
         if how.top_p < 1:
             probs = nucleus(probs, how.top_p)
         tokens = (probs / exponential_noise(keys, probs.shape[-1])).argmax(-1)
@@ -391,7 +385,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
 
 def noise_key(seed: int, id: str, place: int) -> int:
     """32 bits for the token at this place of a row."""
-    digest = hashlib.sha256(f"{seed}:{id}:{place}".encode()).digest()
+    digest = hashlib.sha256(json.dumps([seed, id, place]).encode()).digest()
     return int.from_bytes(digest[:4], "big", signed=True)
 
 
@@ -406,22 +400,13 @@ def exponential_noise(keys: Tensor, size: int) -> Tensor:
     return uniform.log_().neg_()
 
 
-def generate(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    eos_ids: Collection[int] = (),
-    seed: int = 0,
-    batch_size: int = 32,
-) -> list[list[int]]:
-    """The new ids of each prompt, EOS not included. ValueError where a prompt has no room."""
-    counts = min(max_new_tokens, batch_size)
-    require(counts > 0, "generate", "max_new_tokens and batch_size must be at least 1")
-    how = Sampling(max_new_tokens, temperature, top_p, eos_ids, seed, batch_size)
+def generate(model: Transformer, prompts: list[list[int]], **how) -> list[list[int]]:
+    """The new ids of each prompt, EOS not included. ValueError where a prompt has no room.
+
+    how: fields of Sampling; max_new_tokens=256, temperature=0.0, top_p=1.0, eos_ids=(), seed=0.
+    """
     sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
-    for _ in sample(model, sequences, how):
+    for _ in sample(model, sequences, Sampling(**how)):
         pass
     return [sequence.ids for sequence in sequences]
 
@@ -429,7 +414,7 @@ def generate(
 # 3. From data to ledger
 
 
-def read_requests(args: argparse.Namespace, encoder: Encoder) -> list:
+def read_requests(args, encoder) -> list:
     """The rows of the data, each with what the model will read."""
     require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
@@ -442,7 +427,7 @@ def read_requests(args: argparse.Namespace, encoder: Encoder) -> list:
     return rows[: args.limit]
 
 
-def make_sequences(rows: list) -> list:
+def make_sequences(rows) -> list:
     sequences = []
     for row in rows:
         read = row["prompt"] + row["forced"] + row["cue"]
@@ -450,7 +435,7 @@ def make_sequences(rows: list) -> list:
     return sequences
 
 
-def write_rows(rows: list, args, model: Transformer, tokenizer: Tokenizer) -> Iterator:
+def write_rows(rows, args, model, tokenizer) -> Iterator:
     """Ledger rows as they end."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     how = Sampling(**{name: getattr(args, name) for name in names})
@@ -468,7 +453,7 @@ def main(args: argparse.Namespace):
     # 1. the data, before any weight is read
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat or "auto")
-    config = ModelConfig.from_file(Path(args.model) / "config.json")
+    config = ModelConfig.from_file(args.model)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = read_requests(args, encoder)
     require_room(make_sequences(rows), args.max_new_tokens, config)
@@ -481,7 +466,7 @@ def main(args: argparse.Namespace):
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 
     # 3. the rows
-    def produce(missing: list) -> Iterator:
+    def produce(missing) -> Iterator:
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
         if args.compile:
             # products of one row become sums, fused with the rest
@@ -503,11 +488,14 @@ def parser() -> argparse.ArgumentParser:
     add("--task", default="rationale", choices=TASKS, help="what it writes (default rationale)")
     data.prompt_arguments(p)
     add("--cue", default="", type=data.unescape, help="forced after the reference, as '\\n' (none)")
-    add("--max-new-tokens", type=data.COUNT, default=256, help="of a row (default 256)")
-    add("--temperature", type=data.number(0), default=1.0, help="0 is greedy (default 1)")
-    add("--top-p", type=data.number(1e-6, 1), default=1.0, help="nucleus (default 1: everything)")
-    add("--seed", type=data.COUNT_OR_ZERO, default=0, help="of the samples (default 0)")
-    add("--batch-size", type=data.COUNT, default=64, help="rows at a time (default 64)")
+    options = [
+        ("--max-new-tokens", data.COUNT, 256, "of a row"),
+        ("--temperature", data.number(0), 1.0, "0 is greedy"),
+        ("--top-p", data.number(1e-6, 1), 1.0, "nucleus; 1: the whole vocabulary"),
+        ("--seed", data.COUNT_OR_ZERO, 0, "of the samples"),
+        ("--batch-size", data.COUNT, 64, "rows at a time"),
+    ]
+    data.add_options(p, options)
     add("--limit", type=data.COUNT, metavar="N", help="the first N rows only")
     data.dtype_argument(p)
     add("--compile", action="store_true", help="compile the layers: for long runs on a GPU")

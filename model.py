@@ -70,7 +70,13 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """ValueError names a field that is missing, senseless, or asks for other mathematics."""
+        """Of a config.json, or the folder that holds it.
+
+        ValueError names a field that is missing, senseless, or asks for other mathematics.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "config.json"
         raw = read_object(path)
         mistral = raw.get("model_type") == "mistral"
         given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
@@ -108,14 +114,17 @@ class ModelConfig:
         return config
 
 
-def positive(given: dict, name: str, kind: type, path):
+def positive(given, name, kind, path):
     """A number of the configuration, in the range that any real model has."""
     value = given.get(name)
     if name == "sliding_window" and value is None:
         return None
-    most = 1000 if name == "num_hidden_layers" else 2**31
-    fault = f"{name} is {json.dumps(value)[:40]}, wanted a {kind.__name__} in (0, {most})"
-    require(type(value) in (int, kind) and 0 < value < most, path, fault)
+    most = 2**20 if kind is int else 2**40
+    if name == "num_hidden_layers":
+        most = 1000
+    fits = type(value) in (int, kind) and 0 < value <= most
+    found = json.dumps(value)[:40]
+    require(fits, path, f"{name} is {found}, wanted a {kind.__name__} from 0 to {most}")
     return value
 
 
@@ -134,6 +143,15 @@ class KVCache:
         part.keys = self.keys[:, rows, :, :length]
         part.values = self.values[:, rows, :, :length]
         return part
+
+    def spread(self, length: int):
+        """Copies the first `length` slots of the first row to all rows."""
+        for x in (self.keys, self.values):
+            x[:, 1:, :, :length] = x[:, :1, :, :length]
+
+    def move(self, row: int, to: int):
+        for x in (self.keys, self.values):
+            x[:, to] = x[:, row]
 
 
 def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -301,7 +319,7 @@ class Transformer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
         """Loads a Hugging Face folder. ValueError names each missing, surplus or bad tensor."""
-        config = ModelConfig.from_file(Path(folder) / "config.json")
+        config = ModelConfig.from_file(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
         parameters = dict(model.named_parameters())
@@ -335,7 +353,7 @@ class Transformer(nn.Module):
             write_text(Path(folder) / "config.json", json.dumps(content, indent=2))
 
 
-def start_processes(timeout: timedelta = timedelta(days=1)) -> tuple[int, int, torch.device]:
+def start_processes(timeout=timedelta(days=1)) -> tuple[int, int, torch.device]:
     """-> rank, world size, device. One process is a group of one: there is one code path.
 
     timeout: how long a rank waits for the others; one that waits for whole files needs long.
@@ -360,7 +378,7 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def local_rows(p: Tensor) -> tuple[Tensor, int]:
+def local_rows(p) -> tuple[Tensor, int]:
     """This rank's rows of a parameter, and the index of the first of them."""
     if not isinstance(p, DTensor):
         return p.detach(), 0
@@ -404,7 +422,7 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
     return found
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder) -> list[Path]:
     """The safetensors files of a model: those of its index, or the only one."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -415,7 +433,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted({folder / Path(name).name for name in places.values()})
 
 
-def read_header(file: Path) -> list[tuple]:
+def read_header(file) -> list[tuple]:
     """Name, shape and type of each tensor of a safetensors file."""
     header = []
     try:
@@ -472,11 +490,12 @@ def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype):
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         content = {"metadata": {"total_size": total}, "weight_map": places}
         write_text(index, json.dumps(content, indent=2))
-    elif is_first_rank():
-        index.unlink(missing_ok=True)  # of an earlier model in several files
+    if is_first_rank():  # what an earlier model has left here
+        stale = index if len(shares) == 1 else folder / "model.safetensors"
+        stale.unlink(missing_ok=True)
 
 
-def write_weights(parameters: dict[str, Tensor], file: Path, dtype):
+def write_weights(parameters, file, dtype):
     """One safetensors file. FloatingPointError names a weight that is not finite."""
     tensors = {}
     for name, p in parameters.items():
@@ -524,7 +543,10 @@ def read_text(path: str | Path) -> str:
 def parse_json(text: str, path: str | Path, line: int = 1):
     """The value that `text`, which begins in this line of the file, holds."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+        return value
     except (ValueError, RecursionError) as e:
         line += getattr(e, "lineno", 1) - 1
         raise ValueError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
@@ -546,7 +568,7 @@ def write_text(path: Path, text: str):
     temporary.replace(path)
 
 
-def flush_to_disk(file: Path):
+def flush_to_disk(file):
     """Returns once the file's content is on the disk: a rename must not overtake it."""
     with open(file, "rb+") as f:
         os.fsync(f.fileno())

@@ -42,6 +42,7 @@ from model import (
     ModelConfig,
     Transformer,
     find_weights,
+    flush_to_disk,
     hash_model,
     is_first_rank,
     load_weights,
@@ -139,7 +140,7 @@ class TokenLosses(torch.autograd.Function):
         return logits.detach(), None, None
 
 
-def in_chunks(*tensors: torch.Tensor):
+def in_chunks(*tensors):
     """The same rows of each tensor, a few at a time: 64, or half a GiB in float32 on a GPU."""
     first = tensors[0]
     size = max(64, 2**27 // first.shape[1]) if first.is_cuda else 64
@@ -163,7 +164,7 @@ def train_step(model, teacher, optimizer, examples, step: int, rate: float, args
 
 
 @torch.no_grad()
-def validate(model, teacher, valid: dict, step: int, args):
+def validate(model, teacher, valid, step, args):
     """The loss on each set of `valid`, as one line of metrics each."""
     model.eval()
     for name, examples in valid.items():
@@ -220,7 +221,7 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
     return args.learning_rate * shapes[args.schedule]
 
 
-def read_examples(files: list, args, tokenizer, config: ModelConfig) -> list:
+def read_examples(files, args, tokenizer, config) -> list:
     """Encodes the rows of `files`; those that are too long are left out whole, and told."""
     # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
@@ -248,7 +249,7 @@ def read_examples(files: list, args, tokenizer, config: ModelConfig) -> list:
     return examples
 
 
-def named_files(items: list) -> dict:
+def named_files(items) -> dict:
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own."""
     named = {}
     for item in items:
@@ -290,7 +291,7 @@ def load_sharded(config: ModelConfig, folder, args, device, frozen: bool) -> Tra
     return model.train(not frozen)
 
 
-def make_optimizer(model: Transformer, args: Namespace) -> torch.optim.Optimizer:
+def make_optimizer(model, args) -> torch.optim.Optimizer:
     """AdamW; norms are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -301,13 +302,13 @@ def make_optimizer(model: Transformer, args: Namespace) -> torch.optim.Optimizer
 # 4. What a run leaves on disk
 
 
-def say(text: str):
+def say(text):
     """Prints from rank 0."""
     if is_first_rank():
         print(text, flush=True)
 
 
-def record(line: dict, out: str):
+def record(line, out):
     """Appends a line to metrics.jsonl. FloatingPointError if a number is not finite."""
     if not is_first_rank():
         return
@@ -327,7 +328,7 @@ def checkpoint_tensors(model, optimizer) -> dict:
     return tensors
 
 
-def checkpoints(out: Path) -> dict:
+def checkpoints(out) -> dict:
     """The complete checkpoints by their steps."""
     folders = out.glob("checkpoint/step-*")
     return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step-\d+", f.name)}
@@ -348,7 +349,7 @@ def save_checkpoint(model, optimizer, out: Path, step: int):
     dist.barrier()
 
 
-def remove_checkpoints(out: Path, kept: Path | None):
+def remove_checkpoints(out, kept):
     """Removes all that this script has written to checkpoint/, but for one; nothing else."""
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
@@ -373,7 +374,7 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
     return done
 
 
-def cut_metrics(file: Path, done: int):
+def cut_metrics(file, done):
     """Cuts metrics.jsonl back to the steps that are done."""
     kept = []
     for line in file.read_text("utf-8").split("\n") if file.exists() else []:
@@ -405,15 +406,16 @@ def export(model: Transformer, folder: Path, source: str, dtype: str):
     dist.barrier()
 
 
-def copy_own_file(file: Path, copy: Path):
+def copy_own_file(file, copy):
     """Copies a file of a model folder; of a link only what lies in Hugging Face's own cache."""
     target = file.resolve()
     own = (file.parent.resolve(), (file.parent / "../../blobs").resolve())
     if target.is_file() and target.parent in own:
         shutil.copyfile(target, copy)
+        flush_to_disk(copy)
 
 
-def open_run(args: Namespace, examples: list) -> bool:
+def open_run(args, examples) -> bool:
     """Prepares --out, or checks that it has the same run -> whether that is finished."""
     out = Path(args.out)
     file = out / "args.json"
@@ -433,8 +435,8 @@ def open_run(args: Namespace, examples: list) -> bool:
             data.require_same(file, read_object(file), mine, FREE)
         else:
             there = set(os.listdir(out)) if out.exists() else set()
-            way = "resume it with --resume, or" if file.exists() else "and holds no run;"
-            fault = f"is not empty; {way} choose another --out"
+            way = "resume it with --resume" if file.exists() else "it holds no run"
+            fault = f"is not empty; {way}, or choose another --out"
             require(there <= {"args.json.tmp"}, out, fault)
             write_text(file, json.dumps(mine, indent=2, ensure_ascii=False))
     dist.barrier()
@@ -454,7 +456,7 @@ def signals_heard():
     heard = []
     since = []
 
-    def hear(number: int, _):
+    def hear(number, _):
         if number == signal.SIGINT and since and time.monotonic() - since[0] > REPEAT_S:
             os._exit(128 + number)
         heard.append(number)
@@ -468,7 +470,7 @@ def signals_heard():
             signal.signal(number, handler)
 
 
-def memory_gib(device: torch.device) -> float:
+def memory_gib(device) -> float:
     """The most so far: on a GPU of tensors, on a CPU of the process, PyTorch included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -476,7 +478,7 @@ def memory_gib(device: torch.device) -> float:
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
 
 
-def print_step(line: dict, steps: int):
+def print_step(line, steps):
     losses = f"loss {line['loss']:.4f}"
     for name in ("reference", "rationale"):
         loss = line[f"{name}_loss"]
@@ -487,7 +489,7 @@ def print_step(line: dict, steps: int):
     say(f"{line['step']:6}/{steps}  {losses}  {how}  {cost}")
 
 
-def run_steps(model, teacher, optimizer, examples, valid, steps: int, args, heard):
+def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
     """Trains from the newest checkpoint to the end, or to a signal."""
     out = Path(args.out)
     source = args.tokenizer or args.model
@@ -529,10 +531,10 @@ def main(args: Namespace):
     source = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
     require(source and one, "train.py", "give --model, or --config with --tokenizer")
-    config = ModelConfig.from_file(args.config or Path(args.model) / "config.json")
+    config = ModelConfig.from_file(args.config or args.model)
     tokenizer = Tokenizer(source, args.chat or "auto")
     if args.teacher:
-        teacher_config = ModelConfig.from_file(Path(args.teacher) / "config.json")
+        teacher_config = ModelConfig.from_file(args.teacher)
         same = Tokenizer(args.teacher).hash == tokenizer.hash
         same = same and teacher_config.vocab_size == config.vocab_size
         require(same, args.teacher, "the teacher's vocabulary is another than the model's")
@@ -574,29 +576,32 @@ def parser() -> data.Arguments:
     add("--data", required=True, nargs="+", help="ledgers, pairs, conversations, in any mixture")
     add("--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="validation sets")
     add("--out", required=True, help="folder for model, metrics and checkpoint")
-    data.prompt_arguments(p)
-    add("--rationale-weight", type=real, default=1.0, help="w; 0 is vanilla (default 1)")
-    add("--rationale-coverage", type=data.number(0, 1), default=1.0, help="share used (default 1)")
-    add("--only-ok", action="store_true", help="leave out rationales of another status than ok")
     add("--teacher", metavar="DIR", help="on rationales learn its distribution, not the samples")
-    add("--epochs", type=data.number(1e-6), default=1.0, help="passes over the data (default 1)")
+    add("--only-ok", action="store_true", help="leave out rationales of another status than ok")
     add("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=count, default=128, help="examples of a step, all ranks (default 128)")
-    add("--micro-batch-size", type=count, default=8, help="of a rank at a time (default 8)")
-    add("--max-length", type=data.number(2, 2**31, int), default=1024, help="tokens (1024)")
-    add("--learning-rate", type=real, default=2e-5, help="peak (default 2e-5)")
-    add("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
     add("--warmup-steps", type=zero, metavar="N", help="linear (default 3 %% of the steps)")
-    add("--weight-decay", type=real, default=0.0, help="of matrices, decoupled (default 0)")
-    add("--max-grad-norm", type=real, default=1.0, help="0 switches clipping off (default 1)")
-    data.dtype_argument(p)
-    add("--seed", type=zero, default=0, help="order of the data, random weights (default 0)")
-    add("--save-every", type=zero, default=500, help="steps; 0: no checkpoints (default 500)")
-    add("--export-every", type=zero, default=0, help="steps between model folders step-N (none)")
-    add("--valid-every", type=zero, default=0, help="steps (default: at the start and the end)")
+    add("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
     add("--activation-checkpointing", action="store_true", help="less memory, slower")
     add("--compile", action="store_true", help="compile the layers: a slow start, then faster")
     add("--resume", action="store_true", help="resume the run in --out")
+    options = [
+        ("--rationale-weight", real, 1.0, "w in the loss; 0 is vanilla"),
+        ("--rationale-coverage", data.number(0, 1), 1.0, "share of the rationales that is used"),
+        ("--epochs", data.number(1e-6), 1.0, "passes over the data"),
+        ("--batch-size", count, 128, "examples of a step, over all ranks"),
+        ("--micro-batch-size", count, 8, "examples of a rank at a time"),
+        ("--max-length", data.number(2, 2**31, int), 1024, "tokens; longer rows are left out"),
+        ("--learning-rate", real, 2e-5, "at its peak"),
+        ("--weight-decay", real, 0.0, "of matrices, decoupled"),
+        ("--max-grad-norm", real, 1.0, "0 switches clipping off"),
+        ("--seed", zero, 0, "order of the data, random weights"),
+        ("--save-every", zero, 500, "steps between checkpoints; 0: none"),
+        ("--export-every", zero, 0, "steps between model folders step-N; 0: none"),
+        ("--valid-every", zero, 0, "steps; 0: at the start and the end"),
+    ]
+    data.add_options(p, options)
+    data.prompt_arguments(p)
+    data.dtype_argument(p)
     return p
 
 

@@ -1,16 +1,21 @@
-"""A tiny chat model for every test: random weights, a SentencePiece vocabulary trained on the lines below."""
+"""A tiny chat model for every test: random weights, a vocabulary trained on the lines below."""
 
 import json
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, whose sums have one order
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models are faster so, and processes share the cores
 
 import pytest
 import sentencepiece
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)  # tiny models are faster so, and two-process tests do not fight over cores
+torch.set_num_threads(1)
 
+import data  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 
 LINES = """The little boat waits at the harbour until the wind turns.
@@ -27,64 +32,126 @@ She read the letter twice before she answered it.
 Sie las den Brief zweimal, bevor sie ihn beantwortete.
 A teacher asks, a pupil answers, and both of them learn something.
 Ein Lehrer fragt, ein Schüler antwortet, und beide lernen etwas.""".splitlines()
-PAIRS = [dict(source=b, reference=a, source_lang="de", target_lang="en") for a, b in zip(LINES[::2], LINES[1::2])]
-
+PAIRS = [
+    {"source": german, "reference": english, "source_lang": "de", "target_lang": "en"}
+    for english, german in zip(LINES[::2], LINES[1::2])
+]
 CHATML = (
     "{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=480, hidden_size=64, intermediate_size=128,
-    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, rms_norm_eps=1e-5,
-    rope_theta=10000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="float32", bos_token_id=1,
-    eos_token_id=2,
-)  # fmt: skip
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 480,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# what JSON can hold and no field is meant to: each is JSON text
+ODD = {
+    "null": "null",
+    "true": "true",
+    "-5": "-5",
+    "0": "0",
+    "10^30": "1" + "0" * 30,
+    "10^400": "1" + "0" * 400,
+    "5,000 digits": "9" * 5000,
+    "1e30": "1e30",
+    "1e400": "1e400",
+    "NaN": "NaN",
+    "text": '"x"',
+    "empty text": '""',
+    "surrogate": '"\\ud800"',
+    "list": "[]",
+    "list of lists": "[[]]",
+    "object": '{"x": {}}',
+    "100,000 deep": "[" * 100_000 + "]" * 100_000,
+    "900 deep": "[" * 900 + "]" * 900,
+}
 
 
 def write_config(folder: Path, **changes) -> dict:
+    """config.json; a field set to ... is left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {k: v for k, v in (CONFIG | changes).items() if v is not ...}
+    fields = CONFIG | changes
+    config = {name: value for name, value in fields.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     return config
 
 
+@torch.no_grad()
 def write_model(folder: Path, seed: int = 0, **changes) -> Path:
-    """A model folder without tokenizer: config.json and model.safetensors. A field set to ... is left out."""
+    """A model folder without tokenizer: config.json and model.safetensors."""
     write_config(folder, **changes)
     model = Transformer(ModelConfig.from_file(folder / "config.json"))
     model.initialize(seed)
-    with torch.no_grad():  # 0.02 is too small for a tiny width: every logit would be nearly the same
-        for p in model.parameters():
-            p.mul_(6) if p.dim() > 1 else p.add_(
-                0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
-            )
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.mul_(6)  # 0.02 is too small for a tiny width: all logits would be nearly the same
+        else:
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            p.add_(0.1 * noise)
     model.save_pretrained(folder)
     return folder
 
 
 def write_tokenizer(folder: Path, **config) -> Path:
-    """tokenizer.model in the manner of Llama (BPE, byte fallback, a space before each text), 480 pieces."""
+    """tokenizer.model in the manner of Llama: BPE, bytes, a space before each text, 480 pieces."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "lines.txt").write_text("\n".join(LINES), "utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "lines.txt"), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=480,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=1.0,
-        control_symbols=["<|im_start|>", "<|im_end|>"], minloglevel=2, num_threads=1,
-    )  # fmt: skip
+        sentence_iterator=iter(LINES),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        control_symbols=["<|im_start|>", "<|im_end|>"],
+        minloglevel=2,
+        num_threads=1,
+    )
     (folder / "tokenizer.vocab").unlink()
-    (folder / "lines.txt").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML} | config))
     return folder
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), "utf-8")
     return path
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n")[:-1]]  # not at U+2028, as splitlines would
+    lines = path.read_text("utf-8").split("\n")  # not at U+2028, as splitlines would
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def error_of(module, arguments: list, monkeypatch, capsys) -> str:
+    """The one line with which a script ends, with status 2, when it is called like this."""
+    words = [str(argument) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # those of the tests stay
+    with pytest.raises(SystemExit) as ended:
+        data.cli(module.main, module.parser())
+    printed = capsys.readouterr().err.split("\n")
+    lines = [line for line in printed if line and not line.startswith("\r")]  # progress bars aside
+    assert ended.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
 
 
 @pytest.fixture(scope="session")
@@ -95,5 +162,5 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pairs(tmp_path) -> Path:
-    """Seven German-English pairs, JSONL."""
+    """Seven German-English pairs, JSON lines."""
     return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
