@@ -51,12 +51,23 @@ REFUSALS = Path(__file__).with_name("refusals.txt")
 # written out, as the patterns of refusals.txt expect it; in this order
 CONTRACTIONS = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
 CONTRACTIONS |= {"'m": " am"}
+OF_THE_MODEL = ("model", "model_hash", "versions")  # what differs where results are compared
 # how lm-evaluation-harness finds the answer to a question of GSM8K
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 # 1. What is measured: from items to scores
+
+# means of a number that each item has. acc: by log P of the choices; acc_norm: by log P a
+# character; margin: log P(right) less the largest log P(wrong); strict and flexible: the number at
+# the mark, and the last one; drift_length: tokens of the model's own answers
+MEANS = {
+    "choice": ("acc", "acc_norm", "margin"),
+    "numeric": ("strict", "flexible"),
+    "safety": ("refusal", "empty", "degenerate"),
+    "drift": ("drift_length",),
+}
 
 
 class Statistic:
@@ -75,14 +86,17 @@ class Statistic:
         return np.array([self.score(row) for row in sums], dtype=float)
 
     def measure(self) -> dict:
-        low, high = np.percentile(self.draws, [2.5, 97.5]).tolist()
-        found = {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
-        return found | ({"signature": self.signature} if self.signature else {})
+        low, high = interval(self.draws)
+        return {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
 
     def minus(self, other: "Statistic") -> tuple:
         """Difference to `other` on the same items, and its paired bootstrap interval."""
-        low, high = np.percentile(self.draws - other.draws, [2.5, 97.5]).tolist()
-        return self.value - other.value, low, high
+        return self.value - other.value, *interval(self.draws - other.draws)
+
+
+def interval(draws) -> list[float]:
+    """The middle 95 %."""
+    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 @functools.cache
@@ -98,62 +112,37 @@ def ratio(items: list, name: str, weight: str = "") -> Statistic:
     return Statistic(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
 
 
-def measure_translation(items: list) -> dict:
+def measure(kind: str, items: list) -> dict:
+    """The statistics of the items of a test, by name."""
+    if kind == "translation":
+        return measure_translation(items)
+    found = {name: ratio(items, name) for name in MEANS[kind]}
+    if kind == "drift":  # a place is a token of the base model's answer, its EOS included
+        found |= {f"drift_{name}": ratio(items, name, "places") for name in ("nll", "kl", "top1")}
+    return found
+
+
+def measure_translation(items) -> dict:
     """BLEU and chrF++ by sacreBLEU, and the share of outputs that are no translation at all."""
-    hypotheses = [item["hypothesis"] for item in items]
-    references = [[item["reference"] for item in items]]
-    found = {}
-    for name, metric in translation_metrics(items[0]["target_lang"]).items():
-        stats = metric._extract_corpus_statistics(hypotheses, references)
-        score = functools.partial(score_of_sums, metric)
-        found[name] = Statistic(stats, score, str(metric.get_signature()))
-    faults = [{"fault": item["status"] != "ok"} for item in items]
-    return found | {"faults": ratio(faults, "fault")}
-
-
-def translation_metrics(language) -> dict:
-    """BLEU has sacreBLEU's tokenizer for the language, or characters where that is missing."""
+    tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+    language = items[0]["target_lang"]
     try:
-        tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
         bleu = BLEU(tokenize=tokenizers.get(language, "13a"))
     except (ImportError, RuntimeError):
         print(f"sacrebleu[{language}] is not installed: BLEU is over characters (tok:char)")
         bleu = BLEU(tokenize="char")
-    return {"bleu": bleu, "chrf++": CHRF(word_order=2)}
+    hypotheses = [item["hypothesis"] for item in items]
+    references = [[item["reference"] for item in items]]
+    found = {"faults": ratio([{"fault": item["status"] != "ok"} for item in items], "fault")}
+    for name, metric in {"bleu": bleu, "chrf++": CHRF(word_order=2)}.items():
+        stats = metric._extract_corpus_statistics(hypotheses, references)
+        score = functools.partial(score_of_sums, metric)
+        found[name] = Statistic(stats, score, str(metric.get_signature()))
+    return found
 
 
 def score_of_sums(metric, sums) -> float:
     return metric._compute_score_from_stats(sums.tolist()).score
-
-
-def measure_choice(items: list) -> dict:
-    """Accuracy by log P, and by log P a character; log P(right) less the best of the wrong."""
-    return {name: ratio(items, name) for name in ("acc", "acc_norm", "margin")}
-
-
-def measure_numeric(items) -> dict:
-    return {name: ratio(items, name) for name in ("strict", "flexible")}
-
-
-def measure_safety(items) -> dict:
-    return {name: ratio(items, name) for name in ("refusal", "empty", "degenerate")}
-
-
-def measure_drift(items: list) -> dict:
-    """On the base model's own answers, a token, EOS included: -log P of the token, KL(base ||
-    this) over the whole vocabulary, share of equal first choices; and the length of own answers.
-    """
-    found = {f"drift_{name}": ratio(items, name, "places") for name in ("nll", "kl", "top1")}
-    return found | {"drift_length": ratio(items, "length")}
-
-
-MEASURES = {
-    "translation": measure_translation,
-    "choice": measure_choice,
-    "numeric": measure_numeric,
-    "safety": measure_safety,
-    "drift": measure_drift,
-}
 
 
 # 2. Items: what the model answers, and what that is worth
@@ -273,22 +262,21 @@ def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]
 
 @torch.inference_mode()
 def answer_drift(subject: Subject, rows: list) -> Iterator:
-    """How this model sees the base model's answers, and how it would answer itself."""
+    """-log P of the base model's answers, KL(base || model) over the whole vocabulary, and equal
+    first choices, summed over places; and how the model would answer itself.
+    """
     meta = rows[0]["meta"]
     how = Sampling(meta["max_new_tokens"], meta["temperature"], meta["top_p"], seed=meta["seed"])
     as_written = Encoder(subject.encoder.tokenizer)  # the ledger brings its prompts' settings
     for row, ids, item in answers(subject, rows, how):
-        example = as_written.example(row)
-        tokens, places, targets = data.collate([example], subject.model.device)
-        mine = subject.model(tokens, places).float().log_softmax(-1)  # [N, V]
-        base = subject.base(tokens, places).float().log_softmax(-1)
-        nll = -mine.gather(-1, targets[:, None])
+        tokens, places, targets = data.collate([as_written.example(row)], subject.model.device)
+        mine = subject.model(tokens, places).double().log_softmax(-1)  # [N, V]
+        base = subject.base(tokens, places).double().log_softmax(-1)
         item["answer"] = row["rationale"]
-        item["nll"] = nll.double().sum().item()
-        item["kl"] = (base.exp() * (base - mine)).sum(-1).double().sum().item()
+        item["nll"] = -mine.gather(-1, targets[:, None]).sum().item()
+        item["kl"] = (base.exp() * (base - mine)).sum().item()
         item["top1"] = (base.argmax(-1) == mine.argmax(-1)).sum().item()
-        item["places"] = len(targets)
-        yield item | {"length": len(ids)}
+        yield item | {"places": len(targets), "drift_length": len(ids)}
 
 
 ANSWERS = {
@@ -452,31 +440,11 @@ def read_settings(args, encoder) -> dict:
     return settings
 
 
-def main(args: argparse.Namespace):
-    if args.compare:
-        return compare(args.compare)
-    # 1. everything that can be wrong with the files, before any weight is read
-    require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
-    require(bool(args.drift) == bool(args.base), "--drift", "goes with --base, the model before")
-    start_processes()
-    tokenizer = Tokenizer(args.model, args.chat or "auto")
-    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    tests = read_tests(args, encoder)
-
-    # 2. the items, then the scores
-    settings = read_settings(args, encoder)
-    with data.lock(args.out):
-        file = Path(args.out) / "results.json"
-        if file.exists():
-            data.require_same(file, read_settings_of(args.out), settings)
-        for key, rows in tests.items():
-            complete_items(key, rows, settings, encoder, args)
-        if dist.get_rank() == 0:
-            found = read_statistics(args.out)
-            measures = {name: statistic.measure() for name, statistic in found.items()}
-            content = {"settings": settings, "measures": measures}
-            write_text(file, json.dumps(content, indent=2, allow_nan=False))
-            compare([args.out])
+@functools.lru_cache(maxsize=2)
+def load_model(folder, dtype) -> Transformer:
+    """Read once, and only if an item is missing."""
+    _, _, device = start_processes()
+    return Transformer.from_pretrained(folder, getattr(torch, dtype), device)
 
 
 def complete_items(key, rows, settings, encoder, args):
@@ -494,11 +462,31 @@ def complete_items(key, rows, settings, encoder, args):
     data.complete(Path(args.out) / "items" / f"{key}.jsonl", settings, rows, produce)
 
 
-@functools.lru_cache(maxsize=2)
-def load_model(folder, dtype) -> Transformer:
-    """Read once, and only if an item is missing."""
-    _, _, device = start_processes()
-    return Transformer.from_pretrained(folder, getattr(torch, dtype), device)
+def main(args: argparse.Namespace):
+    if args.compare:
+        return compare(args.compare)
+    # 1. everything that can be wrong with the files, before any weight is read
+    require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
+    require(bool(args.drift) == bool(args.base), "--drift", "goes with --base, the model before")
+    start_processes()
+    tokenizer = Tokenizer(args.model, args.chat or "auto")
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
+    tests = read_tests(args, encoder)
+    settings = read_settings(args, encoder)
+
+    # 2. the items, then the scores
+    with data.lock(args.out):
+        file = Path(args.out) / "results.json"
+        if file.exists():
+            data.require_same(file, read_results(args.out).settings, settings)
+        for key, rows in tests.items():
+            complete_items(key, rows, settings, encoder, args)
+        if dist.get_rank() == 0:
+            found = read_statistics(args.out)
+            measures = {name: statistic.measure() for name, statistic in found.items()}
+            content = {"settings": settings, "measures": measures}
+            write_text(file, json.dumps(content, indent=2, allow_nan=False))
+            compare([args.out])
 
 
 # 5. Several models
@@ -510,33 +498,29 @@ class Results:
     statistics: dict[str, Statistic]
 
 
-def read_settings_of(folder) -> dict:
-    """The settings in results.json. ValueError where there are none."""
+def read_results(folder: str | Path) -> Results:
+    """What stands in a folder of results. ValueError where there is no results.json."""
     file = Path(folder) / "results.json"
     settings = read_object(file).get("settings")
     require(isinstance(settings, dict), file, "not written by evaluate.py; choose another folder")
-    return settings
+    return Results(settings, read_statistics(folder))
 
 
 def read_statistics(folder) -> dict:
-    """Each measure of a folder, counted from its items."""
-    found = {}
+    """Each measure, counted from the items that stand there."""
+    statistics = {}
     for file in sorted(Path(folder).glob("items/*/*.jsonl")):
         items = [item for _, item in data.read_json(file)]
         try:
-            statistics = MEASURES[file.parent.name](items)
+            found = measure(file.parent.name, items)
         except (KeyError, TypeError):
             raise ValueError(f"{file}: not written by evaluate.py; remove it") from None
-        for name, statistic in statistics.items():
-            found[f"{name}/{file.stem}"] = statistic
-    return found
+        for name, statistic in found.items():
+            statistics[f"{name}/{file.stem}"] = statistic
+    return statistics
 
 
-def read_results(folder: str) -> Results:
-    return Results(read_settings_of(folder), read_statistics(folder))
-
-
-def compare(folders: list):
+def compare(folders: list[str]):
     """Prints a table: each measure of each model, and its paired differences.
 
     The first folder is the base, the second the first way of fine-tuning. ValueError where they
@@ -544,29 +528,25 @@ def compare(folders: list):
     """
     names = [Path(folder).name for folder in folders]
     runs = [read_results(folder) for folder in folders]
-    free = ("model", "model_hash", "versions")
-    table = [["measure", "model", "value [95 %]", "n"]]
-    table[0] += [f"less {name}" for name in names[:-1][:2]]
+    table = [["measure", "model", "n", "value", *(f"less {name}" for name in names[:-1][:2])]]
     for folder, run in zip(folders, runs):
-        data.require_same(folder, runs[0].settings, run.settings, free)
-        same = run.statistics.keys() == runs[0].statistics.keys()
-        require(same, folder, f"has other measures than {folders[0]}; measure both alike")
-    for measure, first in runs[0].statistics.items():
+        data.require_same(folder, runs[0].settings, run.settings, OF_THE_MODEL)
+        sizes = [{name: len(x.stats) for name, x in r.statistics.items()} for r in (run, runs[0])]
+        require(sizes[0] == sizes[1], folder, f"has other items than {folders[0]}")
+    for name in runs[0].statistics:
         for i, run in enumerate(runs):
-            own = run.statistics[measure]
-            n = len(own.stats)
-            require(n == len(first.stats), folders[i], f"{measure} has other items")
-            row = ["" if i else measure, names[i], "{value:.3f} [{low:.3f}, {high:.3f}]", str(n)]
-            row[2] = row[2].format(**own.measure())
+            own = run.statistics[name]
+            row = [name if i == 0 else "", names[i], str(len(own.stats))]
+            row.append("{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure()))
             for other in runs[: min(i, 2)]:
-                difference = own.minus(other.statistics[measure])
+                difference = own.minus(other.statistics[name])
                 row.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
             table.append(row + [""] * (len(table[0]) - len(row)))
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     for row in table:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |")
-    print("\n95 % bootstrap over items; it covers neither seeds nor training data.")
+        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+    print("\n[low, high]: 95 % bootstrap over items; it covers neither seeds nor training data.")
     for name, statistic in runs[0].statistics.items():
         if statistic.signature:
             print(f"{name}: {statistic.signature}")

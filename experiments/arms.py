@@ -252,13 +252,13 @@ def write_ledger(args, seed: int, name: str):
     """What the model writes for a seed: rationales and the like, or answers for replay."""
     folder = seed_folder(args, seed)
     words = ["--model", base_model(args, seed), "--seed", seed, *sampling_words(args)]
-    words += ["--out", folder / f"drawn/{name}.jsonl"]
+    words += ["--out", folder / f"drawn/{name}.jsonl", *template_words(args)]
     if name == "answers":
         words += ["--task", "answer", "--data", folder / "drawn/prompts.jsonl"]
         words += ["--max-new-tokens", args.answer_tokens]
     else:
         words += ["--task", TASKS[name], "--data", folder / "drawn/pairs.jsonl"]
-        words += ["--max-new-tokens", args.new_tokens, *template_words(args)]
+        words += ["--max-new-tokens", args.new_tokens]
         words += ["--cue", args.cue] if name == "rationales" else []
     call(generate, words, folder / f"logs/{name}.log", args.ranks)
 
