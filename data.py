@@ -36,7 +36,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 
-from model import parse_json, read_object, read_text, require, write_text
+from model import blaming, parse_json, read_object, read_text, require, write_text
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the RaDis paper's wording is not known
 TEMPLATE = (
@@ -184,18 +184,15 @@ def collate(examples: list, device="cpu") -> tuple:
     """
     T = max([2, *map(len, examples)]) - 1  # the last token is predicted, never read
     tokens = torch.zeros(max(len(examples), 1), T, dtype=torch.long)
-    places = {"reference": [], "rationale": []}
-    targets = {"reference": [], "rationale": []}
+    references = []
+    rationales = []  # of either, pairs of place and target
     for b, example in enumerate(examples):
         tokens[b, : len(example) - 1] = torch.tensor(example.tokens[:-1])
-        place = b * T + len(example.prompt) - 1  # which predicts the first token of the answer
-        for name in places:
-            segment = getattr(example, name)
-            places[name] += range(place, place + len(segment))
-            targets[name] += segment
-            place += len(segment)
-    flat = [torch.tensor(x["reference"] + x["rationale"]).long() for x in (places, targets)]
-    return tokens.to(device), flat[0].to(device), flat[1].to(device)
+        start = b * T + len(example.prompt) - 1  # this place predicts the answer's first token
+        references += enumerate(example.reference, start)
+        rationales += enumerate(example.rationale, start + len(example.reference))
+    pairs = torch.tensor(references + rationales, dtype=torch.long).view(-1, 2).to(device)
+    return tokens.to(device), pairs[:, 0], pairs[:, 1]
 
 
 def check_ids(ids, limit, where):
@@ -261,15 +258,14 @@ class Tokenizer:
         return read_object(file) if file.exists() else {}
 
     def _read_added_tokens(self, config) -> dict:
-        found = list(self._read("added_tokens.json").items())
-        file = self.folder / "tokenizer_config.json"
-        try:
+        """id -> text, in the order of the ids."""
+        with blaming(f"{self.folder}: the added tokens"):
+            found = {id: text for text, id in self._read("added_tokens.json").items()}
             for id, token in (config.get("added_tokens_decoder") or {}).items():
-                found.append((token["content"], int(id)))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            raise ValueError(f"{file}: added_tokens_decoder is not understood") from None
-        check_ids([id for _, id in found], 2**31, f"{self.folder}: added tokens")
-        return {id: str(text) for text, id in sorted(found, key=lambda token: token[1])}
+                require(id.isdecimal(), self.folder, f"the added token {id[:20]} has no id")
+                found[int(id)] = token["content"]
+            check_ids(found, 2**31, f"{self.folder}: the added tokens")
+            return {id: str(found[id]) for id in sorted(found)}
 
     def _read_template(self, config) -> str:
         file = self.folder / "chat_template.jinja"
@@ -462,15 +458,16 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[di
             for where, content in found:
                 row = content | {"where": where}
                 row["meta"] = meta if "reference_ids" in row else {}
-                check_ledger_fields(row)
-                conversation = row.keys() & {"messages", "response", "turns"}
-                if "translation" in row or ("source" in row and not conversation):
-                    read_pair(row, way, *ways[:1])
-                elif first:  # a conversation has no direction
-                    read_conversation(row, prompts)
-                else:
+                conversation = is_conversation(row)
+                if conversation and not first:  # it has no direction
                     continue
-                row["id"] = read_id(row, len(rows))
+                with blaming(where):
+                    check_ledger_fields(row)
+                    if conversation:
+                        read_conversation(row, prompts)
+                    else:
+                        read_pair(row, way, *ways[:1])
+                    row["id"] = read_id(row, len(rows))
                 if not first and "id" in content:
                     row["id"] = f"{row['id']} {'-'.join(way)}"
                 require(row["id"] not in known, where, f"id {row['id']} stands twice in {file}")
@@ -479,9 +476,15 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[di
     return rows
 
 
+def is_conversation(row) -> bool:
+    """Whether a row has messages or a prompt; it may have a `source` of its own beside them."""
+    said = row.keys() & {"messages", "response", "turns"}
+    return "translation" not in row and (bool(said) or "source" not in row)
+
+
 def check_languages(way, where):
     """ValueError unless these are two languages that are known here."""
-    fits = len(way) == 2 and way[0] != way[1] and set(map(str, way)) <= LANGUAGES.keys()
+    fits = len(way) == 2 and way[0] != way[1] and set(way) <= LANGUAGES.keys()
     require(fits, where, f"found {str(way)[:40]}; give two of {'|'.join(LANGUAGES)}, as de-en")
 
 
@@ -537,8 +540,6 @@ def read_conversation(row, prompts):
             texts = row["turns"][:1]
             row.setdefault("id", row.get("question_id"))
         said = [{"role": role, "content": x} for role, x in zip(("user", "assistant"), texts)]
-    fits = isinstance(said, list) and all(isinstance(message, dict) for message in said)
-    require(fits, where, '"messages" must be a list of {"role", "content"}')
     ledger = "reference_ids" in row
     row["messages"] = []
     for i, message in enumerate(said):
@@ -563,9 +564,8 @@ def check_turns(messages, where):
 
 def check_ledger_fields(row):
     """ValueError where what `generate.py` adds to a row is of another kind."""
-    for name in ("reference_ids", "rationale_ids"):
-        fits = isinstance(row.get(name, []), list)
-        require(fits, row["where"], f"{name} must be a list of token ids")
+    ids = row.get("reference_ids", []) + row.get("rationale_ids", [])
+    check_ids(ids, 2**31, row["where"])
     as_text(row.get("rationale") or "", row["where"], "the rationale", may_be_blank=True)
 
 
@@ -723,18 +723,22 @@ def read_parts(path, settings, by_id) -> dict:
 
 
 def write_part(file, produced, by_id):
-    """Appends rows as they come. FloatingPointError names one whose numbers are not finite."""
+    """Appends rows as they come."""
     with open(file, "ab") as f:
         f.write(b"\n")  # ends a line that a kill has torn
         for row in produced:
             row = row | {"input_hash": by_id[row["id"]]["input_hash"]}
-            try:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False)
-            except ValueError:
-                fault = f"row {row['id']}: the model's numbers are not finite; look at its weights"
-                raise FloatingPointError(fault) from None
-            f.write(line.encode() + b"\n")
+            f.write(finite_json(row, f"row {row['id']}").encode() + b"\n")
             f.flush()
+
+
+def finite_json(row, where) -> str:
+    """One line. FloatingPointError if a number in it is NaN or infinite."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        fault = "a number is not finite; look at the model's weights"
+        raise FloatingPointError(f"{where}: {fault}, or lower --learning-rate") from None
 
 
 # 5. The command line

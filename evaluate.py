@@ -38,6 +38,7 @@ from model import (
     KVCache,
     ModelConfig,
     Transformer,
+    blaming,
     hash_model,
     read_object,
     read_text,
@@ -339,12 +340,9 @@ def read_choice(row, encoder, chat) -> dict:
     """
     where = row["where"]
     prompt = text_of(row, "prompt")
-    choices = row.get("choices")
-    fits = isinstance(choices, list) and len(choices) > 1
-    require(fits, where, '"choices" must be a list of two or more')
-    for choice in choices:
-        data.as_text(choice, where, "a choice")
-    fits = type(row.get("answer")) is int and 0 <= row["answer"] < len(choices)
+    choices = [data.as_text(choice, where, "a choice") for choice in row["choices"]]
+    require(len(choices) > 1, where, '"choices" must be a list of two or more')
+    fits = type(row["answer"]) is int and 0 <= row["answer"] < len(choices)
     require(fits, where, f'"answer" must be 0 to {len(choices) - 1}')
     if chat:
         found = asked_text(encoder, row, "prompt")
@@ -405,7 +403,8 @@ def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict:
             for where, row in read_csv(file) if file.endswith(".csv") else data.read_json(file):
                 row["where"] = where
                 known = {"id": data.read_id(row, len(rows)), "where": where, "meta": {}}
-                rows.append(known | read_row(row, encoder, args.chat is not None))
+                with blaming(where):
+                    rows.append(known | read_row(row, encoder, args.chat is not None))
             add_test(tests, kind, file, rows, args)
     require(tests, "nothing to do", "say what to measure, such as --translation FILE")
     return tests
@@ -501,8 +500,8 @@ class Results:
 def read_results(folder: str | Path) -> Results:
     """What stands in a folder of results. ValueError where there is no results.json."""
     file = Path(folder) / "results.json"
-    settings = read_object(file).get("settings")
-    require(isinstance(settings, dict), file, "not written by evaluate.py; choose another folder")
+    with blaming(file):
+        settings = dict(read_object(file)["settings"])
     return Results(settings, read_statistics(folder))
 
 
@@ -511,12 +510,9 @@ def read_statistics(folder) -> dict:
     statistics = {}
     for file in sorted(Path(folder).glob("items/*/*.jsonl")):
         items = [item for _, item in data.read_json(file)]
-        try:
-            found = measure(file.parent.name, items)
-        except (KeyError, TypeError):
-            raise ValueError(f"{file}: not written by evaluate.py; remove it") from None
-        for name, statistic in found.items():
-            statistics[f"{name}/{file.stem}"] = statistic
+        with blaming(file):
+            for name, statistic in measure(file.parent.name, items).items():
+                statistics[f"{name}/{file.stem}"] = statistic
     return statistics
 
 

@@ -200,6 +200,11 @@ class Sequence:
         elif len(self.ids) == how.max_new_tokens:
             self.finish = "length"
 
+    def noise_key(self, seed) -> int:
+        """32 bits, for the next token of this row."""
+        digest = hashlib.sha256(json.dumps([seed, self.id, len(self.ids)]).encode()).digest()
+        return int.from_bytes(digest[:4], "big", signed=True)
+
     def mean_logprob(self) -> float:
         # rounded: the digits after these depend on the batch that the row was computed in
         return round(sum(self.logprobs) / len(self.logprobs), 3)
@@ -215,23 +220,22 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
     counts = (how.max_new_tokens, how.batch_size)
     require(min(counts) > 0, "sampling", f"max_new_tokens and batch_size are {counts}")
     require_room(sequences, how.max_new_tokens, model.config)
-    waiting = deque(in_reading_order(sequences, how.batch_size))
+    waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
     slots = min(how.batch_size, len(sequences))
-    longest = max((len(s.prompt) for s in sequences), default=0)
-    room = longest + how.max_new_tokens
+    room = how.max_new_tokens + (len(waiting[-1].prompt) if waiting else 0)
     cache = KVCache(model.config, slots, room, model.dtype, model.device)
     shared = read_common_prefix(model, cache, [s.prompt for s in sequences])
     decode = Decoder(model, cache, how)
     running = []  # running[b] has slot b of the cache
     while waiting or running:
         first = 0
-        new = take_next(waiting, slots - len(running), slots, cache.keys.is_cuda)
+        new = take_next(waiting, slots - len(running), cache)
         if new:
             first = len(running)
             running += new
             prompts = [sequence.prompt[shared:] for sequence in new]
             logits = read(model, cache, slice(first, len(running)), prompts, shared)
-            keys = [noise_key(how.seed, sequence.id, 0) for sequence in new]
+            keys = [sequence.noise_key(how.seed) for sequence in new]
             chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
         else:
             chosen = decode(running)
@@ -257,23 +261,15 @@ def require_room(sequences, new, config):
         require(known, where, f"its ids are not of the model's vocabulary, {config.vocab_size}")
 
 
-def in_reading_order(sequences, batch_size) -> list:
-    """Prompts of like length together, but only near each other: rows end about in their order."""
-    order = []
-    for start in range(0, len(sequences), 4 * batch_size):
-        near = sequences[start : start + 4 * batch_size]
-        order += sorted(near, key=lambda sequence: len(sequence.prompt))
-    return order
-
-
-def take_next(waiting, free, slots, on_gpu) -> list:
-    """The next prompts to read; none while few slots are free, since several are read faster."""
-    if not waiting or free < min(len(waiting), -(-slots // 8)):
+def take_next(waiting, free, cache) -> list[Sequence]:
+    """The next prompts to read; none while few slots are free: several are read faster."""
+    slots = cache.keys.shape[1]
+    if free < min(len(waiting), math.ceil(slots / 8)):
         return []
-    most = 2**15 if on_gpu else 2**10  # tokens that are read at a time
-    taken = [waiting.popleft()]
+    most = 2**15 if cache.keys.is_cuda else 2**10  # tokens that are read at a time
+    taken = []
     while waiting and len(taken) < free:
-        if (len(taken) + 1) * len(waiting[0].prompt) > most:
+        if taken and (len(taken) + 1) * len(waiting[0].prompt) > most:
             break
         taken.append(waiting.popleft())
     return taken
@@ -319,9 +315,8 @@ class Decoder:
         """-> a token and its log-probability for each row."""
         inputs = []
         for sequence in running:
-            key = noise_key(self.how.seed, sequence.id, len(sequence.ids))
             position = len(sequence.prompt) + len(sequence.ids) - 1
-            inputs.append((sequence.ids[-1], position, key))
+            inputs.append((sequence.ids[-1], position, sequence.noise_key(self.how.seed)))
         length = max(position for _, position, _ in inputs) + 1
         if not self.pool:
             return as_pairs(self.step(torch.tensor(inputs), length))
@@ -381,12 +376,6 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     head = probs.topk(count).values
     inside = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True)
     return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
-
-
-def noise_key(seed: int, id: str, place: int) -> int:
-    """32 bits for the token at this place of a row."""
-    digest = hashlib.sha256(json.dumps([seed, id, place]).encode()).digest()
-    return int.from_bytes(digest[:4], "big", signed=True)
 
 
 def exponential_noise(keys: Tensor, size: int) -> Tensor:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -77,14 +78,18 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        raw = read_object(path)
+        with blaming(path):
+            return cls.from_fields(read_object(path), path)
+
+    @classmethod
+    def from_fields(cls, raw: dict, path: Path) -> "ModelConfig":
         mistral = raw.get("model_type") == "mistral"
         given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
         for name in ("rope_scaling", "rope_parameters"):  # the latter is of transformers 5
             rope = raw.get(name) or {}
             fits = isinstance(rope, dict) and not any(isinstance(x, dict) for x in rope.values())
-            kind = fits and (rope.get("rope_type") or rope.get("type") or "default")
-            require(kind == "default", path, f"{name}: rotary scaling is not implemented")
+            kind = fits and rope.get("rope_type", rope.get("type"))
+            require(kind in ("default", None), path, f"{name}: no rotary scaling is implemented")
             given |= rope
         wanted = IMPLEMENTED | {"model_type": "mistral" if mistral else "llama"}
         wanted["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
@@ -93,19 +98,17 @@ class ModelConfig:
             fault = f"{name} is {json.dumps(found)[:60]}; implemented is {json.dumps(value)}"
             require(found in (value, None), path, fault)
 
-        values = {"raw": raw, "tie_word_embeddings": given["tie_word_embeddings"]}
-        fits = type(values["tie_word_embeddings"]) is bool
-        require(fits, path, "tie_word_embeddings must be true or false")
         heads = positive(given, "num_attention_heads", int, path)
-        width = positive(given, "hidden_size", int, path)
         if given.get("num_key_value_heads") is None:
             given["num_key_value_heads"] = heads
         if given.get("head_dim") is None:
-            given["head_dim"] = width // heads
-        for name in cls.__dataclass_fields__:
-            if name not in values:
-                kind = float if name in ("rms_norm_eps", "rope_theta") else int
-                values[name] = positive(given, name, kind, path)
+            given["head_dim"] = positive(given, "hidden_size", int, path) // heads
+        values = {"raw": raw, "tie_word_embeddings": given["tie_word_embeddings"]}
+        fits = type(values["tie_word_embeddings"]) is bool
+        require(fits, path, "tie_word_embeddings must be true or false")
+        for name in sorted(cls.__dataclass_fields__.keys() - values.keys()):
+            kind = float if name in ("rms_norm_eps", "rope_theta") else int
+            values[name] = positive(given, name, kind, path)
         if not mistral:
             values["sliding_window"] = None  # Llama ignores the field
         config = cls(**values)
@@ -397,7 +400,7 @@ def hash_model(folder: str | Path) -> str:
 
 
 def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str, Path]:
-    """Tensor name -> file, once the files' headers are known to fit. Reads only headers."""
+    """Tensor name -> file, once the files' headers are known to fit. Reads no weights."""
     found = {}
     wrong = []
     for file in weight_files(Path(folder)):
@@ -409,7 +412,7 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
                 continue
             wanted = list(parameters[name].shape)
             if shape != wanted:
-                wrong.append(f"{name} has shape {shape}, config.json wants {wanted}")
+                wrong.append(f"{name} has shape {shape}, not {wanted}")
             if dtype not in ("F64", "F32", "F16", "BF16"):
                 wrong.append(f"{name} has type {dtype}, which is no float that is read here")
             if name in found:
@@ -417,7 +420,7 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
             found[name] = file
     wrong += [f"missing {name}" for name in parameters if name not in found]
     first = "; ".join(wrong[:8])
-    fault = f"{len(wrong)} tensors do not fit config.json: {first}"
+    fault = f"{len(wrong)} tensors do not fit the model: {first}"
     require(not wrong, folder, fault)
     return found
 
@@ -427,10 +430,9 @@ def weight_files(folder) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    places = read_object(index).get("weight_map")
-    fits = isinstance(places, dict) and all(isinstance(name, str) for name in places.values())
-    require(fits, index, "not a safetensors index; get it anew")
-    return sorted({folder / Path(name).name for name in places.values()})
+    with blaming(index):
+        places = read_object(index)["weight_map"]
+        return sorted({folder / Path(name).name for name in places.values()})
 
 
 def read_header(file) -> list[tuple]:
@@ -523,6 +525,16 @@ def require(fits, where: str | Path, fault: str):
     """ValueError `WHERE: FAULT` unless it fits."""
     if not fits:
         raise ValueError(f"{where}: {fault}")
+
+
+@contextmanager
+def blaming(where: str | Path):
+    """What the content of a file makes go wrong within is one line that names the place."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as e:
+        fault = f"not understood ({type(e).__name__}: {e}); the README has the forms of files"
+        raise ValueError(f"{where}: {fault}") from None
 
 
 def read_text(path: str | Path) -> str:

@@ -227,21 +227,21 @@ def read_examples(files, args, tokenizer, config) -> list:
     coverage = args.rationale_coverage if args.rationale_weight else 0
     template = data.read_template(args.template)
     encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    rows = data.read_rows(files, args.direction)
     length = min(args.max_length, config.max_position_embeddings)
     examples = []
     left_out = Counter()
-    for row in rows:
+    for row in data.read_rows(files, args.direction):
         example = encoder.example(row)
-        left_out[f"rationales ({example.left_out})"] += bool(example.left_out)
+        if example.left_out:
+            left_out[f"rationales ({example.left_out})"] += 1
         if example.left_out and not row["reference"]:
-            left_out["rows with nothing else to learn"] += 1
+            left_out["rows that have nothing else"] += 1
         elif len(example) > length:
             left_out[f"rows longer than {length} tokens"] += 1
         else:
             examples.append(example)
-    told = [f"{n} {what}" for what, n in left_out.items() if n]
-    say(f"{' '.join(files)}: {len(examples)} examples; left out: {', '.join(told) or 'nothing'}")
+    told = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "nothing"
+    say(f"{' '.join(files)}: {len(examples)} examples; left out: {told}")
     require(examples, files[0], f"no row to learn from fits --max-length {length}")
     most = max(max(example.tokens) for example in examples)
     fault = f"has ids beyond the model's vocabulary of {config.vocab_size}; use the model's own"
@@ -310,28 +310,19 @@ def say(text):
 
 def record(line, out):
     """Appends a line to metrics.jsonl. FloatingPointError if a number is not finite."""
-    if not is_first_rank():
-        return
-    for name, value in line.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise FloatingPointError(f"step {line['step']}: {name} is {value}; nothing is written")
-    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
+    if is_first_rank():
+        with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(data.finite_json(line, f"step {line['step']}") + "\n")
 
 
 def checkpoint_tensors(model, optimizer) -> dict:
-    """What a checkpoint holds, by folder and name: weights and both moments of Adam."""
-    tensors = {"weights": dict(model.named_parameters())}
-    for moment in ("exp_avg", "exp_avg_sq"):
-        named = model.named_parameters()
-        tensors[moment] = {name: optimizer.state[p][moment] for name, p in named}
+    """What a checkpoint holds: the weights, and both moments of Adam."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        tensors[name] = p
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     return tensors
-
-
-def checkpoints(out) -> dict:
-    """The complete checkpoints by their steps."""
-    folders = out.glob("checkpoint/step-*")
-    return {int(f.name[5:]): f for f in folders if re.fullmatch(r"step-\d+", f.name)}
 
 
 def save_checkpoint(model, optimizer, out: Path, step: int):
@@ -339,55 +330,42 @@ def save_checkpoint(model, optimizer, out: Path, step: int):
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
     tensors = checkpoint_tensors(model, optimizer)
-    for name in tensors:
-        save_weights(tensors[name], temporary / name, torch.float32)
+    save_weights(tensors, temporary, torch.float32)
     if is_first_rank():
-        for name in tensors:
-            find_weights(temporary / name, tensors[name])  # it can be read
+        find_weights(temporary, tensors)  # it can be read
         temporary.rename(folder)
         remove_checkpoints(out, folder)
     dist.barrier()
 
 
-def remove_checkpoints(out, kept):
+def remove_checkpoints(out, kept=None):
     """Removes all that this script has written to checkpoint/, but for one; nothing else."""
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
             shutil.rmtree(folder)
-    if kept is None and (out / "checkpoint").exists() and not os.listdir(out / "checkpoint"):
-        (out / "checkpoint").rmdir()
+    if not any(out.glob("checkpoint/*")):
+        shutil.rmtree(out / "checkpoint", ignore_errors=True)
 
 
 def load_checkpoint(model, optimizer, out: Path) -> int:
     """Restores the newest complete checkpoint -> the steps that are done, 0 where there is none."""
-    done = max(checkpoints(out), default=0)
+    names = [folder.name for folder in out.glob("checkpoint/step-*")]
+    done = max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
     if done:
         for p in model.parameters():
             step = torch.tensor(float(done), device=p.device)
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             optimizer.state[p] = {"step": step} | moments
-        for name, tensors in checkpoint_tensors(model, optimizer).items():
-            folder = checkpoints(out)[done] / name
-            load_weights(tensors, find_weights(folder, tensors))
-    if is_first_rank():
-        cut_metrics(out / "metrics.jsonl", done)
+        tensors = checkpoint_tensors(model, optimizer)
+        load_weights(tensors, find_weights(out / "checkpoint" / f"step-{done}", tensors))
+    metrics = out / "metrics.jsonl"
+    if is_first_rank() and metrics.exists():  # back to the steps that are done
+        kept = []
+        for line in metrics.read_text("utf-8").split("\n")[:-1]:  # without what a kill has torn
+            if done and data.parse_json(line, metrics).get("step", 0) <= done:
+                kept.append(line)
+        write_text(metrics, "\n".join(kept))
     return done
-
-
-def cut_metrics(file, done):
-    """Cuts metrics.jsonl back to the steps that are done."""
-    kept = []
-    for line in file.read_text("utf-8").split("\n") if file.exists() else []:
-        try:
-            step = json.loads(line)["step"]
-        except ValueError:  # torn by a kill, or blank
-            continue
-        if 0 < step <= done or (step == 0 and done):
-            kept.append(line)
-    if kept:
-        write_text(file, "\n".join(kept))
-    else:
-        file.unlink(missing_ok=True)
 
 
 def export(model: Transformer, folder: Path, source: str, dtype: str):
@@ -454,13 +432,15 @@ def signals_heard():
     run at once.
     """
     heard = []
-    since = []
+    since = time.monotonic()
 
     def hear(number, _):
-        if number == signal.SIGINT and since and time.monotonic() - since[0] > REPEAT_S:
+        nonlocal since
+        late = time.monotonic() - since > REPEAT_S
+        if number == signal.SIGINT and heard and late:
             os._exit(128 + number)
+        since = since if heard else time.monotonic()
         heard.append(number)
-        since.append(time.monotonic())
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -535,9 +515,12 @@ def main(args: Namespace):
     tokenizer = Tokenizer(source, args.chat or "auto")
     if args.teacher:
         teacher_config = ModelConfig.from_file(args.teacher)
-        same = Tokenizer(args.teacher).hash == tokenizer.hash
-        same = same and teacher_config.vocab_size == config.vocab_size
-        require(same, args.teacher, "the teacher's vocabulary is another than the model's")
+        require(
+            Tokenizer(args.teacher, args.chat or "auto").hash == tokenizer.hash
+            and teacher_config.vocab_size == config.vocab_size,
+            args.teacher,
+            "the teacher's vocabulary is another than the model's",
+        )
     examples = read_examples(args.data, args, tokenizer, config)
     valid = {}
     for name, files in named_files(args.valid).items():
@@ -561,7 +544,7 @@ def main(args: Namespace):
             run_steps(model, teacher, optimizer, examples, valid, steps, args, heard)
             say(f"wrote {args.out}")
         if is_first_rank():
-            remove_checkpoints(Path(args.out), None)
+            remove_checkpoints(Path(args.out))
 
 
 def parser() -> data.Arguments:

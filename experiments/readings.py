@@ -1,0 +1,567 @@
+"""What the experiment says: tables and a picture of what arms.py has measured.
+
+    python experiments/readings.py --out DIR --screen 0 1 2 --confirm 10 11 12 --plot arms.png
+
+Every reading is paired: an arm is compared with vanilla and base of the same seed, on the same
+items. It has two intervals of 95 %: over seeds (Student's t), and over test items (a bootstrap,
+with the same items drawn for all arms). Vanilla is vanilla at its best learning rate.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import world  # noqa: E402
+
+GAIN = 0.95  # the moonshot: this share of vanilla's gain in chrF++ ...
+DRIFT = 0.10  # ... at this share of its drift
+SCREENED_GAIN = 0.98  # what an arm needs on the screening seeds to be chosen there
+# how much worse than the base's a measure that no arm trains on may be, at the interval's end
+MARGINS = {"human": 0.02, "choice": 3.0, "margin": 0.1, "skills": 3.0}
+LEVELS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of vanilla's gain at which curves are read
+TESTED_LEVEL = 0.75
+CONTROLS = ("base", "vanilla", "no EOS", "rationales alone", "soft rationales alone")
+TITLES = {
+    "chrf++": "chrF++",
+    "bleu": "BLEU",
+    "kl": "KL",
+    "kl task": "KL, task",
+    "kl reverse": "KL, other direction",
+    "length": "length",
+    "human": "NLL, people's answers",
+}
+# what a point's headline is the mean of: names of measures begin so
+MEANS = {
+    "chrf++": "chrf++/test",
+    "bleu": "bleu/test",
+    "valid": "chrf++/valid",
+    "kl": "drift_kl/general",
+    "kl task": "drift_kl/task",
+    "kl reverse": "drift_kl/reverse",
+    "length": "drift_length/general",
+    "human": "drift_nll/human",
+}
+
+
+# 1. What was measured
+
+
+@dataclass
+class Point:
+    """A model's measures, each with its bootstrap draws [1 + draws], and what the arm cost."""
+
+    values: dict[str, np.ndarray]
+    cost: dict
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which model: an arm at a rate, at its end or after `step`, `part` of the way from base."""
+
+    rate: str
+    arm: str
+    part: float = 1.0
+    step: int = 0  # 0 is the end
+
+    @property
+    def title(self) -> str:
+        return self.arm if self.part == 1 else f"{self.arm}, at {self.part:g}"
+
+
+@dataclass
+class Study:
+    """points[key][seed]; the base is a key, too."""
+
+    points: dict[Key, dict[int, Point]]
+
+    BASE = Key("", "base")
+
+    def end_keys(self) -> list[Key]:
+        return [key for key in self.points if key.step == 0 and key != self.BASE]
+
+    def seeds_of(self, *keys: Key) -> list[int]:
+        """The seeds that have all of these."""
+        common = set(self.points[self.BASE])
+        for key in keys:
+            common &= set(self.points.get(key, ()))
+        return sorted(common)
+
+    def stack(self, key: Key, name: str, seeds: list[int]) -> np.ndarray:
+        """[seeds, 1 + draws]"""
+        return np.stack([self.points[key][seed].values[name] for seed in seeds])
+
+    def only(self, seeds: list[int]) -> "Study":
+        points = {}
+        for key, by_seed in self.points.items():
+            kept = {seed: point for seed, point in by_seed.items() if seed in seeds}
+            if kept:
+                points[key] = kept
+        return Study(points)
+
+    def measures(self) -> list[str]:
+        first = self.points[self.BASE]
+        return list(first[min(first)].values)
+
+
+def read_study(out: Path) -> Study:
+    """All points of an experiment; the last step of an arm is its end."""
+    names = json.loads((out / "settings.json").read_text())
+    arms = known_arms()
+    points = {}
+    for file in sorted(out.glob("points/seed-*/**/*.npz")):
+        seed, *rest = file.relative_to(out / "points").with_suffix("").parts
+        seed = int(seed.removeprefix("seed-"))
+        key = Study.BASE
+        if rest != ["base"]:
+            rate, arm, point = rest
+            step, _, part = point.removeprefix("step-").partition("-at-")
+            step = int(step)
+            last = step == names["points"][-1]
+            key = Key(rate, arms.get(arm, arm), float(part or 1), 0 if last else step)
+        points.setdefault(key, {})[seed] = read_point(file)
+    if Study.BASE not in points:
+        sys.exit(f"error: {out}: nothing measured yet; run arms.py")
+    return Study(points)
+
+
+def known_arms() -> dict[str, str]:
+    """Names of arms by how their files are called."""
+    import arms
+
+    return {arms.slug(name): name for name in arms.ARMS}
+
+
+def read_point(file: Path) -> Point:
+    content = np.load(file)
+    values = zip(content["names"].tolist(), content["values"].astype(float))
+    return Point(headline(dict(values)), json.loads(str(content["cost"])))
+
+
+def headline(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The measures that are read: means over files, and shares in percent."""
+    values = {}
+    for name, start in MEANS.items():
+        parts = [value for key, value in found.items() if key.startswith(start)]
+        if parts:
+            values[name] = np.mean(parts, axis=0)
+    skills = {}
+    for key, value in found.items():
+        kind, _, name = key.partition("/")
+        if kind in ("choice", "flexible", "refusal"):
+            skills[name] = 100 * value
+        if kind == "choice":
+            values[key] = 100 * value
+        elif kind == "margin":
+            values[key] = value
+    if "backwards" in skills:  # the small world: its skills by what trains on them
+        return {name: value for name, value in values.items() if "/" not in name} | group(skills)
+    return values
+
+
+def group(skills: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Means of the small world's skills that rationales touch, that replay touches, and neither."""
+    skills = dict(skills)
+    skills["benign"] = 100 - skills["benign"]
+    replayed = ["format", "arithmetic", "harmful", "benign"]
+    others = [name for name in skills if name not in (*replayed, *world.TOUCHED)]
+    groups = {"rationales": world.TOUCHED, "replay": replayed, "neither": others}
+    found = {"skills": np.mean([*skills.values()], axis=0)}
+    for title, names in groups.items():
+        found[f"skills/{title}"] = np.mean([skills[name] for name in names], axis=0)
+    return found
+
+
+# 2. Statistics
+
+
+@dataclass
+class Interval:
+    mean: float
+    low: float
+    high: float
+    p: float = float("nan")
+
+    def text(self, digits: int) -> str:
+        return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def over_seeds(values) -> Interval:
+    """Mean and 95 % interval by Student's t; p of the mean being 0, two-sided."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    mean = float(values.mean())
+    if n < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    error = float(values.std(ddof=1)) / n**0.5
+    half = student_quantile(n - 1) * error
+    p = 1 - student_mass(abs(mean) / error, n - 1) if error else float(mean == 0)
+    return Interval(mean, mean - half, mean + half, p)
+
+
+def over_items(table: np.ndarray) -> Interval:
+    """Mean over seeds of [seeds, 1 + draws], and its 95 % bootstrap interval over items."""
+    draws = table.mean(0)
+    low, high = np.percentile(draws[1:], [2.5, 97.5])
+    return Interval(float(draws[0]), float(low), float(high))
+
+
+def student_mass(t: float, df: int) -> float:
+    """P(-t < T < t) for Student's t: with T = sqrt(df) tan(u) its density is cos(u)^(df - 1)."""
+    whole = np.linspace(0, np.pi / 2, 20001)
+    part = np.linspace(0, np.arctan(t / df**0.5), 20001)
+    return float(trapezoid(np.cos(part) ** (df - 1), part) / trapezoid(cos_power(whole, df), whole))
+
+
+def cos_power(u: np.ndarray, df: int) -> np.ndarray:
+    return np.cos(u).clip(0) ** (df - 1)
+
+
+def trapezoid(y: np.ndarray, x: np.ndarray) -> float:
+    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
+
+
+def student_quantile(df: int, mass: float = 0.95) -> float:
+    """t with P(-t < T < t) = mass, by bisection."""
+    low = 0.0
+    high = 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if student_mass(middle, df) < mass:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p adjusted for the number of tests (Holm 1979), in the order given; NaN stays."""
+    order = np.argsort(p_values)
+    count = int(np.sum(~np.isnan(p_values)))
+    adjusted = [float("nan")] * len(p_values)
+    largest = 0.0
+    for place, i in enumerate(order[:count]):
+        largest = max(largest, min(1.0, p_values[i] * (count - place)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def monotone(y: np.ndarray) -> np.ndarray:
+    """The closest sequence that never falls (least squares, pool adjacent violators)."""
+    blocks = []  # sum and count
+    for value in y:
+        blocks.append([float(value), 1])
+        while len(blocks) > 1:
+            before = blocks[-2][0] / blocks[-2][1]
+            last = blocks[-1][0] / blocks[-1][1]
+            if before <= last:
+                break
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    return np.concatenate([np.full(count, total / count) for total, count in blocks])
+
+
+def read_curve(x: np.ndarray, y: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """y of a curve at the levels of x, by a monotone fit; NaN where the curve does not come."""
+    order = np.argsort(x, kind="stable")
+    x = x[order]
+    return np.interp(levels, x, monotone(y[order]), left=np.nan, right=np.nan)
+
+
+# 3. Readings
+
+
+@dataclass
+class Moonshot:
+    """a = gain - 0.95 of vanilla's, b = KL - 0.10 of vanilla's: over seeds and over items."""
+
+    gain_share: float
+    drift_share: float
+    a: tuple[Interval, Interval]
+    b: tuple[Interval, Interval]
+
+    @property
+    def reached(self) -> bool:
+        """A bound that is NaN, as with one seed, reaches nothing."""
+        return all(x.low >= 0 for x in self.a) and all(x.high <= 0 for x in self.b)
+
+
+def moonshot(gain, vanilla_gain, kl, vanilla_kl) -> Moonshot:
+    """All [seeds, 1 + draws]."""
+    a = gain - GAIN * vanilla_gain
+    b = kl - DRIFT * vanilla_kl
+    return Moonshot(
+        gain_share=float((gain[:, 0] / vanilla_gain[:, 0]).mean()),
+        drift_share=float((kl[:, 0] / vanilla_kl[:, 0]).mean()),
+        a=(over_seeds(a[:, 0]), over_items(a)),
+        b=(over_seeds(b[:, 0]), over_items(b)),
+    )
+
+
+def read_moonshot(study: Study, key: Key, vanilla: Key) -> Moonshot:
+    seeds = study.seeds_of(key, vanilla)
+    base = study.stack(study.BASE, "chrf++", seeds)
+    gain = study.stack(key, "chrf++", seeds) - base
+    vanilla_gain = study.stack(vanilla, "chrf++", seeds) - base
+    return moonshot(
+        gain, vanilla_gain, study.stack(key, "kl", seeds), study.stack(vanilla, "kl", seeds)
+    )
+
+
+def independent(study: Study) -> list[str]:
+    """Measures that no arm trains on."""
+    names = [name for name in study.measures() if name.split("/")[0] in MARGINS]
+    return [name for name in names if name != "skills"]
+
+
+def losses(study: Study, key: Key) -> dict[str, tuple[Interval, Interval]]:
+    """How much worse than the base's each independent measure is: over seeds and over items."""
+    seeds = study.seeds_of(key)
+    found = {}
+    for name in independent(study):
+        change = study.stack(key, name, seeds) - study.stack(study.BASE, name, seeds)
+        loss = change if name == "human" else -change
+        found[name] = (over_seeds(loss[:, 0]), over_items(loss))
+    return found
+
+
+def beyond_margin(found: dict[str, tuple[Interval, Interval]]) -> list[str]:
+    """The measures that may be worse than the base's by more than the margin."""
+    names = []
+    for name, intervals in found.items():
+        worst = max(x.mean if np.isnan(x.high) else x.high for x in intervals)
+        if worst > MARGINS[name.split("/")[0]]:
+            names.append(name)
+    return names
+
+
+def best_vanilla(study: Study) -> Key:
+    """Vanilla at the rate with the best validation chrF++, the mean over seeds."""
+    keys = [key for key in study.end_keys() if key.arm == "vanilla" and key.part == 1]
+    if not keys:
+        sys.exit("error: vanilla is not measured yet")
+    if len(keys) == 1:
+        return keys[0]
+    return max(keys, key=lambda key: study.stack(key, "valid", study.seeds_of(key)).mean(0)[0])
+
+
+def choose(study: Study, vanilla: Key) -> Key | None:
+    """The arm that drifts least among those with enough of the gain."""
+    fit = {}
+    for key in study.end_keys():
+        if key.arm not in CONTROLS and study.seeds_of(key, vanilla):
+            found = read_moonshot(study, key, vanilla)
+            if found.gain_share >= SCREENED_GAIN:
+                fit[key] = found.drift_share
+    return min(fit, key=fit.get) if fit else None
+
+
+def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
+    """-> chrF++ and another measure [points] of an arm's curve, the base first.
+
+    along "training": its exports. along "weights": its end, and between it and the base.
+    """
+    keys = [study.BASE]
+    for other in study.points:
+        same = (other.rate, other.arm) == (key.rate, key.arm)
+        wanted = other.part == 1 if along == "training" else other.step == 0
+        if same and wanted:
+            keys.append(other)
+    points = [study.points[k][seed].values for k in keys if seed in study.points[k]]
+    return tuple(np.array([values[n][0] for values in points]) for n in ("chrf++", name))
+
+
+def level_grid(study: Study, vanilla: Key) -> np.ndarray:
+    """Levels of chrF++, the same for all arms and seeds."""
+    seeds = study.seeds_of(vanilla)
+    start = study.stack(study.BASE, "chrf++", seeds).mean(0)[0]
+    end = study.stack(vanilla, "chrf++", seeds).mean(0)[0]
+    return start + np.array(LEVELS) * (end - start)
+
+
+# 4. Tables
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]):
+    print(f"\n### {title}\n")
+    print(f"| {' | '.join(header)} |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def moonshot_row(study: Study, key: Key, vanilla: Key) -> list[str]:
+    found = read_moonshot(study, key, vanilla)
+    worse = beyond_margin(losses(study, key))
+    cells = [key.rate, key.title, str(len(study.seeds_of(key, vanilla)))]
+    cells += [f"{100 * found.gain_share:.0f} %", f"{100 * found.drift_share:.0f} %"]
+    cells += [interval.text(2) for interval in found.a]
+    cells += [interval.text(3) for interval in found.b]
+    cells.append(", ".join(worse) or "none")
+    return [*cells, "yes" if found.reached and not worse else "no"]
+
+
+def print_moonshot(title: str, study: Study, vanilla: Key, keys: list[Key]):
+    header = ["rate", "arm", "seeds", "share of gain", "share of drift"]
+    header += ["a, over seeds", "a, over items", "b, over seeds", "b, over items"]
+    header += ["beyond margin", "reached"]
+    rows = [moonshot_row(study, key, vanilla) for key in keys if study.seeds_of(key, vanilla)]
+    print_table(title, header, rows)
+
+
+def print_ends(study: Study):
+    """Every arm at its end: values, and what it cost."""
+    names = [name for name in TITLES if name in study.measures()]
+    header = ["rate", "arm", "seeds", *(TITLES[name] for name in names)]
+    header += ["trained tokens", "read by the teacher", "sampled"]
+    rows = []
+    for key in [study.BASE, *study.end_keys()]:
+        seeds = study.seeds_of(key)
+        cells = [key.rate, key.title, str(len(seeds))]
+        for name in names:
+            digits = 3 if name.startswith(("kl", "human")) else 1
+            cells.append(over_items(study.stack(key, name, seeds)).text(digits))
+        for name in ("trained", "taught", "sampled"):
+            cost = [study.points[key][seed].cost.get(name, 0) for seed in seeds]
+            cells.append(f"{np.mean(cost):,.0f}")
+        rows.append(cells)
+    print_table("At the end of training (intervals over items)", header, rows)
+
+
+def print_independent(study: Study):
+    """Differences to the base on what no arm trains on."""
+    names = independent(study)
+    header = ["rate", "arm", "seeds"]
+    rows = []
+    for key in study.end_keys():
+        found = losses(study, key)
+        cells = [key.rate, key.title, str(len(study.seeds_of(key)))]
+        for name in names:
+            digits = 3 if name.startswith(("human", "margin")) else 1
+            cells += [interval.text(digits) for interval in found[name]]
+        rows.append(cells)
+    for name in names:
+        title = TITLES.get(name, name)
+        header += [f"{title}, over seeds", "over items"]
+    print_table("Worse than the base by (no arm trains on these)", header, rows)
+
+
+def print_curves(study: Study, vanilla: Key, name: str, along: str):
+    """A measure at the fixed levels of chrF++, and the difference to vanilla at one of them."""
+    levels = level_grid(study, vanilla)
+    tested = LEVELS.index(TESTED_LEVEL)
+    rows = []
+    tests = []
+    for key in study.end_keys():
+        seeds = study.seeds_of(key, vanilla)
+        if key.part != 1 or not seeds:
+            continue
+        read = np.array([read_curve(*path(study, key, s, along, name), levels) for s in seeds])
+        other = [read_curve(*path(study, vanilla, s, along, name), levels) for s in seeds]
+        difference = read[:, tested] - np.array(other)[:, tested]
+        difference = difference[~np.isnan(difference)]
+        test = over_seeds(difference) if len(difference) else Interval(*[float("nan")] * 3)
+        tests.append(float("nan") if key == vanilla else test.p)
+        cells = [key.rate, key.title, str(len(seeds))]
+        for column in read.T:
+            reached = column[~np.isnan(column)]
+            text = f"{reached.mean():.3f}" if len(reached) else "-"
+            cells.append(text + (f" ({len(reached)})" if 0 < len(reached) < len(seeds) else ""))
+        rows.append([*cells, "" if key == vanilla else test.text(3)])
+    for row, p in zip(rows, holm(tests)):
+        row.append("" if np.isnan(p) else f"{p:.3f}")
+    header = ["rate", "arm", "seeds"]
+    header += [f"{100 * share:.0f} % ({x:.1f})" for share, x in zip(LEVELS, levels)]
+    header += [f"less vanilla's at {100 * TESTED_LEVEL:.0f} %", "p (Holm)"]
+    title = f"{TITLES.get(name, name)} at equal chrF++, along {along}"
+    print_table(f"{title} (shares of vanilla's gain)", header, rows)
+
+
+# 5. The picture
+
+
+def draw(study: Study, file: Path, name: str, title: str):
+    """A panel a rate: chrF++ against another measure, a path an arm, the mean over its seeds."""
+    from matplotlib.figure import Figure
+
+    rates = sorted({key.rate for key in study.end_keys()}, key=float)
+    figure = Figure(figsize=(6 * len(rates) + 2, 5), layout="constrained")
+    panels = np.atleast_1d(figure.subplots(1, len(rates), sharey=True))
+    arms = list(dict.fromkeys(key.arm for key in study.end_keys()))
+    for rate, axes in zip(rates, panels):
+        for i, arm in enumerate(arms):
+            key = Key(rate, arm)
+            seeds = study.seeds_of(key)
+            if seeds:
+                paths = [path(study, key, seed, "training", name) for seed in seeds]
+                x, y = np.mean(paths, axis=0)
+                order = [0, *(1 + np.argsort(steps_of(study, key)))]
+                style = "-" if i < 10 else "--"
+                axes.plot(x[order], y[order], style, marker="o", markersize=4, label=arm)
+        start = [study.points[study.BASE][seed].values for seed in study.seeds_of()]
+        x = np.mean([values["chrf++"][0] for values in start])
+        y = np.mean([values[name][0] for values in start])
+        axes.plot([x], [y], "ko", markersize=7)
+        axes.annotate("base", (x, y), xytext=(8, 4), textcoords="offset points")
+        axes.set(xlabel="translation: chrF++", title=f"learning rate {rate}")
+    panels[0].set_ylabel(title)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def steps_of(study: Study, key: Key) -> list[float]:
+    """The steps of an arm's exports in the order of `path`; its end is the last."""
+    same = [k for k in study.points if (k.rate, k.arm, k.part) == (key.rate, key.arm, 1.0)]
+    return [k.step or float("inf") for k in same]
+
+
+# 6. Everything
+
+
+def print_all(study: Study, screen: list[int], confirm: list[int]):
+    screened = study.only(screen)
+    vanilla = best_vanilla(screened)
+    seeds = " ".join(map(str, screened.seeds_of()))
+    print(f"Vanilla at its best: rate {vanilla.rate}. Screening seeds: {seeds}.")
+    chosen = choose(screened, vanilla)
+    confirmed = study.only(confirm)
+    if confirm and chosen and confirmed.points and confirmed.seeds_of(chosen, vanilla):
+        print_moonshot("The arm that was chosen, on other seeds", confirmed, vanilla, [chosen])
+    candidates = screened.end_keys()
+    print_moonshot("Every arm, on the screening seeds", screened, vanilla, candidates)
+    if chosen:
+        print(f"\nChosen there: {chosen.title}, rate {chosen.rate}.")
+    print_ends(screened)
+    print_independent(screened)
+    names = [name for name in ("kl", "skills/neither", "skills/replay") if name in study.measures()]
+    for along in ("training", "weights"):
+        for name in names[:1]:
+            print_curves(screened, vanilla, name, along)
+
+
+def main(args: argparse.Namespace):
+    study = read_study(args.out)
+    screen = args.screen or [s for s in study.seeds_of() if s not in args.confirm]
+    print_all(study, screen, args.confirm)
+    if args.plot:
+        draw(study.only(screen), args.plot, "kl", "drift: KL(base || model), nats a token")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description="Tables and a picture of what arms.py has measured.")
+    add = p.add_argument
+    add("--out", type=Path, required=True, help="the folder of arms.py")
+    add("--screen", type=int, nargs="+", default=[], help="seeds to choose on (default: all)")
+    add("--confirm", type=int, nargs="+", default=[], help="seeds to test what was chosen on")
+    add("--plot", type=Path, metavar="FILE.png", help="chrF++ against drift (matplotlib)")
+    return p
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())
