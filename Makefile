@@ -1,25 +1,28 @@
-# make test: its own environment, then the tests. make demo: the claim on a tiny model, in five minutes.
+# make test: its own environment, then the tests. make demo: the claim on a tiny model, in three minutes.
 PYTHON ?= python3
 ACTIVE = .venv/bin/python
 
-.PHONY: test demo clean
+.PHONY: test demo chaos clean
 
 test: .venv/installed
 	$(ACTIVE) -m pytest -q -n 2 --dist loadfile tests
 
 demo: .venv/demo
-	rm -rf demo/run
-	$(ACTIVE) demo/demo.py --out demo/run
+	rm -rf experiments/run
+	$(ACTIVE) experiments/demo.py --out experiments/run
 
-.venv/installed: requirements.txt demo/requirements.txt tests/requirements.txt
+chaos: .venv/installed
+	$(ACTIVE) tests/chaos.py
+
+.venv/installed: requirements.txt experiments/requirements.txt tests/requirements.txt
 	$(PYTHON) -m venv .venv
 	$(ACTIVE) -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.venv/demo: requirements.txt demo/requirements.txt
+.venv/demo: requirements.txt experiments/requirements.txt
 	test -x $(ACTIVE) || $(PYTHON) -m venv .venv
-	$(ACTIVE) -m pip install -q -r demo/requirements.txt
+	$(ACTIVE) -m pip install -q -r experiments/requirements.txt
 	touch $@
 
 clean:
-	rm -rf .venv demo/run
+	rm -rf .venv experiments/run

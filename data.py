@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -51,7 +50,6 @@ LANGUAGE_NAMES = """
     ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv Swedish sw Swahili ta Tamil th Thai
     tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""".split()
 LANGUAGES = dict(zip(LANGUAGE_NAMES[::2], LANGUAGE_NAMES[1::2]))
-CHATS = ("llama2", "mistral", "zephyr", "chatml", "plain")
 # what in a model's chat template tells its format
 MARKS = {
     "<|im_start|>": "chatml",
@@ -208,7 +206,7 @@ def check_ids(ids, limit, where):
 class Tokenizer:
     """SentencePiece with the chat formats. Text of a user never becomes a control token.
 
-    chat: one of CHATS, or "auto" to find it from the chat template (none means plain).
+    chat: a name of --chat, or "auto" to find it from the chat template (none means plain).
     ValueError names the file that is missing, broken or not understood.
     """
 
@@ -241,8 +239,8 @@ class Tokenizer:
         self.legacy = config.get("legacy") is True  # the space before every text, not the first
         self.template = self._read_template(config)
         known = [name for mark, name in MARKS.items() if mark in self.template]
-        fault = f"its chat template is not known here; give --chat {'|'.join(CHATS)}"
-        require(chat != "auto" or known or not self.template, self.folder, fault)
+        found = chat != "auto" or known or not self.template
+        require(found, self.folder, "its chat template is not known here; give --chat")
         self.chat_name = [*known, "plain"][0] if chat == "auto" else chat
         tags = ("<|im_start|>", "<|im_end|>") if self.chat_name == "chatml" else ()
         self.start_id, self.end_id = [self._id(tag, -1) for tag in tags] or [self.eos_id] * 2
@@ -714,11 +712,11 @@ def read_parts(path, settings, by_id) -> dict:
         for line in file.read_text("utf-8", errors="replace").split("\n"):
             try:
                 row = parse_json(line, file)
-            except ValueError:  # torn by a kill, or blank
+                wanted = by_id[row["id"]]["input_hash"]
+                if row["input_hash"] == wanted:
+                    found[row["id"]] = row
+            except (ValueError, KeyError, TypeError):  # torn by a kill, blank, or not of the data
                 continue
-            id = row.get("id")
-            if id in by_id and row.get("input_hash") == by_id[id]["input_hash"]:
-                found[id] = row
     return found
 
 
@@ -751,46 +749,62 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number(low, high=math.inf, kind=float) -> Callable:
+def number_type(kind: type, low: float, high: float) -> Callable:
     """An argparse type: a number from `low` to `high`."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
-            fault = f"{text} is out of range, wanted {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(fault)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"
+    parse.__name__ = kind.__name__
     return parse
 
 
-COUNT = number(1, 2**31, int)
-COUNT_OR_ZERO = number(0, 2**31, int)
+VALUES = {
+    "COUNT": number_type(int, 1, 2**31),
+    "N": number_type(int, 0, 2**31),
+    "NUMBER": number_type(float, 0, 1e38),
+    "SHARE": number_type(float, 0, 1),
+    "TEXT": unescape,
+}
+PROMPT_OPTIONS = """
+--direction DE-EN...   languages; several read two-way pairs in each
+--chat auto|llama2|mistral|zephyr|chatml|plain   chat format; auto: the model's own
+--system TEXT          system prompt (default: the model's own)
+--template TEXT        instruction, a text or its file, with {source} {source_lang} {target_lang}
+"""
 
 
-def add_options(parser, options):
-    """Adds options by name, type, default and help."""
-    for name, kind, default, text in options:
-        help = f"{text} (default {default})"
-        parser.add_argument(name, type=kind, default=default, help=help)
+def make_parser(description: str, options: str) -> "Arguments":
+    """The parser of a table of options: name, value, two spaces, help.
 
-
-def prompt_arguments(parser):
-    """The options of every script that makes prompts."""
-    add = parser.add_argument
-    add("--direction", nargs="+", default=[], metavar="de-en", help="several read pairs both ways")
-    add("--chat", choices=("auto", *CHATS), help="chat format (default auto: the model's own)")
-    add("--system", type=unescape, help="system prompt (default: the model's own)")
-    fields = "{source} {source_lang} {target_lang}"
-    add("--template", help=f"instruction, text or file, with {fields} (default: ALMA's)")
-
-
-def dtype_argument(parser):
-    """--dtype, by default what computes fast here."""
-    fast = "bfloat16" if torch.cuda.is_available() else "float32"
-    choices = ("float32", "bfloat16")
-    parser.add_argument("--dtype", default=fast, choices=choices, help=f"default here {fast}")
+    VALUE=DEFAULT has a default, VALUE... takes several, A|B|C is a choice whose default is the
+    first, and without a value it is a switch.
+    """
+    p = Arguments(description=description)
+    for line in filter(None, options.split("\n")):
+        option, help = line.split("  ", 1)
+        name, _, value = option.partition(" ")
+        value, _, default = value.partition("=")
+        settings = {"help": help.strip().replace("%", "%%")}
+        if "|" in value:
+            settings["choices"] = value.split("|")
+            default = "" if "(default" in help else settings["choices"][0]
+        elif value:
+            settings["metavar"] = value.removesuffix("...")
+            settings["type"] = VALUES.get(settings["metavar"], str)
+        else:
+            settings["action"] = "store_true"
+        if value.endswith("..."):
+            settings |= {"nargs": "+", "default": []}
+        if default:
+            settings["default"] = default
+            settings["help"] += f" (default {default})"
+        p.add_argument(name, **settings)
+    p.set_defaults(dtype="bfloat16" if torch.cuda.is_available() else "float32")
+    return p
 
 
 def cli(main: Callable, parser: argparse.ArgumentParser):
@@ -854,7 +868,8 @@ def print_example(example, tokenizer):
 
 
 def main(args: argparse.Namespace):
-    tokenizer = Tokenizer(args.model, args.chat or "auto")
+    require(args.model and args.data, "data.py", "give --model and --data")
+    tokenizer = Tokenizer(args.model, args.chat)
     rows = read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
@@ -863,15 +878,16 @@ def main(args: argparse.Namespace):
     print_example(examples[args.show], tokenizer)
 
 
-def parser() -> argparse.ArgumentParser:
-    p = Arguments(description="Checks training data, and shows which tokens are learnt.")
-    add = p.add_argument
-    add("--model", required=True, help="model folder (only its tokenizer is read)")
-    add("--data", required=True, nargs="+", help="pairs, conversations or ledgers")
-    prompt_arguments(p)
-    add_options(p, [("--max-length", COUNT, 1024, "tokens of a row")])
-    add_options(p, [("--show", COUNT_OR_ZERO, 0, "the row to show")])
-    return p
+OPTIONS = """
+--model DIR         model folder (only its tokenizer is read)
+--data FILE...      pairs, conversations or ledgers
+--max-length COUNT=1024   tokens of a row, beyond which train.py leaves it out
+--show N=0          the row to show
+"""
+
+
+def parser() -> Arguments:
+    return make_parser("Checks training data, and shows what is learnt.", OPTIONS + PROMPT_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -524,51 +524,58 @@ def compare(folders: list[str]):
     """
     names = [Path(folder).name for folder in folders]
     runs = [read_results(folder) for folder in folders]
-    table = [["measure", "model", "n", "value", *(f"less {name}" for name in names[:-1][:2])]]
+    base = runs[0]
     for folder, run in zip(folders, runs):
-        data.require_same(folder, runs[0].settings, run.settings, OF_THE_MODEL)
-        sizes = [{name: len(x.stats) for name, x in r.statistics.items()} for r in (run, runs[0])]
-        require(sizes[0] == sizes[1], folder, f"has other items than {folders[0]}")
-    for name in runs[0].statistics:
+        data.require_same(folder, base.settings, run.settings, OF_THE_MODEL)
+        same = sizes(run) == sizes(base)
+        require(same, folder, f"has other items than {folders[0]}; measure both alike")
+    print_row("measure", "model", "n", "value", *(f"less {name}" for name in names[:-1][:2]))
+    print_row(*["---"] * (4 + len(names[:-1][:2])))
+    for name, n in sizes(base).items():
         for i, run in enumerate(runs):
             own = run.statistics[name]
-            row = [name if i == 0 else "", names[i], str(len(own.stats))]
-            row.append("{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure()))
+            value = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure())
+            differences = []
             for other in runs[: min(i, 2)]:
                 difference = own.minus(other.statistics[name])
-                row.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
-            table.append(row + [""] * (len(table[0]) - len(row)))
-    widths = [max(map(len, column)) for column in zip(*table)]
-    table.insert(1, ["-" * width for width in widths])
-    for row in table:
-        print("| " + " | ".join(map(str.ljust, row, widths)) + " |")
+                differences.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
+            print_row(name if i == 0 else "", names[i], str(n), value, *differences)
     print("\n[low, high]: 95 % bootstrap over items; it covers neither seeds nor training data.")
-    for name, statistic in runs[0].statistics.items():
+    for name, statistic in base.statistics.items():
         if statistic.signature:
             print(f"{name}: {statistic.signature}")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = data.Arguments(description="Measures what a model gained and lost, or compares results.")
-    add = p.add_argument
-    add("--model", help="model folder")
-    add("--out", help="folder for results.json and items")
-    tests = {
-        "--translation": "test pairs: BLEU, chrF++",
-        "--choice": "multiple choice, by likelihood",
-        "--numeric": "questions in GSM8K's form",
-        "--safety": "AdvBench's CSV, or prompts with harmful: true or false",
-        "--drift": "the base model's answers (generate.py --task answer)",
-    }
-    for name, text in tests.items():
-        add(name, nargs="+", default=[], metavar="FILE", help=text)
-    add("--base", metavar="DIR", help="with --drift: the model that wrote the answers")
-    add("--compare", nargs="+", metavar="OUT", help="a table of finished results, the base first")
-    data.prompt_arguments(p)
-    add("--limit", type=data.COUNT, metavar="N", help="the first N items of each file")
-    data.add_options(p, [("--max-new-tokens", data.COUNT, 256, "of an answer")])
-    data.add_options(p, [("--batch-size", data.COUNT, 64, "rows at a time")])
-    data.dtype_argument(p)
+def sizes(run) -> dict:
+    return {name: len(statistic.stats) for name, statistic in run.statistics.items()}
+
+
+def print_row(measure, model, n, *values):
+    cells = [f"{measure:28}", f"{model:14}", f"{n:>5}", *(f"{value:24}" for value in values)]
+    print("| " + " | ".join(cells) + " |")
+
+
+OPTIONS = """
+--model DIR             model folder
+--out DIR               folder for results.json and items
+--translation FILE...   test pairs: BLEU, chrF++
+--choice FILE...        multiple choice, by likelihood
+--numeric FILE...       questions in GSM8K's form
+--safety FILE...        AdvBench's CSV, or prompts with "harmful": true or false
+--drift LEDGER...       the base model's answers (generate.py --task answer)
+--base DIR              with --drift: the model that wrote the answers
+--compare OUT...        a table of finished results, the base first
+--max-new-tokens COUNT=256   of an answer
+--limit COUNT           the first items of each file
+--batch-size COUNT=64   rows at a time
+--dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+"""
+
+
+def parser() -> data.Arguments:
+    purpose = "Measures what a model gained and lost, or compares results."
+    p = data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
+    p.set_defaults(chat=None)  # choices go in as they stand unless it is given
     return p
 
 

@@ -36,7 +36,6 @@ import data
 from data import Encoder, Tokenizer
 from model import KVCache, ModelConfig, Transformer, hash_model, require, start_processes
 
-TASKS = ("rationale", "translation", "paraphrase", "answer")
 # SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that betray it
 GUIDE = (
     "{instruction}\n\nBelow is a reference answer. "
@@ -61,7 +60,7 @@ def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
         text = GUIDE.format(instruction=last["content"], reference=row["reference"])
         guided = {"messages": [*before, {"role": "user", "content": text}]}
         prompt = encoder.prompt(row | guided)
-    cue_ids = tokenizer.continuation(row["reference"], forced, cue)
+    cue_ids = tokenizer.continuation(row["reference"], forced, cue or "")
     return {"prompt": prompt, "forced": forced, "cue": cue_ids}
 
 
@@ -139,7 +138,7 @@ def status_of(text: str, given: list) -> str:
     if len(words) >= 20 and len(set(fours)) < len(fours) / 2:
         return "repetitive"
     n = min(3, len(words))
-    for other in given:
+    for other in given if words else []:
         known = set(ngrams(WORD.findall(other.casefold()), n))
         copied = sum(gram in known for gram in ngrams(words, n))
         if copied > 0.8 * (len(words) - n + 1):
@@ -374,7 +373,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     if not probs.is_cuda:
         count = (probs >= (1 - top_p) / most).sum(-1).max().clamp_min(1)
     head = probs.topk(count).values
-    inside = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True)
+    inside = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True).clamp_min(1)
     return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
 
 
@@ -440,8 +439,9 @@ def write_rows(rows, args, model, tokenizer) -> Iterator:
 
 def main(args: argparse.Namespace):
     # 1. the data, before any weight is read
+    require(args.model and args.data and args.out, "generate.py", "give --model, --data and --out")
     rank, _, device = start_processes()
-    tokenizer = Tokenizer(args.model, args.chat or "auto")
+    tokenizer = Tokenizer(args.model, args.chat)
     config = ModelConfig.from_file(args.model)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = read_requests(args, encoder)
@@ -449,8 +449,7 @@ def main(args: argparse.Namespace):
 
     # 2. all that a row depends on, besides what the model reads
     names = ("task", "model", "cue", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
-    settings = {name: getattr(args, name) for name in names}
-    settings |= encoder.settings()
+    settings = {name: getattr(args, name) for name in names} | encoder.settings()
     settings["model_hash"] = hash_model(args.model)
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 
@@ -468,27 +467,26 @@ def main(args: argparse.Namespace):
         print(f"{args.out}: {len(rows)} rows")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = data.Arguments(description="Lets a model write rationales, translations or answers.")
-    add = p.add_argument
-    add("--model", required=True, help="model folder")
-    add("--data", required=True, nargs="+", help="pairs; for --task answer prompts")
-    add("--out", required=True, help="ledger to write, or to finish (JSON lines)")
-    add("--task", default="rationale", choices=TASKS, help="what it writes (default rationale)")
-    data.prompt_arguments(p)
-    add("--cue", default="", type=data.unescape, help="forced after the reference, as '\\n' (none)")
-    options = [
-        ("--max-new-tokens", data.COUNT, 256, "of a row"),
-        ("--temperature", data.number(0), 1.0, "0 is greedy"),
-        ("--top-p", data.number(1e-6, 1), 1.0, "nucleus; 1: the whole vocabulary"),
-        ("--seed", data.COUNT_OR_ZERO, 0, "of the samples"),
-        ("--batch-size", data.COUNT, 64, "rows at a time"),
-    ]
-    data.add_options(p, options)
-    add("--limit", type=data.COUNT, metavar="N", help="the first N rows only")
-    data.dtype_argument(p)
-    add("--compile", action="store_true", help="compile the layers: for long runs on a GPU")
-    return p
+OPTIONS = """
+--model DIR             model folder
+--data FILE...          pairs; for --task answer prompts
+--out LEDGER            ledger to write, or to finish: JSON lines
+--task rationale|translation|paraphrase|answer   what the model writes
+--cue TEXT              forced after the reference, such as '\\n'
+--max-new-tokens COUNT=256   tokens of a row, at most
+--temperature NUMBER=1.0     0 is greedy
+--top-p SHARE=1.0       nucleus, a share of the probability; 1: the whole vocabulary
+--seed N=0              of the samples
+--batch-size COUNT=64   rows at a time
+--limit COUNT           the first rows only
+--compile               compile the layers: for long runs on a GPU
+--dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+"""
+
+
+def parser() -> data.Arguments:
+    purpose = "Lets a model write rationales, translations, paraphrases or answers."
+    return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 
 
 if __name__ == "__main__":

@@ -390,10 +390,11 @@ def local_rows(p) -> tuple[Tensor, int]:
 
 
 def hash_model(folder: str | Path) -> str:
-    """sha256 over configuration and weights: two models of one name are told apart."""
+    """sha256 over configuration and weights, or over a file: two of one name are told apart."""
     folder = Path(folder)
     digest = hashlib.sha256()
-    for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    for file in [folder] if folder.is_file() else files:
         with open(file, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -58,7 +58,6 @@ FREE = """resume out micro_batch_size save_every export_every valid valid_every 
     activation_checkpointing model teacher config tokenizer data versions""".split()
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
-SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us already
 
 
@@ -404,11 +403,8 @@ def open_run(args, examples) -> bool:
     require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
     if is_first_rank():
         mine = vars(args) | {"data_hash": data_hash, "versions": {"torch": torch.__version__}}
-        for name in ("model", "teacher"):
-            folder = getattr(args, name)
-            mine[f"{name}_hash"] = hash_model(folder) if folder else None
-        if args.config:
-            mine["config_hash"] = data.short_hash(Path(args.config).read_bytes())
+        mine["start_hash"] = hash_model(args.model or args.config)
+        mine["teacher_hash"] = args.teacher and hash_model(args.teacher)
         if file.exists() and args.resume:
             data.require_same(file, read_object(file), mine, FREE)
         else:
@@ -511,12 +507,13 @@ def main(args: Namespace):
     source = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
     require(source and one, "train.py", "give --model, or --config with --tokenizer")
+    require(args.data and args.out, "train.py", "give --data and --out")
     config = ModelConfig.from_file(args.config or args.model)
-    tokenizer = Tokenizer(source, args.chat or "auto")
+    tokenizer = Tokenizer(source, args.chat)
     if args.teacher:
         teacher_config = ModelConfig.from_file(args.teacher)
         require(
-            Tokenizer(args.teacher, args.chat or "auto").hash == tokenizer.hash
+            Tokenizer(args.teacher, args.chat).hash == tokenizer.hash
             and teacher_config.vocab_size == config.vocab_size,
             args.teacher,
             "the teacher's vocabulary is another than the model's",
@@ -530,6 +527,7 @@ def main(args: Namespace):
     with data.lock(args.out), signals_heard() as heard:
         # 3. where the run stands
         if open_run(args, examples):
+            shutil.rmtree(Path(args.out) / "export.tmp", ignore_errors=True)
             say(f"{args.out}: this run is finished")
         else:
             # 4. model, teacher and optimizer
@@ -547,45 +545,41 @@ def main(args: Namespace):
             remove_checkpoints(Path(args.out))
 
 
+OPTIONS = """
+--model DIR              model folder to start from
+--config FILE            config.json of a model with random weights; goes with --tokenizer
+--tokenizer DIR          folder with tokenizer.model (default: --model)
+--teacher DIR            on rationales learn its distribution, instead of the sampled tokens
+--data FILE...           ledgers, pairs, conversations, in any mixture
+--valid FILE...          validation sets; NAME=FILE names one
+--out DIR                folder for the model, its metrics and checkpoints
+--resume                 resume the run in --out
+--rationale-weight NUMBER=1.0    w in the loss; 0 is vanilla fine-tuning
+--rationale-coverage SHARE=1.0   share of the rationales that is used
+--only-ok                leave out rationales of another status than ok
+--epochs NUMBER=1.0      passes over the data
+--max-steps COUNT        optimizer steps, instead of --epochs
+--batch-size COUNT=128   examples of a step, over all ranks
+--micro-batch-size COUNT=8       examples of a rank at a time
+--max-length COUNT=1024  tokens; longer rows are left out
+--learning-rate NUMBER=2e-5      at its peak
+--schedule cosine|linear|constant|inverse_sqrt   of the learning rate, after warm-up
+--warmup-steps N         linear warm-up (default 3 % of the steps)
+--weight-decay NUMBER=0.0        of matrices, decoupled
+--max-grad-norm NUMBER=1.0       0 switches clipping off
+--seed N=0               order of the data, random weights
+--save-every N=500       steps between checkpoints; 0: none
+--export-every N=0       steps between model folders OUT/step-N; 0: none
+--valid-every N=0        steps; 0: at the start and the end
+--activation-checkpointing       less memory, slower
+--compile                compile the layers: a slow start, then faster
+--dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+"""
+
+
 def parser() -> data.Arguments:
-    count = data.COUNT
-    zero = data.COUNT_OR_ZERO
-    real = data.number(0)
-    p = data.Arguments(description="Fine-tunes a model on references and rationales.")
-    add = p.add_argument
-    add("--model", help="model folder to start from")
-    add("--config", help="config.json of a model with random weights; goes with --tokenizer")
-    add("--tokenizer", metavar="DIR", help="folder with tokenizer.model (default: --model)")
-    add("--data", required=True, nargs="+", help="ledgers, pairs, conversations, in any mixture")
-    add("--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="validation sets")
-    add("--out", required=True, help="folder for model, metrics and checkpoint")
-    add("--teacher", metavar="DIR", help="on rationales learn its distribution, not the samples")
-    add("--only-ok", action="store_true", help="leave out rationales of another status than ok")
-    add("--max-steps", type=count, metavar="N", help="optimizer steps, instead of --epochs")
-    add("--warmup-steps", type=zero, metavar="N", help="linear (default 3 %% of the steps)")
-    add("--schedule", default="cosine", choices=SCHEDULES, help="after warm-up (default cosine)")
-    add("--activation-checkpointing", action="store_true", help="less memory, slower")
-    add("--compile", action="store_true", help="compile the layers: a slow start, then faster")
-    add("--resume", action="store_true", help="resume the run in --out")
-    options = [
-        ("--rationale-weight", real, 1.0, "w in the loss; 0 is vanilla"),
-        ("--rationale-coverage", data.number(0, 1), 1.0, "share of the rationales that is used"),
-        ("--epochs", data.number(1e-6), 1.0, "passes over the data"),
-        ("--batch-size", count, 128, "examples of a step, over all ranks"),
-        ("--micro-batch-size", count, 8, "examples of a rank at a time"),
-        ("--max-length", data.number(2, 2**31, int), 1024, "tokens; longer rows are left out"),
-        ("--learning-rate", real, 2e-5, "at its peak"),
-        ("--weight-decay", real, 0.0, "of matrices, decoupled"),
-        ("--max-grad-norm", real, 1.0, "0 switches clipping off"),
-        ("--seed", zero, 0, "order of the data, random weights"),
-        ("--save-every", zero, 500, "steps between checkpoints; 0: none"),
-        ("--export-every", zero, 0, "steps between model folders step-N; 0: none"),
-        ("--valid-every", zero, 0, "steps; 0: at the start and the end"),
-    ]
-    data.add_options(p, options)
-    data.prompt_arguments(p)
-    data.dtype_argument(p)
-    return p
+    purpose = "Fine-tunes a model on references and rationales."
+    return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 
 
 if __name__ == "__main__":

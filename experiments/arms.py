@@ -33,12 +33,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import world  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
-import world  # noqa: E402
 from data import Encoder, Tokenizer, require  # noqa: E402
 from model import Transformer, read_object, write_text  # noqa: E402
 
@@ -587,7 +587,8 @@ def check_settings(args):
     write_text(file, json.dumps(settings, indent=2))
 
 
-def main(args: argparse.Namespace):
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Fills in what was not given. ValueError where something is missing or contradicts DIR."""
     for name, value in (WORLD if args.world else REAL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -597,7 +598,15 @@ def main(args: argparse.Namespace):
     several = len(args.rates) > 1 and not args.world
     require(args.valid or not several, "--rates", "the best of several is found by --valid")
     check_settings(args)
+    return args
+
+
+def prepare_seeds(args):
     perform([partial(prepare, args, seed) for seed in args.seeds], args.workers)
+
+
+def write_ledgers(args):
+    """All that the base writes, for training and for the drift measure."""
     tasks = []
     for seed in args.seeds:
         tasks += [partial(write_ledger, args, seed, name) for name in ledgers_of(args)]
@@ -606,12 +615,23 @@ def main(args: argparse.Namespace):
     perform(tasks, args.workers)
     for seed in args.seeds:
         derive(args, seed)
+
+
+def run_arms(args):
+    """The base first: what it can do decides which choices count as its own."""
     perform([partial(measure_base, args, seed) for seed in args.seeds], args.workers)
     tasks = []
     for rate in args.rates:
         for name in args.arms:
             tasks += [partial(run_arm, args, seed, rate, name) for seed in args.seeds]
     perform(tasks, args.workers)
+
+
+def main(args: argparse.Namespace):
+    settle(args)
+    prepare_seeds(args)
+    write_ledgers(args)
+    run_arms(args)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -22,8 +22,10 @@ import world  # noqa: E402
 GAIN = 0.95  # the moonshot: this share of vanilla's gain in chrF++ ...
 DRIFT = 0.10  # ... at this share of its drift
 SCREENED_GAIN = 0.98  # what an arm needs on the screening seeds to be chosen there
-# how much worse than the base's a measure that no arm trains on may be, at the interval's end
-MARGINS = {"human": 0.02, "choice": 3.0, "margin": 0.1, "skills": 3.0}
+# what should be kept. How much worse than the base's may be what no arm trains on, at the
+# interval's end; what some arms train on has no margin
+MARGINS = {"human": 0.02, "choice": 3.0, "margin": 0.1, "skills/neither": 3.0}
+TRAINED = ("skills/rationales", "skills/replay")
 LEVELS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of vanilla's gain at which curves are read
 TESTED_LEVEL = 0.75
 CONTROLS = ("base", "vanilla", "no EOS", "rationales alone", "soft rationales alone")
@@ -35,6 +37,9 @@ TITLES = {
     "kl reverse": "KL, other direction",
     "length": "length",
     "human": "NLL, people's answers",
+    "skills/rationales": "skills that rationales touch, %",
+    "skills/replay": "skills that replay touches, %",
+    "skills/neither": "other skills, %",
 }
 # what a point's headline is the mean of: names of measures begin so
 MEANS = {
@@ -127,7 +132,13 @@ def read_study(out: Path) -> Study:
         points.setdefault(key, {})[seed] = read_point(file)
     if Study.BASE not in points:
         sys.exit(f"error: {out}: nothing measured yet; run arms.py")
-    return Study(points)
+    order = [*arms.values()]
+
+    def place(key: Key) -> tuple:
+        arm = order.index(key.arm) if key.arm in order else -1
+        return float(key.rate or 0), arm, key.step or float("inf"), -key.part
+
+    return Study({key: points[key] for key in sorted(points, key=place)})
 
 
 def known_arms() -> dict[str, str]:
@@ -213,17 +224,12 @@ def over_items(table: np.ndarray) -> Interval:
 
 def student_mass(t: float, df: int) -> float:
     """P(-t < T < t) for Student's t: with T = sqrt(df) tan(u) its density is cos(u)^(df - 1)."""
-    whole = np.linspace(0, np.pi / 2, 20001)
-    part = np.linspace(0, np.arctan(t / df**0.5), 20001)
-    return float(trapezoid(np.cos(part) ** (df - 1), part) / trapezoid(cos_power(whole, df), whole))
-
-
-def cos_power(u: np.ndarray, df: int) -> np.ndarray:
-    return np.cos(u).clip(0) ** (df - 1)
-
-
-def trapezoid(y: np.ndarray, x: np.ndarray) -> float:
-    return float(((y[1:] + y[:-1]) / 2 * np.diff(x)).sum())
+    areas = []
+    for end in (np.arctan(t / df**0.5), np.pi / 2):
+        u = np.linspace(0, end, 20001)
+        density = np.cos(u).clip(0) ** (df - 1)
+        areas.append(np.trapezoid(density, u))
+    return float(areas[0] / areas[1])
 
 
 def student_quantile(df: int, mass: float = 0.95) -> float:
@@ -314,17 +320,21 @@ def read_moonshot(study: Study, key: Key, vanilla: Key) -> Moonshot:
     )
 
 
-def independent(study: Study) -> list[str]:
-    """Measures that no arm trains on."""
-    names = [name for name in study.measures() if name.split("/")[0] in MARGINS]
-    return [name for name in names if name != "skills"]
+def margin_of(name: str) -> float | None:
+    """None for what is not asked to be kept."""
+    return MARGINS.get(name, MARGINS.get(name.split("/")[0]))
+
+
+def kept_measures(study: Study) -> list[str]:
+    names = study.measures()
+    return [name for name in names if name in TRAINED or margin_of(name) is not None]
 
 
 def losses(study: Study, key: Key) -> dict[str, tuple[Interval, Interval]]:
-    """How much worse than the base's each independent measure is: over seeds and over items."""
+    """How much worse than the base's each of these measures is: over seeds and over items."""
     seeds = study.seeds_of(key)
     found = {}
-    for name in independent(study):
+    for name in kept_measures(study):
         change = study.stack(key, name, seeds) - study.stack(study.BASE, name, seeds)
         loss = change if name == "human" else -change
         found[name] = (over_seeds(loss[:, 0]), over_items(loss))
@@ -336,7 +346,8 @@ def beyond_margin(found: dict[str, tuple[Interval, Interval]]) -> list[str]:
     names = []
     for name, intervals in found.items():
         worst = max(x.mean if np.isnan(x.high) else x.high for x in intervals)
-        if worst > MARGINS[name.split("/")[0]]:
+        margin = margin_of(name)
+        if margin is not None and worst > margin:
             names.append(name)
     return names
 
@@ -396,6 +407,11 @@ def print_table(title: str, header: list[str], rows: list[list[str]]):
         print(f"| {' | '.join(row)} |")
 
 
+def digits_of(name: str) -> int:
+    """Nats have three digits after the point."""
+    return 3 if name.startswith(("kl", "human", "margin")) else 1
+
+
 def moonshot_row(study: Study, key: Key, vanilla: Key) -> list[str]:
     found = read_moonshot(study, key, vanilla)
     worse = beyond_margin(losses(study, key))
@@ -425,8 +441,7 @@ def print_ends(study: Study):
         seeds = study.seeds_of(key)
         cells = [key.rate, key.title, str(len(seeds))]
         for name in names:
-            digits = 3 if name.startswith(("kl", "human")) else 1
-            cells.append(over_items(study.stack(key, name, seeds)).text(digits))
+            cells.append(over_items(study.stack(key, name, seeds)).text(digits_of(name)))
         for name in ("trained", "taught", "sampled"):
             cost = [study.points[key][seed].cost.get(name, 0) for seed in seeds]
             cells.append(f"{np.mean(cost):,.0f}")
@@ -434,46 +449,49 @@ def print_ends(study: Study):
     print_table("At the end of training (intervals over items)", header, rows)
 
 
-def print_independent(study: Study):
-    """Differences to the base on what no arm trains on."""
-    names = independent(study)
+def print_kept(study: Study):
+    """Losses against the base. No arm trains on these, but where the name says so."""
+    names = kept_measures(study)
     header = ["rate", "arm", "seeds"]
     rows = []
     for key in study.end_keys():
         found = losses(study, key)
         cells = [key.rate, key.title, str(len(study.seeds_of(key)))]
         for name in names:
-            digits = 3 if name.startswith(("human", "margin")) else 1
-            cells += [interval.text(digits) for interval in found[name]]
+            cells += [interval.text(digits_of(name)) for interval in found[name]]
         rows.append(cells)
     for name in names:
         title = TITLES.get(name, name)
         header += [f"{title}, over seeds", "over items"]
-    print_table("Worse than the base by (no arm trains on these)", header, rows)
+    print_table("Worse than the base by", header, rows)
 
 
 def print_curves(study: Study, vanilla: Key, name: str, along: str):
     """A measure at the fixed levels of chrF++, and the difference to vanilla at one of them."""
     levels = level_grid(study, vanilla)
     tested = LEVELS.index(TESTED_LEVEL)
+    sign = -1 if name.startswith("skills") else 1  # skills fall where translation gains
     rows = []
     tests = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, vanilla)
         if key.part != 1 or not seeds:
             continue
-        read = np.array([read_curve(*path(study, key, s, along, name), levels) for s in seeds])
-        other = [read_curve(*path(study, vanilla, s, along, name), levels) for s in seeds]
-        difference = read[:, tested] - np.array(other)[:, tested]
+        both = []
+        for k in (key, vanilla):
+            curves = [path(study, k, seed, along, name) for seed in seeds]
+            both.append([sign * read_curve(x, sign * y, levels) for x, y in curves])
+        read, other = np.array(both)  # [seeds, levels] each
+        difference = read[:, tested] - other[:, tested]
         difference = difference[~np.isnan(difference)]
         test = over_seeds(difference) if len(difference) else Interval(*[float("nan")] * 3)
         tests.append(float("nan") if key == vanilla else test.p)
         cells = [key.rate, key.title, str(len(seeds))]
         for column in read.T:
             reached = column[~np.isnan(column)]
-            text = f"{reached.mean():.3f}" if len(reached) else "-"
+            text = f"{reached.mean():.{digits_of(name)}f}" if len(reached) else "-"
             cells.append(text + (f" ({len(reached)})" if 0 < len(reached) < len(seeds) else ""))
-        rows.append([*cells, "" if key == vanilla else test.text(3)])
+        rows.append([*cells, "" if key == vanilla else test.text(digits_of(name))])
     for row, p in zip(rows, holm(tests)):
         row.append("" if np.isnan(p) else f"{p:.3f}")
     header = ["rate", "arm", "seeds"]
@@ -508,7 +526,9 @@ def draw(study: Study, file: Path, name: str, title: str):
         x = np.mean([values["chrf++"][0] for values in start])
         y = np.mean([values[name][0] for values in start])
         axes.plot([x], [y], "ko", markersize=7)
-        axes.annotate("base", (x, y), xytext=(8, 4), textcoords="offset points")
+        axes.annotate(
+            "base", (x, y), xytext=(-9, 0), textcoords="offset points", ha="right", va="center"
+        )
         axes.set(xlabel="translation: chrF++", title=f"learning rate {rate}")
     panels[0].set_ylabel(title)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -538,11 +558,11 @@ def print_all(study: Study, screen: list[int], confirm: list[int]):
     if chosen:
         print(f"\nChosen there: {chosen.title}, rate {chosen.rate}.")
     print_ends(screened)
-    print_independent(screened)
-    names = [name for name in ("kl", "skills/neither", "skills/replay") if name in study.measures()]
+    print_kept(screened)
     for along in ("training", "weights"):
-        for name in names[:1]:
-            print_curves(screened, vanilla, name, along)
+        for name in ("kl", *TRAINED, "skills/neither"):
+            if name in study.measures():
+                print_curves(screened, vanilla, name, along)
 
 
 def main(args: argparse.Namespace):

@@ -15,6 +15,7 @@ import errno
 import io
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -34,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import conftest  # noqa: E402
 import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  the first operation would import it, in every fork
 from safetensors import SafetensorError  # noqa: E402
 
 import data  # noqa: E402
@@ -289,23 +290,13 @@ def run(script: str, arguments: list[str], folder: Path, faults: Faults | None =
     return wait(start(script, arguments, folder, faults or Faults(folder)), folder)
 
 
-def run_ranks(script, arguments, folder: Path, world_size: int, killed: int = -1, at: int = 0):
-    """Runs several ranks; the rank `killed` dies at its operation `at`, and the others with it."""
+def start_ranks(case: "Case", arguments, folder: Path, faults: list[Faults]) -> list[int]:
+    """Starts a rank for each of `faults` -> their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    pids = []
-    for rank in range(world_size):
-        faults = Faults(folder, at, "kill") if rank == killed else Faults(folder)
-        pids.append(start(script, arguments, folder, faults, (rank, world_size, port)))
-    if killed >= 0:
-        first = wait(pids[killed], folder)
-        for pid in pids:  # as torchrun does
-            if pid != pids[killed]:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        return [first]
-    return [wait(pid, folder) for pid in pids]
+    count = len(faults)
+    return [start(case.script, arguments, folder, x, (i, count, port)) for i, x in enumerate(faults)]
 
 
 def one_line(ended: Ended) -> bool:
@@ -424,11 +415,35 @@ def kill_ranks(case: Case, work: Path, at: int, how: str) -> str:
     """Two ranks, one killed; finished on 1 or 4. `how`: the rank that is killed, and the 1 or 4."""
     killed, later = map(int, how.split("-"))
     folder = case.fresh(work / f"{case.name}-{at}-ranks-{how}")
-    first = run_ranks(case.script, case.arguments, folder, 2, killed, at)[0]
+    faults = [Faults(folder), Faults(folder)]
+    faults[killed] = Faults(folder, at, "kill")
+    pids = start_ranks(case, case.arguments, folder, faults)
+    first = wait(pids[killed], folder)
+    other = pids[1 - killed]
+    if first.status == KILLED:
+        os.kill(other, signal.SIGKILL)  # as torchrun does
+    wait(other, folder)
     if first.status not in (KILLED, 0):  # rank 1 may have fewer operations
         return f"it ended with {first.status}: {first.errors[-500:]}"
+    return finish_ranks(case, folder, later)
+
+
+def stop_ranks(case: Case, work: Path, at: int, how: str) -> str:
+    """A signal that one of two ranks hears stops both after the step."""
+    folder = case.fresh(work / f"{case.name}-{at}-stop-{how}")
+    pids = start_ranks(case, case.arguments, folder, [Faults(folder, at, how), Faults(folder)])
+    for pid in pids:
+        ended = wait(pid, folder)
+        if ended.status not in (0, 128 + SIGNALS[how]) or "Traceback" in ended.errors:
+            return f"it ended with {ended.status}: {ended.errors[-500:]}"
+    return finish_ranks(case, folder, 2)
+
+
+def finish_ranks(case: Case, folder: Path, count: int) -> str:
+    """`finish` on several ranks."""
     foreign = put_foreign(case, folder)
-    for ended in run_ranks(case.script, case.again, folder, later):
+    for pid in start_ranks(case, case.again, folder, [Faults(folder) for _ in range(count)]):
+        ended = wait(pid, folder)
         if ended.status != 0:
             return f"the run after it ended with {ended.status}: {ended.errors[-500:]}"
     return differences(rounded(case.expected | foreign), rounded(contents(folder)))
@@ -440,21 +455,22 @@ def rounded(found: dict) -> dict:
     for name, content in found.items():
         if name.endswith(".safetensors"):
             tensors = safetensors.torch.load(content)
-            new[name] = {k: near(x.flatten().tolist()) for k, x in tensors.items()}
+            new[name] = {k: Near(x.flatten().tolist()) for k, x in tensors.items()}
         elif name.endswith("metrics.jsonl"):
             losses = [line.get("loss", line.get("valid_loss")) for line in content]
-            new[name] = [[line["step"] for line in content], near(losses)]
+            new[name] = [[line["step"] for line in content], Near(losses)]
     return new
 
 
-class near(list):  # noqa: N801
+class Near(list):
     """A list that equals another whose numbers are within 1e-4 of its own."""
 
     def __eq__(self, other):
-        pairs = list(zip(self, other))
-        return len(self) == len(other) and all(abs(a - b) < 1e-4 for a, b in pairs)
+        same_length = len(self) == len(other)
+        return same_length and all(abs(a - b) < 1e-4 for a, b in zip(self, other))
 
-    __ne__ = lambda self, other: not self == other  # noqa: E731
+    def __ne__(self, other):
+        return not self == other
 
 
 def race(case: Case, work: Path, at: int, how: str) -> str:
@@ -486,6 +502,19 @@ def start_twice(case: Case, work: Path, at: int, how: str) -> str:
     if 0 not in (first.status, second.status) or not all(sound):
         return f"{first.status} {first.errors[-300:]!r}, {second.status} {second.errors[-300:]!r}"
     return differences(case.expected, contents(folder))
+
+
+def interrupt(case: Case, work: Path, at: int, how: str) -> str:
+    """A signal `at` milliseconds after the script itself is started: it imports PyTorch then."""
+    folder = case.fresh(work / f"{case.name}-{at}-interrupt-{how}")
+    command = [sys.executable, str(ROOT / f"{case.script}.py"), *case.arguments]
+    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    time.sleep(at / 1000)
+    process.send_signal(SIGNALS[how])
+    errors = process.communicate(timeout=PATIENCE_S)[1].decode()
+    if process.returncode not in (0, -SIGNALS[how], 128 + SIGNALS[how]) or "Traceback" in errors:
+        return f"it ended with {process.returncode}: {errors[-500:]}"
+    return finish(case, folder)
 
 
 def small_disk(case: Case, work: Path, at: int, how: str) -> str:
@@ -546,9 +575,11 @@ def make_cases(work: Path) -> list[Case]:
     wrote = ["--max-new-tokens", "6", "--batch-size", "2"]
     answers = ["--data", "prompts.jsonl", "--out", "answers.jsonl", "--task", "answer"]
     base = ["--model", str(work / "base"), *answers, "--max-new-tokens", "6"]
-    assert run("generate", base, inputs).status == 0
+    ended = run("generate", base, inputs)
+    assert ended.status == 0, ended.errors
     rationales = [*model, "--data", "pairs.jsonl", "--out", "r.jsonl", *wrote, "--cue", "\\n"]
-    assert run("generate", [*rationales[:-4], "--out", "ledger.jsonl"], inputs).status == 0
+    ended = run("generate", [*rationales, "--out", "ledger.jsonl"], inputs)
+    assert ended.status == 0, ended.errors
     train = [*model, "--data", "ledger.jsonl", "--valid", "v=pairs.jsonl", "--out", "tuned"]
     train += ["--batch-size", "2", "--max-steps", "4", "--learning-rate", "1e-3"]
     train += ["--save-every", "1", "--export-every", "2", "--valid-every", "2"]
@@ -565,10 +596,9 @@ def make_cases(work: Path) -> list[Case]:
     for case in cases:
         case.measure(work)
     fresh = cases[1]
-    stopped = fresh.fresh(work / "stopped")  # in its third step, after two checkpoints
-    names = [name for name, path in fresh.trace if path.endswith("metrics.jsonl")]
-    lines = [n for n, (name, path) in enumerate(fresh.trace) if path.endswith("metrics.jsonl")]
-    at = lines[names.count("open") * 2 - 1] + 1
+    stopped = fresh.fresh(work / "stopped")  # while it writes its third checkpoint
+    third = [n for n, (name, path) in enumerate(fresh.trace, 1) if "/step-3.tmp/" in path]
+    at = third[len(third) // 2]
     run("train", train, stopped, Faults(stopped, at, "kill"))
     resumed = Case("train --resume", "train", resume, resume, "tuned", stopped, fresh.expected)
     resumed.measure(work)
@@ -578,8 +608,6 @@ def make_cases(work: Path) -> list[Case]:
 def make_points(case: Case, work: Path, disks: bool) -> list[tuple]:
     """Every operation is a point; signals, ranks, races and small disks are a sample."""
     points = []
-    count = len(case.trace)
-    held = count
     for n, (name, _) in enumerate(case.trace, 1):
         points.append((disturb, case, work, n, "kill"))
         if name in ("write", "save", "send"):
@@ -588,19 +616,25 @@ def make_points(case: Case, work: Path, disks: bool) -> list[tuple]:
         if n % 5 == 0:
             points += [(disturb, case, work, n, how) for how in SIGNALS]
     locked = [n for n, (_, path) in enumerate(case.trace, 1) if path.endswith(".lock")]
-    held = range(locked[0] + 1, locked[-1])  # from the operation after its opening
-    for part in range(6):
-        points.append((race, case, work, held[part * (len(held) - 1) // 5], ""))
-        n = 1 + part * (count - 1) // 5
-        later = 1 if part % 2 else 4
-        points.append((kill_ranks, case, work, n, f"{part // 3}-{later}"))
-    if case.arguments == case.again:
-        points += [(start_twice, case, work, ms, "") for ms in (0, 10, 30, 100, 300)]
+    for at in spread(range(locked[0] + 1, locked[-1]), 6):  # while the lock is held
+        points.append((race, case, work, at, ""))
+    for i, at in enumerate(spread(range(1, len(case.trace) + 1), 6)):
+        points.append((kill_ranks, case, work, at, f"{i // 3}-{1 if i % 2 else 4}"))
+        if case.script == "train":  # the others end at once
+            points.append((stop_ranks, case, work, at, "SIGTERM"))
+    points += [(start_twice, case, work, ms, "") for ms in (0, 10, 30, 100, 300)]
+    for ms in (300, 1000, 1700, 2400):
+        points += [(interrupt, case, work, ms, how) for how in SIGNALS]
     if disks:
-        most = pages(case.inputs) + sum(map(size_of, case.expected.values())) + 200
-        sizes = range(pages(case.inputs) + 4, most, (most - pages(case.inputs)) // 12)
-        points += [(small_disk, case, work, kib, "") for kib in sizes]
+        least = pages(case.inputs) + 4
+        most = least + sum(map(size_of, case.expected.values())) + 200
+        points += [(small_disk, case, work, kib, "") for kib in spread(range(least, most), 12)]
     return points
+
+
+def spread(numbers: range, count: int) -> list[int]:
+    """`count` of the numbers, the first and the last among them."""
+    return [numbers[i * (len(numbers) - 1) // (count - 1)] for i in range(count)]
 
 
 def pages(folder: Path) -> int:
@@ -640,34 +674,45 @@ def carry_out(points: list[tuple], jobs: int, work: Path) -> list[tuple[tuple, s
     return failed
 
 
+def describe(point: tuple, fault: str) -> str:
+    """A failure in a line, with the operation that was disturbed."""
+    do, case, _, at, how = point
+    operation = ""
+    if do in (disturb, race):
+        name, path = case.trace[at - 1]
+        operation = f" ({name} {'/'.join(Path(path).parts[4:])})"
+    return f"    {name_of(point)}{operation}: {fault}"
+
+
+def name_of(point: tuple) -> str:
+    do, case, _, at, how = point
+    return f"{do.__name__} {case.name} {at} {how}".strip()
+
+
 def main(args: argparse.Namespace) -> int:
     wrong = 0
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="chaos-", dir="/tmp") as folder:
         work = Path(folder).resolve()
         disks = can_mount(work)
         for case in make_cases(work):
             start = time.monotonic()
-            points = [p for p in make_points(case, work, disks)]
+            points = make_points(case, work, disks)
             if args.only:
-                points = [p for p in points if f"{p[0].__name__} {case.name} {p[3]} {p[4]}" in args.only]
+                points = [point for point in points if name_of(point) in args.only]
             if args.quick:
-                points = points[:: len(points) // 12]
+                points = [point for point in points if point[0] is not interrupt]
+                points = random.Random(0).sample(points, 9)
             failed = carry_out(points, args.jobs, work)
-            early = sorted(set(unflushed(case.trace)))
-            kinds = Counter(p[4] if p[0] is disturb else p[0].__name__ for p in points)
+            kinds = Counter(how if do is disturb else do.__name__ for do, _, _, _, how in points)
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+            told = f"{case.name}: {len(case.trace)} operations, {len(points)} points ({counts})"
             seconds = time.monotonic() - start
-            print(
-                f"{case.name}: {len(case.trace)} operations, {len(points)} points ({counts}), "
-                f"{len(failed)} failed, {seconds:.0f} s",
-                flush=True,
-            )
-            for (do, _, _, at, how), fault in failed:
-                operation = " ".join(case.trace[at - 1]) if do in (disturb, race) else ""
-                operation = re.sub(rf"{re.escape(folder)}/[^/]*/", "", operation)
-                print(f"    {do.__name__} {case.name} {at} {how} ({operation}): {fault}")
-            for path in early:
-                print(f"    renamed before it was flushed to the disk: {Path(path).name}")
+            print(f"{told}, {len(failed)} failed, {seconds:.0f} s", flush=True)
+            for point, fault in failed:
+                print(describe(point, fault))
+            early = {Path(path).name for path in unflushed(case.trace)}
+            for name in sorted(early):
+                print(f"    renamed before it was flushed to the disk: {name}")
             wrong += len(failed) + len(early)
     return int(wrong > 0)
 

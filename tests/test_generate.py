@@ -76,13 +76,33 @@ def interrupt(after: int, monkeypatch, *words):
             run(*words)
 
 
-@pytest.fixture(scope="module")
-def mute(tmp_path_factory):
-    """Other weights, and every token ends the text."""
-    folder = write_tokenizer(write_model(tmp_path_factory.mktemp("mute"), seed=1))
-    ends = {"eos_token_id": [*range(480)]}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
+def with_ends(folder: Path, model: Path, ends: list) -> Path:
+    """A model of other weights, for which these ids end a text."""
+    write_model(folder, seed=1)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((model / name).read_bytes())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return folder
+
+
+@pytest.fixture(scope="module")
+def mute(folder, tmp_path_factory) -> Path:
+    """Every token ends the text."""
+    return with_ends(tmp_path_factory.mktemp("mute"), folder, [*range(480)])
+
+
+@pytest.fixture(scope="module")
+def terse(folder, tmp_path_factory) -> Path:
+    """Every twentieth token ends the text."""
+    return with_ends(tmp_path_factory.mktemp("terse"), folder, [*range(0, 480, 20)])
+
+
+@pytest.fixture(scope="module")
+def wanted(folder, tmp_path_factory) -> bytes:
+    """The ledger of the seven pairs, from an undisturbed run."""
+    place = tmp_path_factory.mktemp("wanted")
+    file = write_jsonl(place / "pairs.jsonl", PAIRS)
+    return run(folder, file, place / "l.jsonl", *CUE, *ONE).read_bytes()
 
 
 # 1. Sampling
@@ -142,13 +162,13 @@ SAMPLINGS = [(1, 1), (0.5, 1), (1, 0.9), (0.7, 0.5), (2, 0.999), (1, 1e-6)]
 def test_tokens_follow_the_nucleus_of_the_softmax(tmp_path, size, temperature, top_p):
     logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(size))
     model = constant_model(tmp_path, logits)
-    how = {"max_new_tokens": 100, "temperature": temperature, "top_p": top_p}
+    how = {"max_new_tokens": 50, "temperature": temperature, "top_p": top_p}
     rows = generate(model, [[1]] * 200, batch_size=200, **how)
     counts = Counter()
     for row in rows:
         counts.update(row)
     probs = nucleus(logits, temperature, top_p).tolist()
-    assert sum(counts.values()) == 20_000
+    assert sum(counts.values()) == 10_000
     assert all(probs[token] > 0 for token in counts)
     assert fits([counts[token] for token in range(size)], probs)
 
@@ -170,13 +190,13 @@ def test_draws_are_independent_over_places_rows_and_seeds(tmp_path):
 
 
 def test_noise_is_independent_over_tokens_near_and_far():
-    ids = torch.tensor([0, 1, 2, 2500, 4999])
-    logits = torch.full((4000, 5000), -torch.inf)
+    ids = torch.tensor([0, 1, 2, 1500, 2999])
+    logits = torch.full((2000, 3000), -torch.inf)
     logits[:, ids] = 0
     how = Sampling(temperature=1.0)
-    keys = torch.arange(4000)
+    keys = torch.arange(2000)
     first = choose(logits, keys, how)[0].long()
-    logits[torch.arange(4000), first] = -torch.inf
+    logits[keys, first] = -torch.inf
     second = choose(logits, keys, how)[0].long()  # the one that came next
     orders = Counter(zip(first.tolist(), second.tolist()))
     assert set(first.tolist()) == set(ids.tolist())
@@ -256,12 +276,12 @@ HOWS = {
 @pytest.mark.parametrize("name", HOWS)
 def test_a_row_depends_on_seed_and_place_but_not_on_batch_size_or_other_rows(folder, name):
     model = Transformer.from_pretrained(folder)
-    how = {"max_new_tokens": 20, "eos_ids": [2]} | HOWS[name]
+    how = {"max_new_tokens": 12, "eos_ids": [2]} | HOWS[name]
     wanted = generate(model, PROMPTS, batch_size=1, **how)
     other = generate(model, PROMPTS, batch_size=1, **(how | {"seed": 9}))
     assert (wanted == other) == (name == "greedy")
     assert (wanted[0] == wanted[2]) == (name == "greedy")
-    for batch_size in (1, 2, 3, 32):
+    for batch_size in (2, 3, 32):
         assert generate(model, PROMPTS, batch_size=batch_size, **how) == wanted
     assert generate(model, PROMPTS[:2], **how) == wanted[:2]
 
@@ -342,11 +362,11 @@ def test_a_status_names_the_fault(status):
 
 @pytest.mark.parametrize("cue", ["", "\\n"], ids=["no cue", "cue"])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_ledger_rows_hold_what_the_interface_promises(folder, pairs, tmp_path, temperature, cue):
+def test_ledger_rows_hold_what_the_interface_promises(terse, pairs, tmp_path, temperature, cue):
     options = ["--cue", cue, "--temperature", temperature, "--system", "Be brief."]
-    rows = read_jsonl(run(folder, pairs, tmp_path / "l.jsonl", *options, "--max-new-tokens", 40))
-    t = Tokenizer(folder)
-    model = Transformer.from_pretrained(folder)
+    rows = read_jsonl(run(terse, pairs, tmp_path / "l.jsonl", *options))
+    t = Tokenizer(terse)
+    model = Transformer.from_pretrained(terse)
     for n, (row, pair) in enumerate(zip(rows, PAIRS, strict=True)):
         assert row["id"] == n
         assert {name: row[name] for name in pair} == pair
@@ -358,7 +378,7 @@ def test_ledger_rows_hold_what_the_interface_promises(folder, pairs, tmp_path, t
         own = len(cue) // 2  # the cue is one token
         assert rationale[:own] == t.encode("\n", within=True)[:own]
         assert set(t.eos_ids).isdisjoint(rationale)
-        assert row["finish"] == ("length" if len(rationale) == 40 + own else "eos")
+        assert row["finish"] == ("length" if len(rationale) == 12 + own else "eos")
         sampled = rationale[own:]
         asked = f"Put this from German into English: {row['source']}"
         read = t.chat([{"role": "user", "content": asked}], "Be brief.") + forced + rationale[:own]
@@ -373,7 +393,7 @@ def test_ledger_rows_hold_what_the_interface_promises(folder, pairs, tmp_path, t
             candidates = [[*of_text, scores[-1, eos].item()] for eos in t.eos_ids]
         means = [sum(candidate) / len(candidate) for candidate in candidates]
         assert min(abs(mean - row["logprob"]) for mean in means) < 1e-3
-    assert {"eos", "length"} == {row["finish"] for row in rows} or temperature == 0
+    assert {"eos", "length"} == {row["finish"] for row in rows}
     meta = json.loads((tmp_path / "l.meta.json").read_text("utf-8"))
     assert meta["tokenizer_hash"] == t.hash
     assert meta["template"] == TEMPLATE
@@ -397,8 +417,8 @@ def test_a_rationale_without_a_word_is_empty_keeps_its_cue_and_scores_its_eos(
 @pytest.mark.parametrize("ends", ["in time", "at once"])
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("task", ["rationale", "translation", "paraphrase", "answer"])
-def test_rows_of_every_task_can_be_read_again(folder, mute, tmp_path, task, ends, temperature):
-    model = folder if ends == "in time" else mute
+def test_rows_of_every_task_can_be_read_again(terse, mute, tmp_path, task, ends, temperature):
+    model = terse if ends == "in time" else mute
     given = ASKED if task == "answer" else PAIRS
     file = write_jsonl(tmp_path / "given.jsonl", given)
     options = ["--task", task, "--temperature", temperature, "--max-new-tokens", 30]
@@ -418,10 +438,10 @@ def test_rows_of_every_task_can_be_read_again(folder, mute, tmp_path, task, ends
                 assert row["reference"] == pair["reference"]
 
 
-def test_an_answer_is_a_rationale_after_an_empty_reference(folder, tmp_path):
+def test_an_answer_is_a_rationale_after_an_empty_reference(terse, tmp_path):
     file = write_jsonl(tmp_path / "given.jsonl", [{"prompt": line} for line in LINES])
-    out = run(folder, file, tmp_path / "l.jsonl", "--task", "answer", "--max-new-tokens", 60)
-    t = Tokenizer(folder)
+    out = run(terse, file, tmp_path / "l.jsonl", "--task", "answer")
+    t = Tokenizer(terse)
     finishes = set()
     for line, row, written in zip(LINES, read_rows([out]), read_jsonl(out), strict=True):
         assert written["response"] == ""
@@ -448,10 +468,12 @@ def test_the_answer_to_a_conversation_comes_after_all_of_it(folder, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["translation", "paraphrase"])
-def test_a_fallback_keeps_the_original_and_has_no_log_probability(folder, mute, tmp_path, task):
+def test_a_fallback_keeps_the_original_and_has_no_log_probability(
+    folder, mute, terse, tmp_path, task
+):
     file = write_jsonl(tmp_path / "given.jsonl", PAIRS)
     faults = set()
-    for name, model, more in [("mute", mute, 12), ("cut", folder, 1), ("long", folder, 60)]:
+    for name, model, more in [("mute", mute, 12), ("cut", folder, 1), ("terse", terse, 40)]:
         options = ["--task", task, "--max-new-tokens", more]
         rows = read_jsonl(run(model, file, tmp_path / f"{name}.jsonl", *options))
         for row, pair in zip(rows, PAIRS, strict=True):
@@ -568,27 +590,24 @@ def test_the_ledger_appears_when_all_rows_are_there(folder, pairs, tmp_path, mon
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40], ids=["whole", "line end torn", "torn"])
-@pytest.mark.parametrize("after", [0, 1, 4, 6])
+@pytest.mark.parametrize("after", [0, 1, 6])
 def test_a_run_that_was_stopped_ends_in_the_same_bytes(
-    folder, pairs, tmp_path, monkeypatch, after, cut
+    folder, pairs, wanted, tmp_path, monkeypatch, after, cut
 ):
     words = [folder, pairs, tmp_path / "a" / "l.jsonl", *CUE, *ONE]
-    out = run(*words)
-    wanted = contents(out.parent)
-    for file in out.parent.iterdir():
-        file.unlink()
     interrupt(after, monkeypatch, *words)
-    [part] = out.parent.iterdir()
+    [part] = (tmp_path / "a").iterdir()
     content = part.read_bytes()
     part.write_bytes(content[: max(len(content) - cut, 0)])
-    run(*words)
-    assert contents(out.parent) == wanted
-    run(*words)  # there is nothing to do
-    assert contents(out.parent) == wanted
+    for _ in range(2):  # the second time there is nothing to do
+        out = run(*words)
+        assert out.read_bytes() == wanted
+        assert set(contents(out.parent)) == {"l.jsonl", "l.meta.json"}
 
 
-def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(folder, pairs, tmp_path):
-    wanted = run(folder, pairs, tmp_path / "whole.jsonl", *CUE, *ONE).read_bytes()
+def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(
+    folder, pairs, wanted, tmp_path
+):
     out = run(folder, pairs, tmp_path / "l.jsonl", *CUE, *ONE, "--limit", 3)
     assert out.read_bytes() == b"".join(wanted.splitlines(keepends=True)[:3])
     run(folder, pairs, out, *CUE, *ONE, "--limit", 5)
@@ -646,17 +665,18 @@ def test_part_files_of_other_settings_are_not_read_nor_removed(
     assert {file: after[file] for file in before} == before
 
 
-def test_a_backup_of_a_part_file_is_neither_read_nor_removed(folder, pairs, tmp_path, monkeypatch):
-    wanted = run(folder, pairs, tmp_path / "whole.jsonl", *ONE).read_bytes()
+def test_a_backup_of_a_part_file_is_neither_read_nor_removed(
+    folder, pairs, wanted, tmp_path, monkeypatch
+):
     out = tmp_path / "l.jsonl"
-    interrupt(4, monkeypatch, folder, pairs, out, *ONE)
+    interrupt(4, monkeypatch, folder, pairs, out, *CUE, *ONE)
     [part] = tmp_path.glob("l.jsonl.*.rank0")
     content = part.read_bytes().replace(b'"rationale": "', b'"rationale": "Spoilt ')
     part.unlink()
     backups = [f"{part.name}.bak", f"{part.name}x", f"x{part.name}", "l.jsonl.rank0", "l.jsonl.bak"]
     for name in backups:
         (tmp_path / name).write_bytes(content)
-    assert run(folder, pairs, out, *ONE).read_bytes() == wanted
+    assert run(folder, pairs, out, *CUE, *ONE).read_bytes() == wanted
     for name in backups:
         assert (tmp_path / name).read_bytes() == content
 
@@ -729,14 +749,13 @@ ODD_LINES = [
 ]
 
 
-def test_odd_lines_in_a_part_file_do_no_harm(folder, pairs, tmp_path, monkeypatch):
-    wanted = run(folder, pairs, tmp_path / "whole.jsonl", *ONE).read_bytes()
+def test_odd_lines_in_a_part_file_do_no_harm(folder, pairs, wanted, tmp_path, monkeypatch):
     out = tmp_path / "l.jsonl"
-    interrupt(4, monkeypatch, folder, pairs, out, *ONE)
+    interrupt(4, monkeypatch, folder, pairs, out, *CUE, *ONE)
     [part] = tmp_path.glob("l.jsonl.*.rank0")
     odd = "\n".join(ODD_LINES) + "\n"
     part.write_bytes(part.read_bytes() + odd.encode("utf-8", "surrogateescape"))
-    assert run(folder, pairs, out, *ONE).read_bytes() == wanted
+    assert run(folder, pairs, out, *CUE, *ONE).read_bytes() == wanted
 
 
 @pytest.mark.parametrize("odd", ODD)
@@ -783,7 +802,7 @@ def test_a_mistake_ends_with_one_line_and_leaves_nothing(
 BROKEN_MODELS = {
     "NaN": (lambda t: t["model.norm.weight"].fill_(math.nan), "model.norm.weight"),
     "infinity": (lambda t: t["lm_head.weight"].fill_(math.inf), "lm_head.weight"),
-    "weights too large": (lambda t: t["lm_head.weight"].fill_(3e38), "row 0: "),
+    "weights too large": (lambda t: t["lm_head.weight"].fill_(3e38), "row "),
 }
 
 
@@ -816,11 +835,10 @@ def test_a_config_without_sense_is_one_line_by_its_file(
 
 
 def test_a_second_process_with_the_same_out_is_told_so_and_the_first_goes_on(
-    folder, pairs, tmp_path, monkeypatch
+    folder, pairs, wanted, tmp_path, monkeypatch
 ):
-    wanted = run(folder, pairs, tmp_path / "whole.jsonl", *ONE).read_bytes()
     out = tmp_path / "l.jsonl"
-    words = arguments(folder, pairs, out, *ONE)
+    words = arguments(folder, pairs, out, *CUE, *ONE)
     ledger_row = script.ledger_row
     ended = []
 

@@ -1,467 +1,867 @@
-"""What train.py promises: the update is exact, a run survives whatever ends it, mistakes leave everything as it was."""
+"""train.py: the update is exact, a run survives whatever ends it, only finite numbers are written.
 
+What needs processes of its own shares them: as a script this file trains once for each job that it
+is given, on one rank or under torchrun.
+"""
+
+import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LINES, PAIRS, read_jsonl, write_config, write_jsonl
-from safetensors.torch import load_file
+from conftest import (
+    LINES,
+    PAIRS,
+    error_of,
+    read_jsonl,
+    write_config,
+    write_jsonl,
+    write_model,
+    write_tokenizer,
+)
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import data
-from data import TEMPLATE, Tokenizer
+import model
+import train
+from data import Example, Tokenizer
 from generate import generate
-from model import Transformer
-from train import CrossEntropy, kept_bytes, main, parser
+from model import ModelConfig, Transformer, start_processes
+from train import TokenLosses, joint_loss, learning_rate, load_sharded
 
-VALID_FIELDS = set("step valid valid_loss reference_loss rationale_loss reference_tokens rationale_tokens".split())
-STEP_FIELDS = VALID_FIELDS - {"valid", "valid_loss"} | set("loss tokens padded_tokens learning_rate grad_norm".split())
-CLOCK = {"seconds", "mfu", "memory_gib"}  # what may differ between two runs of one command
-# batches of 3, 3 and 1 of 7 rows: with two ranks some micro-batches have unequal token counts, and one is empty
-TRAIN = "--batch-size 3 --micro-batch-size 2 --epochs 2 --save-every 2 --valid-every 3 --learning-rate 1e-3 "
-TRAIN += "--warmup-steps 2"
-DRIVER = """
-import json, os, resource, signal, sys
-sys.path.insert(0, sys.argv[1])
-import safetensors.torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-rank, codes, count, job = os.environ.get("RANK", "0"), [], 0, {}
-full = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-def after(*_):
-    global count
-    count += 1
-    if count == job["step"] and rank == job["rank"]:
-        full(100_000) if job["what"] == "full" else os.kill(os.getpid(), getattr(signal, job["what"]))
-save_file = safetensors.torch.save_file
-def torn(tensors, name, *args, **kwargs):
-    save_file(tensors, name, *args, **kwargs)
-    if job["what"] == "torn" and count == 4:
-        os.truncate(name, 1000)
-        os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = torn
-register_optimizer_step_post_hook(after)
-import data, train
-for job in json.load(open(sys.argv[2])):
-    full(resource.RLIM_INFINITY)
-    count, where, sys.argv = 0, sys.argv, ["train.py", *job["argv"]]
-    try:
-        codes.append(data.cli(train.main, train.parser()))
-    except SystemExit as e:
-        codes.append(e.code)
-    sys.argv = where
-    json.dump(codes, open(sys.argv[2] + rank, "w"))
-"""
+ROOT = Path(train.__file__).parent
+PARTS = ["reference_loss", "rationale_loss", "reference_tokens", "rationale_tokens"]
+VALID_FIELDS = {"step", "valid", "valid_loss", "tokens", "padded_tokens", *PARTS}
+STEP_FIELDS = {"step", "loss", "tokens", "padded_tokens", "learning_rate", "grad_norm", *PARTS}
+CLOCK = {"seconds", "memory_gib"}  # what differs between two runs of one command
+# batches of 3, 3 and 1 of seven rows: two ranks get unequal numbers of tokens, and once none
+TRAIN = "--batch-size 3 --micro-batch-size 2 --epochs 2 --save-every 2 --valid-every 3".split()
+TRAIN += "--learning-rate 1e-3 --warmup-steps 2 --dtype float32".split()
+ONE_STEP = "--batch-size 7 --micro-batch-size 8 --max-steps 1".split()
+SOFT = ["--teacher", "teacher"]
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Signals as pytest had them: a test that hangs must still heed Ctrl-C."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    [signal.signal(number, handler) for number, handler in before.items()]
+# 1. Runs, and what ends them
 
 
-@pytest.fixture(scope="module")
-def at(tmp_path_factory, folder) -> SimpleNamespace:
-    """A folder with pairs and a ledger of every kind of row, and what each row of the ledger must be trained on."""
-    place, tokenizer, rows = tmp_path_factory.mktemp("train"), Tokenizer(folder), []
-    for i, pair in enumerate(PAIRS):
-        text = "" if i == 2 else ("\nIt says: " + LINES[i])[: 17 + 4 * i]
-        # a token a character, as a sampler may choose and no tokenizer would: the ledger's own ids must be used
-        ids = [id for c in text for id in tokenizer.sp_continue.encode(c)]
-        row = dict(id=f"row{i}", **pair, rationale=text, rationale_ids=ids)
-        row["reference_ids"] = tokenizer.answer(pair["reference"])
-        rows.append(row | dict(finish="length" if i == 0 else "eos", status={1: "copy", 2: "empty"}.get(i, "ok")))
-    meta = dict(tokenizer_hash=tokenizer.hash, chat="chatml", system=None, template="Say in {target_lang}: {source}")
-    (place / "ledger.meta.json").write_text(json.dumps(meta))
-    ledger, pairs = write_jsonl(place / "ledger.jsonl", rows), write_jsonl(place / "pairs.jsonl", PAIRS)
-    end, sequences = tokenizer.sp.piece_to_id("<|im_end|>"), {"joint": [], "vanilla": []}
-    for row in rows:
-        prompt = tokenizer.chat([{"role": "user", "content": f"Say in English: {row['source']}"}])
-        reference, rationale = row["reference_ids"], row["rationale_ids"] + [end] * (row["finish"] == "eos")
-        vanilla = prompt, reference + [end], []
-        sequences["joint"].append((prompt, reference, rationale) if row["status"] == "ok" else vanilla)
-        sequences["vanilla"].append(vanilla)
-    command = f"--model {folder} --data {ledger} --valid other={pairs} {ledger} --dtype float32 {TRAIN}".split()
-    return SimpleNamespace(folder=folder, place=place, ledger=ledger, pairs=pairs, command=command, **sequences)
+@dataclass
+class Result:
+    """What a finished run has left: its weights, and the lines of its metrics by kind."""
+
+    out: Path
+    weights: dict
+    steps: list
+    valid: list
 
 
-def run(out: Path, *argv) -> SimpleNamespace:
-    """One run in this process -> its folder, weights and metrics lines, steps and validations apart."""
-    main(parser().parse_args([*map(str, argv), "--out", str(out)]))
+def run(out: Path, *arguments) -> Result:
+    """One run in this process."""
+    words = [str(argument) for argument in (*arguments, "--out", out)]
+    train.main(train.parser().parse_args(words))
     return result(out)
 
 
-def result(out: Path) -> SimpleNamespace:
+def result(out: Path) -> Result:
     lines = read_jsonl(out / "metrics.jsonl")
-    steps, valid = ([x for x in lines if ("valid" in x) == kind] for kind in (False, True))
-    return SimpleNamespace(out=out, weights=load_file(out / "model.safetensors"), steps=steps, valid=valid)
+    steps = [line for line in lines if "valid" not in line]
+    valid = [line for line in lines if "valid" in line]
+    return Result(out, load_file(out / "model.safetensors"), steps, valid)
 
 
-def gap(a: SimpleNamespace, b: SimpleNamespace) -> float:
+def gap(a: Result, b: Result) -> float:
     """The largest difference between two runs' weights."""
     assert a.weights.keys() == b.weights.keys()
     return max((a.weights[name] - b.weights[name]).abs().max().item() for name in a.weights)
 
 
-def same_metrics(a: SimpleNamespace, b: SimpleNamespace, rel: float, but: tuple = ()) -> None:
-    def numbers(line):  # no rationale, no mean
-        return {k: v or 0 for k, v in line.items() if k not in CLOCK.union(but, ["valid"])}
-
-    assert [x["valid"] for x in a.valid] == [x["valid"] for x in b.valid]
+def assert_same_metrics(a: Result, b: Result, rel: float, but=()):
+    """Equal numbers in every line, but for the clock and the fields `but`."""
+    left_out = {*CLOCK, *but}
     for mine, theirs in zip(a.steps + a.valid, b.steps + b.valid, strict=True):
-        assert numbers(mine) == pytest.approx(numbers(theirs), rel=rel, abs=0)
+        assert mine.keys() == theirs.keys()
+        for name in mine.keys() - left_out:
+            wanted = theirs[name]
+            if rel and isinstance(wanted, float):
+                wanted = pytest.approx(wanted, rel=rel, abs=1e-7)  # a loss may be 0
+            assert mine[name] == wanted, name
 
 
 def fingerprint(folder: Path) -> dict:
-    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).digest() for p in folder.rglob("*") if p.is_file()}
+    """What is in a folder, to the last bit."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def limit_files(size: int) -> None:
+def limit_files(size: int):
     """From here on no file can grow beyond `size`: to the writer the same as a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+def cut_power():
+    raise RuntimeError("power cut")
+
+
+def send(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def send_as_a_scheduler_does():
+    """SIGTERM to torchrun and to this rank; returns when torchrun has passed its own on."""
+    heard, hearing = os.pipe()
+    os.set_blocking(hearing, False)
+    signal.set_wakeup_fd(hearing)
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    send(signal.SIGTERM)
+    for _ in range(2):
+        os.read(heard, 1)
+
+
+def tear_next_save():
+    """The next file of weights is cut, and the process killed, before it is whole."""
+
+    def torn(tensors, file, **options):
+        save_file(tensors, file, **options)
+        os.truncate(file, 1000)
+        send(signal.SIGKILL)
+
+    model.save_file = torn
+
+
+ACTIONS = {
+    "nothing": lambda: None,
+    "power cut": cut_power,
+    "full disk": lambda: limit_files(100_000),
+    "SIGTERM twice": lambda: send(signal.SIGTERM, signal.SIGTERM),
+    "SIGINT twice": lambda: send(signal.SIGINT, signal.SIGINT),
+    "SIGTERM to all": send_as_a_scheduler_does,
+    "torn save": tear_next_save,
+}
+ENDS = {
+    "power cut": RuntimeError,
+    "full disk": OSError,
+    "SIGTERM twice": SystemExit,
+    "SIGINT twice": SystemExit,
+}
+
+
 @contextmanager
-def after_step(step: int, action):
-    """Does `action` right after the optimizer's step number `step` of this process, before the step is logged."""
+def after_step(step: int, action: Callable):
+    """Does `action` right after the optimizer's step number `step` of this process."""
     count = itertools.count(1)
-    handle = register_optimizer_step_post_hook(lambda *_: action() if next(count) == step else None)
+
+    def hook(*_):
+        if next(count) == step:
+            action()
+
+    handle = register_optimizer_step_post_hook(hook)
     try:
-        yield count
+        yield
     finally:
         handle.remove()
         limit_files(resource.RLIM_INFINITY)
 
 
-def break_off(at: SimpleNamespace, out: Path, step: int, how: str = "power cut") -> None:
-    def cut():
-        raise RuntimeError("power cut")
+def break_off(out: Path, step: int, how: str, *arguments) -> BaseException:
+    """A run that is ended after `step` -> the exception that ended it."""
+    with after_step(step, ACTIONS[how]), pytest.raises(ENDS[how]) as ended:
+        run(out, *arguments)
+    return ended.value
 
-    ends = {"power cut": (RuntimeError, cut), "SIGTERM": (SystemExit, lambda: os.kill(os.getpid(), signal.SIGTERM)),
-            "disk full": (OSError, lambda: limit_files(100_000))}  # fmt: skip
-    error, action = ends[how]
-    with after_step(step, action), pytest.raises(error) as e:
-        run(out, *at.command)
-    assert how != "SIGTERM" or e.value.code == 143
-    assert how != "disk full" or "\n" not in str(e.value)
+
+def drive(file: str):
+    """Trains once for each job in `file`; with which status each ended stands in FILE.RANK."""
+    rank = int(os.environ.get("RANK", 0))
+    statuses = []
+    for job in json.loads(Path(file).read_text()):
+        sys.argv = ["train.py", *job["arguments"], *job["more"][rank]]
+        action = ACTIONS[job["how"] if rank in job["ranks"] else "nothing"]
+        status = 0
+        with after_step(job["step"], action):
+            try:
+                data.cli(train.main, train.parser())
+            except SystemExit as ended:
+                status = ended.code
+        statuses.append(status)
+        Path(f"{file}.{rank}").write_text(json.dumps(statuses))
+
+
+# 2. What is trained on
+
+
+@dataclass
+class Place:
+    """Files to train on, and the segments of each row as they must be learnt."""
+
+    path: Path
+    folder: Path
+    teacher: Path
+    ledger: Path
+    pairs: Path
+    command: list
+    joint: list
+    vanilla: list
+
+
+def make_rows(tokenizer) -> list:
+    """A ledger of each kind of row: cut, of a doubtful status, without a rationale."""
+    rows = []
+    for i, pair in enumerate(PAIRS):
+        text = "" if i == 2 else ("\nIt says: " + LINES[i])[: 17 + 4 * i]
+        # a token a character, as a sampler may choose and no tokenizer would
+        ids = []
+        for character in text:
+            ids += tokenizer.encode(character, within=True)
+        row = {"id": f"row{i}"} | pair
+        row["rationale"] = text
+        row["rationale_ids"] = ids
+        row["reference_ids"] = tokenizer.answer(pair["reference"])
+        row["finish"] = "length" if i == 0 else "eos"
+        row["status"] = {1: "copy", 2: "empty"}.get(i, "ok")
+        rows.append(row)
+    return rows
+
+
+def make_segments(row, tokenizer) -> tuple:
+    """prompt, reference, rationale: what the loss of this row is over."""
+    end = tokenizer.sp.piece_to_id("<|im_end|>")
+    prompt = tokenizer.chat([{"role": "user", "content": f"Say in English: {row['source']}"}])
+    if not row["rationale_ids"]:
+        return prompt, row["reference_ids"] + [end], []
+    last = [end] if row["finish"] == "eos" else []
+    return prompt, row["reference_ids"], row["rationale_ids"] + last
+
+
+def write_meta(ledger: Path, tokenizer):
+    meta = {"tokenizer_hash": tokenizer.hash, "chat": "chatml", "system": None}
+    meta["template"] = "Say in {target_lang}: {source}"
+    ledger.with_suffix(".meta.json").write_text(json.dumps(meta))
 
 
 @pytest.fixture(scope="module")
-def subprocesses(at) -> SimpleNamespace:
-    """One process that is killed while it saves, and beside it, under one torchrun, all that needs two ranks."""
-    place, here, jobs = at.place, str(Path(__file__).parent.parent), []
-    (place / "driver.py").write_text(DRIVER)
-    break_off(at, place / "onto two", 5)
-
-    def add(name, *argv, what="", step=3, rank="0"):
-        jobs.append(dict(argv=[*at.command, "--out", str(place / name), *argv], what=what, step=step, rank=rank))
-
-    add("killed", what="torn", step=0)
-    (place / "one").write_text(json.dumps(jobs))
-    jobs.clear()
-    add("two", step=0), add("onto two", "--resume", step=0)
-    add("term", what="SIGTERM", rank="1"), add("term", "--resume", step=0)
-    add("full", what="full"), add("full", "--resume", step=0)
-    add("diverged", "--learning-rate", "1e30", step=0), add("missing", "--data", "nowhere.jsonl")
-    add("dead", what="SIGKILL", rank="1")
-    (place / "many").write_text(json.dumps(jobs))
-    start = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
-    start |= dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    alone = subprocess.Popen([sys.executable, place / "driver.py", here, place / "one"], **start)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    both = subprocess.Popen([*torchrun, place / "driver.py", here, place / "many"], **start)
-    try:
-        alone.communicate(timeout=60)
-        errors = both.communicate(timeout=60)[1]  # a rank that waits for a dead one for ever would be caught here
-    finally:
-        for process in (alone, both):
-            process.terminate()  # if one hangs: torchrun ends its ranks, after 30 s by force
-            process.wait(timeout=40)
-    codes = [json.loads((place / f"many{rank}").read_text()) for rank in (0, 1)]
-    return SimpleNamespace(status=alone.returncode, codes=codes, errors=errors, torchrun=both.returncode)
+def at(tmp_path_factory, folder) -> Place:
+    path = tmp_path_factory.mktemp("train")
+    tokenizer = Tokenizer(folder)
+    rows = make_rows(tokenizer)
+    ledger = write_jsonl(path / "ledger.jsonl", rows)
+    write_meta(ledger, tokenizer)
+    pairs = write_jsonl(path / "pairs.jsonl", PAIRS)
+    teacher = write_model(path / "teacher", seed=1)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, teacher / name)
+    command = ["--model", folder, "--data", ledger, "--valid", f"other={pairs}", ledger, *TRAIN]
+    joint = [make_segments(row, tokenizer) for row in rows]
+    vanilla = [make_segments(row | {"rationale_ids": []}, tokenizer) for row in rows]
+    return Place(path, folder, teacher, ledger, pairs, command, joint, vanilla)
 
 
 @pytest.fixture(scope="module")
-def straight(at) -> SimpleNamespace:
+def straight(at) -> Result:
     """The run that nothing interrupts."""
-    return run(at.place / "straight", *at.command)
+    return run(at.path / "straight", *at.command)
 
 
-@pytest.mark.parametrize("weight, decay", [(1.0, 0.0), (0.33, 0.1), (0.0, 0.1)])
-def test_training_equals_a_plain_loop_written_with_transformers(at, tmp_path, weight, decay):
+@pytest.fixture(scope="module")
+def taught(at) -> Result:
+    """The same with a teacher."""
+    return run(at.path / "taught", *at.command, "--teacher", at.teacher)
+
+
+# 3. The loss and its gradient
+
+
+def token_losses_by_autograd(x, targets, soft):
+    hard = len(x) - len(soft)
+    log_probs = x.log_softmax(-1)
+    nll = -log_probs.gather(-1, targets[:, None])[:hard, 0]
+    wanted = soft.softmax(-1)
+    kl = (wanted * (soft.log_softmax(-1) - log_probs[hard:])).sum(-1)
+    return torch.cat([nll, kl])
+
+
+@pytest.mark.parametrize("hard, soft", [(150, 0), (0, 150), (70, 200), (1, 1)])
+def test_token_losses_and_their_gradient_are_those_of_autograd(hard, soft):
+    torch.manual_seed(0)
+    x = torch.randn(hard + soft, 50) * 3  # more rows than one chunk has
+    targets = torch.randint(50, (hard + soft,))
+    teacher = torch.randn(soft, 50) * 3
+    weights = torch.rand(hard + soft)
+    mine = x.clone().requires_grad_()
+    theirs = x.clone().requires_grad_()
+    found = TokenLosses.apply(mine * 1, targets, teacher)
+    wanted = token_losses_by_autograd(theirs, targets, teacher)
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert torch.allclose(found, wanted, atol=1e-5)  # losses reach 10: float32 has seven digits
+    assert torch.allclose(mine.grad, theirs.grad, atol=1e-6)
+
+
+def test_the_gradient_of_the_losses_takes_the_place_of_the_logits():
+    leaf = torch.randn(100, 9, requires_grad=True)
+    logits = leaf * 2
+    places = [logits.data_ptr()]
+    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    TokenLosses.apply(logits, torch.zeros(100).long(), torch.randn(30, 9)).sum().backward()
+    assert places[0] == places[1]
+
+
+def gradient(learner, teacher, examples) -> torch.Tensor:
+    """Of the joint loss at weight 0.7, as one vector."""
+    args = Namespace(micro_batch_size=2, rationale_weight=0.7)
+    joint_loss(learner, teacher, examples, args, learn=True)
+    parts = []
+    for p in learner.parameters():
+        parts.append(p.grad.full_tensor().flatten().double())
+    learner.zero_grad()
+    return torch.cat(parts)
+
+
+def test_the_soft_gradient_is_the_mean_of_the_hard_ones_over_the_teachers_tokens(tmp_path):
+    start_processes()
+    args = Namespace(dtype="float32", compile=False, activation_checkpointing=False, seed=0)
+    models = []
+    for seed in (0, 1):
+        folder = write_model(tmp_path / str(seed), seed, vocab_size=7)
+        config = ModelConfig.from_file(folder)
+        frozen = seed == 1
+        models.append(load_sharded(config, folder, args, torch.device("cpu"), frozen))
+    prompts = [[1, 3, 4], [5, 1], [6, 2, 2, 3]]
+
+    def examples(token):
+        return [Example(i, prompt, [i, 2], [token]) for i, prompt in enumerate(prompts)]
+
+    found = gradient(*models, examples(0))
+    # one example has each token in turn, while the others hold a token whose part is taken off
+    rest = gradient(models[0], None, examples(0))
+    wanted = rest.clone()
+    for i, prompt in enumerate(prompts):
+        with torch.no_grad():
+            logits = models[1](torch.tensor([prompt + [i, 2]]))[0, -1]
+        for token, p in enumerate(logits.double().softmax(-1)):
+            one = examples(0)
+            one[i].rationale = [token]
+            wanted += p * (gradient(models[0], None, one) - rest)
+    assert torch.allclose(found, wanted, atol=1e-6)  # float32: gradients of size 1 are subtracted
+    assert (found - rest).abs().max() > 0.01
+
+
+def test_a_model_that_is_its_own_teacher_has_nothing_to_learn_from_rationales(at, tmp_path):
+    answers = []
+    for row in read_jsonl(at.ledger)[3:]:
+        answers.append(row | {"reference": "", "reference_ids": []})
+    ledger = write_jsonl(tmp_path / "answers.jsonl", answers)
+    write_meta(ledger, Tokenizer(at.folder))
+    command = ["--model", at.folder, "--data", ledger, *TRAIN, *ONE_STEP, "--teacher"]
+    [own] = run(tmp_path / "own", *command, at.folder).steps
+    # float32: differences of two equal logarithms of size 10, over 480 tokens
+    assert own["rationale_loss"] == pytest.approx(0, abs=1e-6)
+    assert own["grad_norm"] == pytest.approx(0, abs=1e-5)
+    assert own["reference_loss"] is None
+    [other] = run(tmp_path / "other", *command, at.teacher).steps
+    assert other["grad_norm"] > 0.1
+    assert other["rationale_tokens"] == own["rationale_tokens"] > 20
+
+
+def plain_losses(student, teacher, ids, start) -> torch.Tensor:
+    """The loss of each token of `ids` from `start` on, by transformers and autograd."""
+    tokens = torch.tensor([ids])
+    logits = student(tokens).logits[0, start - 1 : -1]
+    if teacher is None:
+        return F.cross_entropy(logits, tokens[0, start:], reduction="none")
+    with torch.no_grad():
+        wanted = teacher(tokens).logits[0, start - 1 : -1].log_softmax(-1)
+    return F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True).sum(-1)
+
+
+def plain_step(student, teacher, rows, weight) -> dict:
+    """The gradient of the joint loss over all rows, one at a time, and what metrics say of it."""
+    references = sum(len(reference) for _, reference, _ in rows)
+    rationales = sum(len(rationale) for _, _, rationale in rows)
+    sums = torch.zeros(2)
+    for prompt, reference, rationale in rows:
+        middle = len(prompt + reference)
+        ids = prompt + reference + rationale
+        hard = plain_losses(student, None, ids[:middle], len(prompt)).sum()
+        extra = torch.zeros(())
+        if rationale:
+            extra = plain_losses(student, teacher, ids, middle).sum()
+        ((hard + weight * extra) / (references + rationales)).backward()
+        sums += torch.stack([hard, extra]).detach()
+    loss = (sums[0] + weight * sums[1]) / (references + rationales)
+    return {
+        "loss": loss.item(),
+        "reference_loss": sums[0].item() / references,
+        "rationale_loss": sums[1].item() / rationales if rationales else None,
+        "reference_tokens": references,
+        "rationale_tokens": rationales,
+        "tokens": sum(len(prompt) for prompt, _, _ in rows) + references + rationales,
+    }
+
+
+@pytest.fixture(scope="module")
+def load_plain():
+    """Reads a model folder with transformers."""
     transformers = pytest.importorskip("transformers")
-    rows, peak = at.joint if weight else at.vanilla, 3e-4
-    some = f"--batch-size 7 --micro-batch-size 4 --max-steps 4 --export-every 2 --valid {at.ledger}".split()
-    some += f"--learning-rate {peak} --weight-decay {decay} --rationale-weight {weight}".split()
-    mine = run(tmp_path, *at.command, *some)
-    model = transformers.AutoModelForCausalLM.from_pretrained(at.folder, dtype=torch.float32).train()
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([dict(params=p, weight_decay=d) for p, d in zip(groups, (decay, 0))], lr=peak)
-    counts = [sum(len(row[i]) for row in rows) for i in (1, 2)]
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    return functools.partial(read, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "weight, decay, clip, soft",
+    [(1, 0, 1, False), (0.33, 0.1, 0.05, False), (0, 0.1, 0, False), (0.6, 0, 1, True)],
+)
+def test_training_is_that_of_a_plain_loop(at, tmp_path, load_plain, weight, decay, clip, soft):
+    peak = 3e-4
+    options = ["--batch-size", 7, "--micro-batch-size", 4, "--max-steps", 4, "--valid", at.ledger]
+    options += ["--learning-rate", peak, "--weight-decay", decay, "--max-grad-norm", clip]
+    options += ["--rationale-weight", weight] + (["--teacher", at.teacher] if soft else [])
+    mine = run(tmp_path, *at.command, *options)
+    rows = at.joint if weight else at.vanilla
+    student = load_plain(at.folder).train()
+    teacher = load_plain(at.teacher) if soft else None
+    matrices = [p for p in student.parameters() if p.dim() > 1]
+    vectors = [p for p in student.parameters() if p.dim() == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=decay)
     # two steps of warm-up, then half a cosine wave
     for line, rate in zip(mine.steps, [peak / 2, peak, peak, peak / 2], strict=True):
-        sums = [0.0, 0.0]
-        for prompt, reference, rationale in rows:
-            ids = torch.tensor([prompt + reference + rationale])
-            logits = model(ids).logits[0, len(prompt) - 1 : -1]
-            losses = F.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
-            losses = losses.split([len(reference), len(rationale)])
-            ((losses[0].sum() + weight * losses[1].sum()) / sum(counts)).backward()
-            sums = [s + x.sum().item() for s, x in zip(sums, losses)]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
+        wanted = plain_step(student, teacher, rows, weight)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), clip or math.inf)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        loss, means = (sums[0] + weight * sums[1]) / sum(counts), [x / max(n, 1) for x, n in zip(sums, counts)]
-        found = [line[k] or 0 for k in ("loss", "reference_loss", "rationale_loss")]
-        assert found == pytest.approx([loss, *means], rel=1e-4)
-        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)  # float32 sums in another order
+        # float32 sums in another order
+        assert {name: line[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
         assert line["learning_rate"] == pytest.approx(rate)
-        assert [line["reference_tokens"], line["rationale_tokens"]] == counts
-        assert line["tokens"] == sum(len(part) for row in rows for part in row)
-    for name, p in model.state_dict().items():  # float32 sums in another order; a wrong rate or decay is 1e-4 and more
-        assert torch.allclose(mine.weights[name], p, rtol=0, atol=1e-5), name
-    assert mine.valid[0]["valid_loss"] == pytest.approx(mine.steps[0]["loss"], rel=1e-5)  # same rows, same weights
-    exported = transformers.AutoModelForCausalLM.from_pretrained(mine.out, dtype=torch.float32)
-    with torch.no_grad():  # 1e-4: logits reach 10, and float32 has seven digits
-        assert torch.allclose(Transformer.from_pretrained(mine.out)(ids), exported(ids).logits, atol=1e-4)
-    for part in ("model.safetensors", "config.json", "tokenizer.model", "tokenizer_config.json"):
-        assert (mine.out / "step-4" / part).read_bytes() == (mine.out / part).read_bytes()
-    earlier = load_file(mine.out / "step-2/model.safetensors")
-    assert not torch.equal(earlier["lm_head.weight"], mine.weights["lm_head.weight"])
-    assert Tokenizer(mine.out).hash == Tokenizer(at.folder).hash
+    for name, p in student.state_dict().items():
+        difference = (mine.weights[name] - p).abs()
+        # a wrong rate, decay or weight moves all; where a gradient is nearly 0, Adam makes its
+        # rounding up to a step
+        assert difference.mean() < 1e-7, name
+        assert difference.max() < 1e-4, name
+    # the same rows and the same weights
+    assert mine.valid[0]["valid_loss"] == pytest.approx(mine.steps[0]["loss"], rel=1e-5)
 
 
-def test_the_update_does_not_depend_on_micro_batches_or_recomputed_activations(at, tmp_path):
-    some = [*at.command, "--batch-size", 7, "--max-steps", 3, "--learning-rate", 2e-5]
-    whole = run(tmp_path / "8", *some, "--micro-batch-size", 8)
-    for name, *argv in [(1,), (2,), (3,), ("recompute", "--activation-checkpointing")]:
-        parts = run(tmp_path / str(name), *some, "--micro-batch-size", name if argv == [] else 8, *argv)
-        assert gap(parts, whole) < 1e-6  # sums in another order; the weights moved by 5e-5
-        same_metrics(parts, whole, 1e-5, ("padded_tokens",))
-        padded = [r.steps[0]["padded_tokens"] for r in (parts, whole)]
-        assert name != 1 or parts.steps[0]["tokens"] == padded[0] < padded[1]
+def test_what_is_exported_has_the_same_logits_in_transformers(at, straight, load_plain):
+    tokens = torch.tensor([[1, *range(100, 160)]])
+    with torch.no_grad():
+        mine = Transformer.from_pretrained(straight.out)(tokens)
+        theirs = load_plain(straight.out)(tokens).logits
+    assert torch.allclose(mine, theirs, atol=1e-4)  # logits reach 10: float32 has seven digits
+    assert Tokenizer(straight.out).hash == Tokenizer(at.folder).hash
+    assert Tokenizer(straight.out).chat_name == "chatml"
+
+
+def test_a_run_exports_model_folders_on_its_way(at, tmp_path):
+    last = run(tmp_path, *at.command, "--max-steps", 4, "--export-every", 2)
+    names = ["config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"]
+    for step in ("step-2", "step-4"):
+        assert sorted(file.name for file in (tmp_path / step).iterdir()) == names
+    for name in names:
+        assert (tmp_path / "step-4" / name).read_bytes() == (tmp_path / name).read_bytes()
+    earlier = load_file(tmp_path / "step-2/model.safetensors")
+    assert not torch.equal(earlier["lm_head.weight"], last.weights["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--micro-batch-size", 1],
+        ["--micro-batch-size", 3],
+        ["--activation-checkpointing"],
+        ["--micro-batch-size", 2, "--activation-checkpointing", "--teacher"],
+    ],
+)
+def test_micro_batches_and_recomputed_activations_do_not_change_the_update(at, tmp_path, options):
+    common = [*at.command, *ONE_STEP[:-1], 3, "--learning-rate", 2e-5, "--valid", at.ledger]
+    if options[-1] == "--teacher":
+        options = options[:-1]
+        common += ["--teacher", at.teacher]
+    whole = run(tmp_path / "whole", *common)
+    parts = run(tmp_path / "parts", *common, *options)
+    assert gap(parts, whole) < 1e-6  # sums in another order; the weights moved by 5e-5
+    assert_same_metrics(parts, whole, 1e-5, ["padded_tokens"])
+    if options == ["--micro-batch-size", 1]:
+        # no padding, and the last token of a row is predicted, never read
+        assert parts.steps[0]["padded_tokens"] == parts.steps[0]["tokens"] - 7
+
+
+# 4. What is learnt, and in which order
 
 
 def test_metrics_hold_each_step_once_and_each_validation(at, straight):
     lines = read_jsonl(straight.out / "metrics.jsonl")
-    assert [(x["step"], x.get("valid")) for x in lines] == [
-        (0, "other"), (0, "ledger"), (1, None), (2, None), (3, None), (3, "other"), (3, "ledger"),
-        (4, None), (5, None), (6, None), (6, "other"), (6, "ledger"),
-    ]  # fmt: skip
-    assert all(set(x) >= STEP_FIELDS | CLOCK for x in straight.steps)
-    assert all(set(x) >= VALID_FIELDS for x in straight.valid)
-    for x in straight.steps:  # weight 1
-        parts = x["reference_loss"] * x["reference_tokens"] + (x["rationale_loss"] or 0) * x["rationale_tokens"]
-        assert x["loss"] == pytest.approx(parts / (x["reference_tokens"] + x["rationale_tokens"]))
-        assert x["tokens"] <= x["padded_tokens"] and all(0 < x[name] < math.inf for name in CLOCK)
-    assert not straight.valid[0]["rationale_loss"] and straight.valid[0]["rationale_tokens"] == 0  # plain pairs
+    found = [(line["step"], line.get("valid", "")) for line in lines]
+    valid = {step: [(step, "other"), (step, "ledger")] for step in (0, 3, 6)}
+    steps = [(step, "") for step in range(7)]
+    assert found == valid[0] + steps[1:4] + valid[3] + steps[4:7] + valid[6]
+    assert all(line.keys() == STEP_FIELDS | CLOCK for line in straight.steps)
+    assert all(line.keys() == VALID_FIELDS for line in straight.valid)
+    for line in straight.steps:
+        total = line["reference_loss"] * line["reference_tokens"]
+        total += (line["rationale_loss"] or 0) * line["rationale_tokens"]
+        count = line["reference_tokens"] + line["rationale_tokens"]
+        assert line["loss"] == pytest.approx(total / count)
+        assert all(0 < line[name] < math.inf for name in CLOCK)
+    assert straight.valid[0]["rationale_loss"] is None  # plain pairs
     for i, name in enumerate(("reference_tokens", "rationale_tokens"), 1):
         counted = sum(len(row[i]) for row in at.joint)
-        assert sum(x[name] for x in straight.steps[:3]) == counted == straight.valid[1][name]
-    assert not (straight.out / "checkpoint").exists() and (straight.out / "args.json").exists()
+        assert sum(line[name] for line in straight.steps[:3]) == counted
+        assert straight.valid[1][name] == counted
+    assert not (straight.out / "checkpoint").exists()
 
 
-def test_an_epoch_has_each_example_once_in_an_order_that_hangs_on_the_seed_and_the_epoch(at, tmp_path):
+def test_a_step_without_rationales_says_so(at, tmp_path, capsys):
+    [line] = run(tmp_path, *at.command, *ONE_STEP, "--rationale-weight", 0).steps
+    assert line["rationale_loss"] is None
+    assert line["rationale_tokens"] == 0
+    assert "rationale      -" in capsys.readouterr().out
+
+
+def test_an_epoch_has_each_example_once_in_an_order_by_seed_and_epoch(at, tmp_path):
     lengths = [sum(map(len, row)) for row in at.joint]
     assert len(set(lengths)) == 7  # so a step of one example is known by its tokens
     orders = []
     for seed in (0, 1):
-        steps = run(tmp_path / str(seed), *at.command, "--batch-size", 1, "--seed", seed).steps
-        orders += [[x["tokens"] for x in steps[:7]], [x["tokens"] for x in steps[7:]]]
+        options = ["--batch-size", 1, "--seed", seed, "--valid-every", 0, "--save-every", 0]
+        steps = run(tmp_path / str(seed), *at.command, *options).steps
+        tokens = [line["tokens"] for line in steps]
+        orders += [tuple(tokens[:7]), tuple(tokens[7:])]
     assert all(sorted(order) == sorted(lengths) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
+    assert len(set(orders)) == 4
 
 
-def test_a_row_that_is_too_long_is_left_out_whole_and_named(at, tmp_path, capsys):
-    lengths = {f"row{i}": sum(map(len, row)) for i, row in enumerate(at.joint)}
-    longest = max(lengths, key=lengths.get)
-    argv = [*at.command, "--batch-size", 7, "--max-steps", 1]
-    line = run(tmp_path / "fits", *argv, "--max-length", max(lengths.values())).steps[0]
-    assert line["tokens"] == sum(lengths.values())
+def test_a_row_that_is_too_long_is_left_out_whole_and_told(at, tmp_path, capsys):
+    lengths = [sum(map(len, row)) for row in at.joint]
+    most = max(lengths)
+    fits = run(tmp_path / "fits", *at.command, *ONE_STEP, "--max-length", most)
+    assert fits.steps[0]["tokens"] == sum(lengths)
     capsys.readouterr()
-    line = run(tmp_path / "long", *argv, "--max-length", max(lengths.values()) - 1).steps[0]
-    assert line["tokens"] == sum(lengths.values()) - lengths[longest]
-    text = capsys.readouterr().out
-    assert "1 longer than" in text and longest in text
-    with pytest.raises(ValueError, match="ledger.jsonl.*--max-length"):
-        run(tmp_path / "none", *argv, "--max-length", 5)
-    assert not (tmp_path / "none").exists()
+    less = run(tmp_path / "less", *at.command, *ONE_STEP, "--max-length", most - 1)
+    assert less.steps[0]["tokens"] == sum(lengths) - most
+    assert f"6 examples; left out: 1 rows longer than {most - 1} tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("how, step", [
-    ("power cut", 1), ("power cut", 4), ("SIGTERM", 3), ("SIGTERM", 5), ("disk full", 4), ("disk full", 6),
-])  # fmt: skip
-def test_a_run_that_is_broken_off_and_resumed_ends_in_the_same_bits(at, straight, tmp_path, how, step):
-    break_off(at, tmp_path, step, how)
-    # a signal may be heeded in its own step or, where the ranks have already talked, in the next
-    saved = {"power cut": {4: ["step-2"]}, "disk full": {4: ["step-2"], 6: ["step-4"]}}.get(how, {}).get(step, [])
-    found = [p.name for p in (tmp_path / "checkpoint").glob("step-*") if p.suffix != ".tmp"]
-    assert found == saved or how == "SIGTERM" and found in ([f"step-{step}"], [f"step-{step + 1}"])
-    assert not (tmp_path / "config.json").exists()
-    with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('{"step": 5, "lo')  # the kill tore a line
-    again = run(tmp_path, *at.command, "--resume")
-    assert gap(again, straight) == 0
-    same_metrics(again, straight, 0)
+def test_only_ok_and_coverage_leave_out_rationales_and_keep_the_rows(at, tmp_path):
+    counts = {}
+    for share in (0.5, 1.0):
+        options = ["--only-ok", "--rationale-coverage", share]
+        [line] = run(tmp_path / str(share), *at.command, *ONE_STEP, *options).steps
+        counts[share] = (line["reference_tokens"], line["rationale_tokens"])
+    ok = at.joint[:1] + at.vanilla[1:3] + at.joint[3:]  # row 1 is a copy, row 2 has none
+    wanted = tuple(sum(len(row[i]) for row in ok) for i in (1, 2))
+    assert counts[1.0] == wanted
+    assert 0 < counts[0.5][1] < wanted[1]
+    assert counts[0.5][0] > wanted[0]  # an EOS for each that is left out
 
 
-def test_sigkill_while_saving_leaves_the_last_checkpoint_and_resuming_ends_in_the_same_bits(at, straight, subprocesses):
-    assert subprocesses.status == -signal.SIGKILL
-    assert (at.place / "killed/checkpoint/step-2").is_dir() and not (at.place / "killed/checkpoint/step-4").exists()
-    again = run(at.place / "killed", *at.command, "--resume")
-    assert gap(again, straight) == 0
-    same_metrics(again, straight, 0)
+def ask(pair) -> list:
+    text = f"Translate this from German to English:\nGerman: {pair['source']}\nEnglish:"
+    return [{"role": "user", "content": text}]
 
 
-def test_two_ranks_make_the_run_of_one(at, straight, subprocesses):
-    # two ranks sum gradients in another order: 1e-7 of each, which Adam's division makes up to 1e-5 of a weight
-    for name in ("two", "onto two"):
-        both = result(at.place / name)
-        assert gap(both, straight) < 1e-5
-        same_metrics(both, straight, 1e-4, ("padded_tokens",))
-    for name in ("term", "full"):
-        assert gap(result(at.place / name), result(at.place / "two")) == 0
-        same_metrics(result(at.place / name), result(at.place / "two"), 0)
-
-
-def test_a_failure_on_one_rank_ends_every_rank_with_one_message(at, subprocesses):
-    wanted = [None, None, 143, None, 2, None, 2, 2]
-    assert [codes[:8] for codes in subprocesses.codes] == [wanted, wanted] and subprocesses.torchrun != 0
-    errors = [line for line in subprocesses.errors.splitlines() if line.startswith("error: ")]
-    # a full disk is told by every rank, a mistake that all ranks see by the first
-    assert [sum(word in line for line in errors) for word in ("full", "step 2", "nowhere.jsonl")] == [2, 1, 1]
-    assert len(errors) <= 5 and not (at.place / "missing").exists()  # a fifth, where torchrun lets rank 0 say it
-    again = run(at.place / "dead", *at.command, "--resume")  # a checkpoint of two ranks goes on in one process
-    assert gap(again, result(at.place / "two")) < 1e-5  # as above
-    assert [x["step"] for x in again.steps] == [1, 2, 3, 4, 5, 6]
-
-
-def test_resume_takes_the_same_settings_and_says_when_nothing_is_left(at, straight, tmp_path, capsys):
-    before = fingerprint(straight.out)
-    run(straight.out, *at.command, "--resume")
-    assert "finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="not empty.*--resume"):
-        run(straight.out, *at.command)
-    assert fingerprint(straight.out) == before
-    break_off(at, tmp_path, 4)
-    before = fingerprint(tmp_path)
-    for changes, name in [(["--learning-rate", 2e-3], "learning_rate"), (["--data", at.pairs], "data")]:
-        with pytest.raises(ValueError, match=f"args.json: {name}"):
-            run(tmp_path, *at.command, *changes, "--resume")
-    assert fingerprint(tmp_path) == before
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(at, tmp_path):
-    with after_step(0, None) as count, pytest.raises(ValueError, match=r"step 2\b") as e:
-        run(tmp_path, *at.command, "--learning-rate", "1e30", "--save-every", 1)
-    assert next(count) == 2  # the optimizer made one step
-    assert sum(f"row{i}" in str(e.value) for i in range(7)) == 3 and "\n" not in str(e.value)
-    assert (tmp_path / "checkpoint/step-1").is_dir() and not (tmp_path / "config.json").exists()
-    assert [x["step"] for x in read_jsonl(tmp_path / "metrics.jsonl") if "valid" not in x] == [1]
+def test_ledgers_pairs_and_conversations_train_together(at, tmp_path):
+    roles = ["user", "assistant", "user", "assistant"]
+    turns = [{"role": role, "content": text} for role, text in zip(roles, LINES)]
+    rows = [{"prompt": LINES[0], "response": LINES[1]}, {"messages": turns}]
+    chats = write_jsonl(tmp_path / "chats.jsonl", rows)
+    options = ["--data", at.ledger, at.pairs, chats, "--batch-size", 100, "--max-steps", 1]
+    [line] = run(tmp_path / "out", *at.command, *options).steps
+    tokenizer = Tokenizer(at.folder)
+    prompts = [turns[:1], turns[:3], *(ask(pair) for pair in PAIRS)]
+    answers = [LINES[1], LINES[3], *(pair["reference"] for pair in PAIRS)]
+    counts = [sum(len(row[i]) for row in at.joint) for i in range(3)]
+    counts[0] += sum(len(tokenizer.chat(prompt)) for prompt in prompts)
+    counts[1] += sum(len(tokenizer.answer(text)) + 1 for text in answers)  # and EOS
+    assert line["reference_tokens"] == counts[1]
+    assert line["rationale_tokens"] == counts[2]
+    assert line["tokens"] == sum(counts)
 
 
 def test_random_weights_learn_seven_pairs_by_heart(at, tmp_path):
     write_config(tmp_path)
-    argv = ["--config", tmp_path / "config.json", "--tokenizer", at.folder, "--data", at.pairs, "--dtype", "float32"]
-    run(tmp_path / "out", *argv, *"--max-steps 100 --learning-rate 3e-3 --schedule constant --save-every 0".split())
-    tokenizer, model = Tokenizer(tmp_path / "out"), Transformer.from_pretrained(tmp_path / "out")
-    prompts = [tokenizer.chat([{"role": "user", "content": ask(pair)}]) for pair in PAIRS]
-    answers = generate(model, prompts, max_new_tokens=80, eos_ids=tokenizer.eos_ids)
+    start = ["--config", tmp_path / "config.json", "--tokenizer", at.folder, "--data", at.pairs]
+    options = "--max-steps 80 --learning-rate 4e-3 --schedule linear --save-every 0".split()
+    run(tmp_path / "out", *start, *options)
+    tokenizer = Tokenizer(tmp_path / "out")
+    learner = Transformer.from_pretrained(tmp_path / "out")
+    prompts = [tokenizer.chat(ask(pair)) for pair in PAIRS]
+    answers = generate(learner, prompts, max_new_tokens=80, eos_ids=tokenizer.eos_ids)
     assert [tokenizer.decode(ids) for ids in answers] == [pair["reference"] for pair in PAIRS]
 
 
-def ask(pair: dict) -> str:
-    return TEMPLATE.format(source_lang="German", target_lang="English", source=pair["source"])
-
-
-def test_ledgers_pairs_and_conversations_train_together(at, tmp_path):
-    turns = [dict(role=role, content=text) for role, text in zip(["user", "assistant"] * 2, LINES)]
-    plain = write_jsonl(tmp_path / "plain.jsonl", [{"prompt": LINES[0], "response": LINES[1]}, {"messages": turns}])
-    argv = [*at.command, "--data", at.ledger, at.pairs, plain, "--batch-size", 100, "--max-steps", 1]
-    line, tokenizer = run(tmp_path / "out", *argv).steps[0], Tokenizer(at.folder)
-    chats = [[{"role": "user", "content": ask(pair)}] for pair in PAIRS] + [turns[:1], turns[:3]]
-    answers = [pair["reference"] for pair in PAIRS] + [LINES[1], LINES[3]]
-    counts = [sum(len(row[i]) for row in at.joint) for i in range(3)]
-    counts[0] += sum(len(tokenizer.chat(chat)) for chat in chats)
-    counts[1] += sum(len(tokenizer.answer(text)) + 1 for text in answers)  # and EOS
-    assert [line["reference_tokens"], line["rationale_tokens"], line["tokens"]] == [*counts[1:], sum(counts)]
-
-
-def test_bfloat16_computes_near_float32_and_exports_its_own_type(at, straight, tmp_path, monkeypatch):
-    # timing a bfloat16 product takes 12 s on a CPU without it
-    monkeypatch.setattr("train.matmul_rate", lambda *_: 1e12, raising=False)
+def test_bfloat16_computes_near_float32_and_is_exported(at, straight, tmp_path):
     half = run(tmp_path, *at.command, "--dtype", "bfloat16")
     assert {w.dtype for w in half.weights.values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    losses = [[x["loss"] for x in r.steps] for r in (half, straight)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]  # bfloat16 has eight bits
+    mine = [line["loss"] for line in half.steps]
+    exact = [line["loss"] for line in straight.steps]
+    assert mine == pytest.approx(exact, rel=0.02)  # bfloat16 has eight bits
+    assert mine != exact
 
 
-@pytest.mark.parametrize("meta", [True, False])
-def test_a_row_of_no_use_trains_on_its_reference_and_eos_even_if_it_was_cut(at, meta):
-    # nothing but control tokens up to the limit; meta: from a model of this tokenizer or of another
-    tokenizer, row = Tokenizer(at.folder), read_jsonl(at.ledger)[2]
-    row |= dict(finish="length", rationale_ids=[3, 3, 3], where="here")
-    row["meta"] = json.loads(at.ledger.with_suffix(".meta.json").read_text()) if meta else {}
-    example = data.Encoder(tokenizer).example(row)
-    assert (example.reference, example.rationale) == (row["reference_ids"] + [tokenizer.end_id], [])
+SHAPES = {
+    "constant": [1, 1, 1, 1],
+    "linear": [1, 0.75, 0.5, 0.25],
+    "cosine": [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
+    "inverse_sqrt": [math.sqrt(2 / n) for n in (2, 3, 4, 5)],
+}
 
 
-@pytest.mark.parametrize("changes, words", [
-    ("--data nowhere.jsonl", "nowhere"), ("--model nowhere", "nowhere"), ("--valid nowhere.jsonl", "nowhere"),
-    ("--schedule steep", "--schedule"), ("--learning-rate -1", "--learning-rate"), ("--max-steps some", "--max-steps"),
-    (None, "--model"), (None, "--tokenizer"),
-])  # fmt: skip
-def test_a_mistake_is_one_line_and_leaves_nothing_behind(at, tmp_path, monkeypatch, capsys, changes, words):
-    argv = [*at.command, *changes.split()] if changes else ["--data", str(at.pairs)]  # neither --model nor --config
-    argv += ["--config", str(at.folder / "config.json")] if words == "--tokenizer" else []
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv, "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit) as e:
-        data.cli(main, parser())
-    error = capsys.readouterr().err
-    assert e.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("schedule", SHAPES)
+def test_a_schedule_has_its_shape_after_a_linear_warm_up(schedule):
+    args = Namespace(warmup_steps=2, learning_rate=8.0, schedule=schedule)
+    rates = [learning_rate(step, 6, args) / 8 for step in range(6)]
+    assert rates == pytest.approx([0.5, 1, *SHAPES[schedule]])
 
 
-def test_the_folder_that_one_stands_in_can_take_the_run(at, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run(Path("."), *at.command, "--max-steps", 1, "--export-every", 1)
-    assert {"config.json", "model.safetensors", "tokenizer.model", "step-1"} <= {f.name for f in tmp_path.iterdir()}
-    assert not [f for f in tmp_path.rglob("*") if "tmp" in f.name]
+# 5. Runs that end early
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_dry_run_counts_what_a_forward_pass_keeps_and_writes_nothing(at, tmp_path, capsys, recompute):
-    main(parser().parse_args([*map(str, at.command), "--dry-run", "--out", str(tmp_path / "none")]))
-    printed = capsys.readouterr().out
-    assert "7 examples" in printed and "with padding" in printed and not (tmp_path / "none").exists()
+@pytest.mark.parametrize(
+    "how, step, left",
+    [
+        ("power cut", 1, []),
+        ("power cut", 4, ["step-2"]),
+        ("full disk", 4, ["step-2"]),
+        ("full disk", 6, ["step-4"]),
+        ("SIGTERM twice", 3, ["step-3"]),
+        ("SIGINT twice", 5, ["step-5"]),
+    ],
+)
+def test_a_run_that_ends_early_is_resumed_bit_for_bit(at, straight, tmp_path, how, step, left):
+    ended = break_off(tmp_path, step, how, *at.command)
+    if isinstance(ended, SystemExit):
+        assert ended.code == {"SIGTERM twice": 143, "SIGINT twice": 130}[how]
+    found = (tmp_path / "checkpoint").glob("step-*")
+    assert [path.name for path in found if path.suffix != ".tmp"] == left
+    assert not (tmp_path / "config.json").exists()
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')  # as a kill may leave it
+    again = run(tmp_path, *at.command, "--resume")
+    assert gap(again, straight) == 0
+    assert_same_metrics(again, straight, 0)
+    assert fingerprint(tmp_path).keys() == fingerprint(straight.out).keys()
 
-    model, tokenizer = Transformer.from_pretrained(at.folder).train(), Tokenizer(at.folder)
-    examples = [data.Encoder(tokenizer).example(row) for row in data.read_rows([at.ledger])]
-    model.activation_checkpointing, kept = recompute, {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
-    def keep(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x  # held, so that no other takes its place
-        return x
+def test_a_run_with_a_teacher_is_resumed_bit_for_bit(at, straight, taught, tmp_path):
+    command = [*at.command, "--teacher", at.teacher]
+    break_off(tmp_path, 4, "power cut", *command)
+    again = run(tmp_path, *command, "--resume")
+    assert gap(again, taught) == 0
+    assert_same_metrics(again, taught, 0)
+    assert gap(taught, straight) > 1e-4
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        tokens, select, targets, _ = data.collate(examples)
-        CrossEntropy.apply(model(tokens, select), targets)
-    really = sum(size for place, (size, _) in kept.items() if place not in weights)
-    foretold, _ = kept_bytes(model.config, examples, torch.float32, recompute)
-    assert foretold == pytest.approx(really, rel=0.02)
+
+class Ended(BaseException):
+    """In place of os._exit."""
+
+
+def test_a_later_ctrl_c_ends_a_run_at_once(at, tmp_path, monkeypatch):
+    statuses = []
+
+    def end(status):
+        statuses.append(status)
+        raise Ended
+
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr(train, "REPEAT_S", -1)  # every second one is later
+    with after_step(3, ACTIONS["SIGINT twice"]), pytest.raises(Ended):
+        run(tmp_path, *at.command)
+    assert statuses == [130]
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "generate", "data"])
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(script):
+    command = [sys.executable, "-X", "importtime", ROOT / f"{script}.py", "--help"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        for line in process.stderr:  # a line for each module that has been imported
+            if " torch." in line:
+                break
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT
+    assert printed == ""
+    assert "Traceback" not in errors
+
+
+# 6. Several processes
+
+
+class Jobs:
+    """Runs that share one start of processes."""
+
+    def __init__(self, at: Place, name: str, *launcher):
+        self.at = at
+        self.file = at.path / f"{name}.json"
+        self.launcher = launcher
+        self.jobs = []
+
+    def add(self, out, *options, how="nothing", step=0, ranks=(0, 1), more=()):
+        """A run; `how` it is ended after a step on these ranks. more: options of rank 1 alone."""
+        words = [*self.at.command, *options, "--out", self.at.path / out]
+        job = {"arguments": list(map(str, words)), "more": [[], list(map(str, more))]}
+        self.jobs.append(job | {"how": how, "step": step, "ranks": ranks})
+
+    def start(self) -> subprocess.Popen:
+        self.file.write_text(json.dumps(self.jobs))
+        command = [sys.executable, *self.launcher, str(Path(__file__)), str(self.file)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, start_new_session=True, **pipes)
+
+    def statuses(self, rank: int) -> list:
+        return json.loads(Path(f"{self.file}.{rank}").read_text())
+
+
+@dataclass
+class Ranks:
+    """How the processes ended, and what torchrun and its ranks said."""
+
+    killed: int
+    statuses: list
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def ranks(at) -> Ranks:
+    """One process that is killed while it saves, and beside it all that needs two ranks."""
+    break_off(at.path / "onto two", 3, "SIGTERM twice", *at.command)
+    one = Jobs(at, "one")
+    one.add("killed", how="torn save", step=4, ranks=[0])
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = Jobs(at, "two", *torchrun)
+    two.add("two ranks")
+    two.add("two taught", "--teacher", at.teacher)
+    two.add("onto two", "--resume")
+    two.add("ended", how="SIGTERM twice", step=3, ranks=[1])
+    two.add("ended", "--resume")
+    two.add("apart", more=["--data", at.pairs])
+    two.add("scheduler", how="SIGTERM to all", step=3)
+    alone = one.start()
+    both = two.start()
+    watch = threading.Timer(90, both.terminate)  # ranks may wait for each other for ever
+    watch.start()
+    try:
+        _, errors = both.communicate()
+        alone.communicate(timeout=30)
+    finally:
+        watch.cancel()
+        alone.kill()
+        both.terminate()
+    return Ranks(alone.returncode, [two.statuses(0), two.statuses(1)], errors)
+
+
+def test_sigkill_in_mid_save_leaves_the_last_checkpoint(at, straight, ranks):
+    assert ranks.killed == -signal.SIGKILL
+    out = at.path / "killed"
+    assert sorted(path.name for path in (out / "checkpoint").iterdir()) == ["step-2", "step-4.tmp"]
+    again = run(out, *at.command, "--resume")
+    assert gap(again, straight) == 0
+    assert_same_metrics(again, straight, 0)
+
+
+def test_two_ranks_make_the_run_of_one(at, straight, taught, ranks):
+    wanted = {"two ranks": straight, "onto two": straight, "two taught": taught}
+    for name, alone in wanted.items():
+        both = result(at.path / name)
+        # gradients are summed in another order: 1e-7 of each, which Adam may make 1e-5 of a weight
+        assert gap(both, alone) < 1e-5
+        assert_same_metrics(both, alone, 1e-4, ["padded_tokens"])
+
+
+def test_two_ranks_of_which_one_is_told_to_stop_are_resumed_bit_for_bit(at, ranks):
+    assert [statuses[:5] for statuses in ranks.statuses] == [[0, 0, 0, 143, 0]] * 2
+    whole = result(at.path / "two ranks")
+    again = result(at.path / "ended")
+    assert gap(again, whole) == 0
+    assert_same_metrics(again, whole, 0)
+
+
+def test_ranks_that_read_other_data_are_told_so(at, ranks):
+    assert [statuses[5] for statuses in ranks.statuses] == [2, 2]
+    assert "is not the same on all ranks" in ranks.errors
+    assert not (at.path / "apart").exists()
+
+
+def test_a_schedulers_sigterm_leaves_a_checkpoint_that_one_rank_resumes(at, ranks):
+    assert [statuses[6] for statuses in ranks.statuses] == [143, 143]
+    out = at.path / "scheduler"
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-3"]
+    again = run(out, *at.command, "--resume")
+    assert gap(again, result(at.path / "two ranks")) < 1e-5  # as above
+    assert [line["step"] for line in again.steps] == [1, 2, 3, 4, 5, 6]
+
+
+def test_of_two_processes_with_one_out_the_second_is_told_so(
+    at, straight, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    break_off(out, 3, "SIGTERM twice", *at.command)
+    before = fingerprint(tmp_path)
+    with data.lock(out):
+        for more in ([], ["--resume"]):
+            error = error_of(train, [*at.command, *more, "--out", out], monkeypatch, capsys)
+            assert "another process is writing it" in error
+    assert fingerprint(tmp_path) == before
+    assert gap(run(out, *at.command, "--resume"), straight) == 0
+
+
+# 7. Only what is finite is written
+
+
+def assert_finite(folder: Path):
+    for file in folder.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(file).values()), file
+    text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+    assert not {"NaN", "Infinity"} & set(text.replace(",", " ").split())
+
+
+@pytest.mark.parametrize("rate", ["1e30", "1e36", "1e38"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-steps", 1],
+        ["--max-steps", 1, "--export-every", 1],
+        ["--max-steps", 1, "--valid", "pairs.jsonl"],
+        ["--max-steps", 5, "--save-every", 1],
+        ["--max-steps", 5, "--valid-every", 1, "--valid", "pairs.jsonl"],
+    ],
+)
+def test_a_rate_that_is_far_too_high_ends_before_anything_infinite_is_written(
+    at, tmp_path, monkeypatch, capsys, rate, options
+):
+    monkeypatch.chdir(at.path)
+    out = tmp_path / "out"
+    command = ["--model", at.folder, "--data", at.ledger, "--dtype", "float32", *options]
+    error = error_of(
+        train, [*command, "--learning-rate", rate, "--out", out], monkeypatch, capsys
+    )
+    assert "finite" in error or "nan" in error or "inf" in error
+    assert_finite(out)
+    assert not (out / "config.json").exists()
+
+
+if __name__ == "__main__":
+    drive(sys.argv[1])
