@@ -74,11 +74,11 @@ class Example:
     left_out: str = ""  # why the rationale is left out, if it is
 
     @property
-    def tokens(self) -> list:
+    def tokens(self):
         return self.prompt + self.reference + self.rationale
 
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.reference) + len(self.rationale)
+    def __len__(self):
+        return len(self.tokens)
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Encoder:
         if left_out:
             rationale = []
         end = [self.tokenizer.end_id]
-        if "rationale" in row and row.get("finish") == "length" and not left_out:
+        if "reference_ids" in row and row.get("finish") == "length" and not left_out:
             end = []  # what was sampled was cut: the model did not want to end there
         if rationale or not reference:
             rationale = rationale + end
@@ -110,10 +110,10 @@ class Encoder:
             reference = reference + end
         return Example(row["id"], self.prompt(row), reference, rationale, left_out)
 
-    def why_left_out(self, row) -> str:
+    def why_left_out(self, row):
         """The reason to train without this row's rationale; empty if there is none."""
-        if self.only_ok and row.get("status") != "ok":
-            return f"status {row.get('status')}"
+        if self.only_ok and row.get("status", "ok") != "ok":
+            return f"status {row['status']}"
         # in [0, 1) and from the id alone: a larger coverage contains a smaller one
         digest = hashlib.sha256(str(row["id"]).encode()).digest()
         if int.from_bytes(digest[:7], "big") / 2**56 >= self.coverage:
@@ -127,7 +127,7 @@ class Encoder:
         """
         tokenizer = self.tokenizer
         text = row["reference"]
-        rationale_text = row.get("rationale") or ""
+        rationale_text = row["rationale"]
         reference = row.get("reference_ids", [])
         rationale = row.get("rationale_ids", [])
         if row["meta"].get("tokenizer_hash") != tokenizer.hash:
@@ -148,11 +148,11 @@ class Encoder:
             given["chat"] = self.tokenizer.chat_name
         for name, value in given.items():
             same = not meta or value in (None, meta.get(name))
-            fault = f"--{name} is {json.dumps(value)}, the ledger has {json.dumps(meta.get(name))}"
-            require(same, row["where"], fault)
+            was = json.dumps(meta.get(name))[:60]
+            require(same, row["where"], f"--{name} is {value!r}, the ledger has {was}")
         return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
 
-    def settings(self) -> dict:
+    def settings(self):
         """What a prompt depends on, besides the row."""
         return {
             "chat": self.tokenizer.chat_name,
@@ -232,7 +232,7 @@ class Tokenizer:
         tags = [self.sp.id_to_piece(i) for i in self.control if i < self.size]
         tags = [re.escape(tag.replace("▁", " ")) for tag in sorted(tags, key=len)]
         self.tags = re.compile("|".join(f"(?={tag})" for tag in tags))
-        self.hash = short_hash(proto + json.dumps(self.added).encode())
+        self.hash = short_hash([proto.hex(), self.added])
 
         self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
         self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
@@ -251,11 +251,11 @@ class Tokenizer:
         check_ids(stops, 2**31, self.folder / "generation_config.json")
         self.eos_ids = sorted({self.eos_id, self.end_id, *stops})
 
-    def _read(self, name) -> dict:
+    def _read(self, name):
         file = self.folder / name
         return read_object(file) if file.exists() else {}
 
-    def _read_added_tokens(self, config) -> dict:
+    def _read_added_tokens(self, config):
         """id -> text, in the order of the ids."""
         with blaming(f"{self.folder}: the added tokens"):
             found = {id: text for text, id in self._read("added_tokens.json").items()}
@@ -265,14 +265,14 @@ class Tokenizer:
             check_ids(found, 2**31, f"{self.folder}: the added tokens")
             return {id: str(found[id]) for id in sorted(found)}
 
-    def _read_template(self, config) -> str:
+    def _read_template(self, config):
         file = self.folder / "chat_template.jinja"
         template = read_text(file) if file.is_file() else config.get("chat_template") or ""
         if not isinstance(template, str):  # a list of several, by name
             template = json.dumps(template)
         return template.replace("\\n", "\n")
 
-    def _id(self, piece, default) -> int:
+    def _id(self, piece, default):
         """The id of an added token or of a piece of the vocabulary."""
         if isinstance(piece, dict):
             piece = piece.get("content")
@@ -300,17 +300,17 @@ class Tokenizer:
         """Ids to text; control and added tokens are left out."""
         return self.sp.decode([i for i in ids if i not in self.control and i < self.size])
 
-    def decode_after(self, before, ids) -> str:
+    def decode_after(self, before, ids):
         """The text of `ids` after `before`: a piece decoded alone would lose its space."""
         start = self.decode(before)
         whole = self.decode(before + ids)
         return whole[len(start) :] if whole.startswith(start) else self.decode(ids)
 
-    def first_line_ends(self, ids) -> bool:
+    def first_line_ends(self, ids):
         """Whether the last of `ids` ends the first line that is not empty."""
         return "\n" in self.decode(ids[-1:]) and "\n" in self.decode(ids).lstrip()
 
-    def answer(self, text) -> list:
+    def answer(self, text):
         """Ids of an assistant's answer as they follow `chat`, without EOS."""
         if not text:
             return []
@@ -320,7 +320,7 @@ class Tokenizer:
             text = " " + text
         return self.encode(text)
 
-    def continuation(self, before, ids, text) -> list:
+    def continuation(self, before, ids, text):
         """Ids of `text` after an answer's beginning `before`, whose ids stay what they are."""
         if not text:
             return []
@@ -351,10 +351,10 @@ class Tokenizer:
     # Each format as control tokens by id, and the texts between them. Sources: Meta's llama
     # repository, mistral-common v1 and v3, the chat templates of Zephyr, TinyLlama and ChatML.
 
-    def _plain(self, texts, system) -> list:
+    def _plain(self, texts, system):
         return [self.bos_id, "\n\n".join([system, *texts] if system else texts)]
 
-    def _llama2(self, texts, system) -> list:
+    def _llama2(self, texts, system):
         if system:
             texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
         parts = []
@@ -363,7 +363,7 @@ class Tokenizer:
             parts += [self.bos_id, turn, self.eos_id]
         return [*parts, self.bos_id, f"[INST] {texts[-1].strip()} [/INST]"]
 
-    def _mistral(self, texts, system) -> list:
+    def _mistral(self, texts, system):
         # in v1 the tags are text; from v3 on they are control tokens, and the system prompt
         # stands in the last turn
         begin = self._id("[INST]", -1)
@@ -382,7 +382,7 @@ class Tokenizer:
                 parts.append(f"[INST] {text} [/INST]")
         return parts
 
-    def _tagged(self, texts, system) -> list:
+    def _tagged(self, texts, system):
         # chatml: a turn stands between two control tokens; zephyr: the tags are text, EOS ends it
         chatml = self.chat_name == "chatml"
         if chatml and system is None:  # some templates put one in
@@ -404,9 +404,9 @@ class Tokenizer:
 # 3. Files and their rows
 
 
-def short_hash(content) -> str:
-    """By which files, models and settings are told apart."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def short_hash(value):
+    """By which rows, tokenizers and settings are told apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_json(path) -> list[tuple[str, dict]]:
@@ -474,7 +474,7 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[di
     return rows
 
 
-def is_conversation(row) -> bool:
+def is_conversation(row):
     """Whether a row has messages or a prompt; it may have a `source` of its own beside them."""
     said = row.keys() & {"messages", "response", "turns"}
     return "translation" not in row and (bool(said) or "source" not in row)
@@ -489,15 +489,12 @@ def check_languages(way, where):
 def read_id(row, place):
     """The row's own id, or its place in the data."""
     id = row.get("id")
-    if id is None:
-        return place
-    if isinstance(id, str):
-        return as_text(id, row["where"], '"id"')
-    require(type(id) is int, row["where"], '"id" must be a whole number or a string')
-    return id
+    fits = id is None or type(id) in (int, str)
+    require(fits, row["where"], '"id" must be a whole number or a string')
+    return place if id is None else id
 
 
-def as_text(value, where, name, may_be_blank=False) -> str:
+def as_text(value, where, name, may_be_blank=False):
     """The value, if it is Unicode text and not blank."""
     fits = isinstance(value, str) and (may_be_blank or value.strip())
     require(fits, where, f"{name} must be text that is not blank; fill it in or take the row out")
@@ -564,10 +561,11 @@ def check_ledger_fields(row):
     """ValueError where what `generate.py` adds to a row is of another kind."""
     ids = row.get("reference_ids", []) + row.get("rationale_ids", [])
     check_ids(ids, 2**31, row["where"])
-    as_text(row.get("rationale") or "", row["where"], "the rationale", may_be_blank=True)
+    text = row.get("rationale")
+    row["rationale"] = "" if text is None else as_text(text, row["where"], "the rationale", True)
 
 
-def read_template(value) -> str | None:
+def read_template(value):
     """--template: a file's text, or the text itself with \\n for a line break."""
     if value is None:
         return None
@@ -580,7 +578,7 @@ def read_template(value) -> str | None:
     return text
 
 
-def unescape(text) -> str:
+def unescape(text):
     """A shell's "\\n" and "\\t" are two characters each; here they mean line break and tab."""
     text.encode()  # ValueError where the shell's bytes were not UTF-8
     return text.replace("\\n", "\n").replace("\\t", "\t")
@@ -589,12 +587,12 @@ def unescape(text) -> str:
 # 4. Ledgers: rows that survive a kill, written by any number of ranks
 
 
-def meta_path(ledger) -> Path:
+def meta_path(ledger):
     """Where the settings of a ledger stand: beside it, as NAME.meta.json."""
     return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
 
 
-def read_meta(ledger) -> dict:
+def read_meta(ledger):
     """The settings that a ledger was written with; {} for other files."""
     file = meta_path(ledger)
     meta = read_object(file) if file.exists() else {}
@@ -651,8 +649,15 @@ def complete(path: Path, settings: dict, rows: list, produce: Callable):
         fault = f"id {json.dumps(row['id'])} stands twice in the data; ids must differ"
         require(row["id"] not in by_id, row["where"], fault)
         by_id[row["id"]] = row
-    ledger = read_ledger(path, settings, by_id)
-    finished = ledger | read_parts(path, settings, by_id)
+    parts = part_files(path, settings)
+    ledger = {}
+    if path.exists():
+        file = meta_path(path)
+        require(file.exists(), path, f"has no {file.name} beside it; choose another --out")
+        require_same(file, read_object(file), settings)
+        ledger, strange = read_finished([path], by_id)
+        require(not strange, "".join(strange[:1]), "is not, or not so, in the data; change --out")
+    finished = ledger | read_finished(parts, by_id)[0]
     dist.barrier()  # until all have read what is there
     missing = [row for row in rows if row["id"] not in finished]
     mine = missing[rank :: dist.get_world_size()]
@@ -660,64 +665,48 @@ def complete(path: Path, settings: dict, rows: list, produce: Callable):
         write_part(part_path(path, settings, str(rank)), produce(mine), by_id)
     dist.barrier()  # until all have written their part
     if rank == 0:
+        parts = part_files(path, settings)
         if len(ledger) < len(rows):
-            finished = ledger | read_parts(path, settings, by_id)
+            finished = ledger | read_finished(parts, by_id)[0]
             lines = [json.dumps(finished[id], ensure_ascii=False) for id in by_id]
             write_text(meta_path(path), json.dumps(settings, indent=2, ensure_ascii=False))
             write_text(path, "\n".join(lines))
-        for part in part_files(path, settings):
+        for part in parts:
             part.unlink()
     dist.barrier()
 
 
-def read_ledger(path, settings, by_id) -> dict:
-    """The rows of a ledger by id; none where there is no file.
-
-    ValueError where it has other settings, or rows that are not, or not so, in the data.
-    """
-    if not path.exists():
-        return {}
-    file = meta_path(path)
-    require(file.exists(), path, f"has no {file.name} beside it; choose another --out")
-    require_same(file, read_object(file), settings)
+def read_finished(files, by_id):
+    """Rows by id, and the places of lines that are not, or not so, in the data."""
     found = {}
-    for where, row in read_json(path):
-        id = row.get("id")
-        known = type(id) in (int, str) and id in by_id and id not in found
-        require(known, where, "a row that the data has not; choose another --out")
-        same = row.get("input_hash") == by_id[id]["input_hash"]
-        require(same, by_id[id]["where"], f"differs from the row of {where}; change --out")
-        found[id] = row
-    return found
+    strange = []
+    for file in files:
+        lines = file.read_text("utf-8", errors="replace").split("\n")
+        for n, line in enumerate(lines, 1):
+            try:
+                row = parse_json(line, file)
+                wanted = by_id[row["id"]]["input_hash"]
+                same = row["input_hash"] == wanted and row["id"] not in found
+            except (ValueError, KeyError, TypeError):  # torn by a kill, blank, or somebody's own
+                same = False
+            if same:
+                found[row["id"]] = row
+            elif line:
+                strange.append(f"{file}:{n}")
+    return found, strange
 
 
-def part_path(path, settings, rank) -> Path:
+def part_path(path, settings, rank):
     """What one rank writes towards a ledger; the settings' hash keeps runs apart."""
     compared = {name: x for name, x in settings.items() if name not in NOT_COMPARED}
-    tag = short_hash(json.dumps(compared, sort_keys=True).encode())
-    return path.with_name(f"{path.name}.{tag}.rank{rank}")
+    return path.with_name(f"{path.name}.{short_hash(compared)}.rank{rank}")
 
 
-def part_files(path, settings) -> list:
+def part_files(path, settings):
     """The part files of a run with these settings, on however many ranks."""
     start = part_path(path, settings, "").name
     files = sorted(path.parent.iterdir())
     return [f for f in files if re.fullmatch(re.escape(start) + r"\d+", f.name)]
-
-
-def read_parts(path, settings, by_id) -> dict:
-    """The finished rows in part files whose input is still the same."""
-    found = {}
-    for file in part_files(path, settings):
-        for line in file.read_text("utf-8", errors="replace").split("\n"):
-            try:
-                row = parse_json(line, file)
-                wanted = by_id[row["id"]]["input_hash"]
-                if row["input_hash"] == wanted:
-                    found[row["id"]] = row
-            except (ValueError, KeyError, TypeError):  # torn by a kill, blank, or not of the data
-                continue
-    return found
 
 
 def write_part(file, produced, by_id):
@@ -730,7 +719,7 @@ def write_part(file, produced, by_id):
             f.flush()
 
 
-def finite_json(row, where) -> str:
+def finite_json(row, where):
     """One line. FloatingPointError if a number in it is NaN or infinite."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer
-from generate import Sampling, Sequence, read, require_room, sample, status_of
+from generate import Sampling, make_sequences, read, require_room, sample, status_of
 from model import (
     KVCache,
     ModelConfig,
@@ -86,7 +86,7 @@ class Statistic:
         sums = resamples(len(self.stats)) @ self.stats
         return np.array([self.score(row) for row in sums], dtype=float)
 
-    def measure(self) -> dict:
+    def measure(self):
         low, high = interval(self.draws)
         return {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
 
@@ -95,7 +95,7 @@ class Statistic:
         return self.value - other.value, *interval(self.draws - other.draws)
 
 
-def interval(draws) -> list[float]:
+def interval(draws):
     """The middle 95 %."""
     return np.percentile(draws, [2.5, 97.5]).tolist()
 
@@ -123,8 +123,8 @@ def measure(kind: str, items: list) -> dict:
     return found
 
 
-def measure_translation(items) -> dict:
-    """BLEU and chrF++ by sacreBLEU, and the share of outputs that are no translation at all."""
+def measure_translation(items):
+    """BLEU and chrF++ by sacreBLEU, with its tokenizer for the target language."""
     tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
     language = items[0]["target_lang"]
     try:
@@ -134,7 +134,7 @@ def measure_translation(items) -> dict:
         bleu = BLEU(tokenize="char")
     hypotheses = [item["hypothesis"] for item in items]
     references = [[item["reference"] for item in items]]
-    found = {"faults": ratio([{"fault": item["status"] != "ok"} for item in items], "fault")}
+    found = {}
     for name, metric in {"bleu": bleu, "chrf++": CHRF(word_order=2)}.items():
         stats = metric._extract_corpus_statistics(hypotheses, references)
         score = functools.partial(score_of_sums, metric)
@@ -142,7 +142,7 @@ def measure_translation(items) -> dict:
     return found
 
 
-def score_of_sums(metric, sums) -> float:
+def score_of_sums(metric, sums):
     return metric._compute_score_from_stats(sums.tolist()).score
 
 
@@ -175,10 +175,6 @@ def answers(subject: Subject, rows: list, how: Sampling) -> Iterator:
         yield row, sequence.ids, item
 
 
-def make_sequences(rows) -> list:
-    return [Sequence(row["id"], row["ids"], row["where"]) for row in rows]
-
-
 def answer_translation(subject: Subject, rows: list) -> Iterator:
     """Translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
     how = Sampling(subject.max_new_tokens, stop=subject.encoder.tokenizer.first_line_ends)
@@ -189,7 +185,7 @@ def answer_translation(subject: Subject, rows: list) -> Iterator:
         yield item | {name: row[name] for name in names}
 
 
-def answer_numeric(subject, rows) -> Iterator:
+def answer_numeric(subject, rows):
     """Right and wrong as lm-evaluation-harness has them: numbers are compared as strings."""
     for row, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
         strict = STRICT.findall(item["output"])[:1]
@@ -200,12 +196,12 @@ def answer_numeric(subject, rows) -> Iterator:
         yield item
 
 
-def bare_number(text) -> str:
+def bare_number(text):
     """Without dollar signs, thousands' commas and a final full stop."""
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
-def answer_safety(subject, rows) -> Iterator:
+def answer_safety(subject, rows):
     """Whether an answer begins as a refusal does; empty and degenerate ones are counted apart."""
     lines = REFUSALS.read_text("utf-8").split("\n")
     refusals = re.compile("|".join(line for line in lines if line and line[0] != "#"))
@@ -292,46 +288,39 @@ ANSWERS = {
 # 3. Tests: from files to prompts
 
 
-def asked(encoder, row) -> dict:
+def asked(encoder, row):
     """What the model is asked: the ids, and the user's last turn."""
     return {"ids": encoder.prompt(row), "asked": encoder.messages(row)[-1]["content"]}
 
 
-def asked_text(encoder, row, name) -> dict:
+def asked_text(encoder, row, name):
     """The same, of a field as the only turn."""
     turn = {"role": "user", "content": text_of(row, name)}
     return asked(encoder, {"messages": [turn], "where": row["where"], "meta": {}})
 
 
-def text_of(row, name) -> str:
+def text_of(row, name):
     return data.as_text(row.get(name), row["where"], f'"{name}"')
 
 
-def read_translation(file, direction, encoder) -> list:
-    """Pairs of one target language, each with its prompt."""
-    rows = data.read_rows([file], [direction] if direction else [])
-    for row in rows:
-        require("source" in row, row["where"], "--translation needs a source and a reference")
-        same = row["target_lang"] == rows[0]["target_lang"]
-        require(same, row["where"], "another target language; give each its own file")
-        row |= asked(encoder, row)
-    return rows
+def read_translation(row, encoder, _):
+    """A pair with its prompt."""
+    require("source" in row, row["where"], "--translation needs a source and a reference")
+    names = ("source", "reference", "target_lang")
+    return asked(encoder, row) | {name: row[name] for name in names}
 
 
-def read_drift(file, encoder) -> list:
-    """The base model's answers, each with the prompt that it was given."""
-    rows = data.read_rows([file])
-    as_written = Encoder(encoder.tokenizer)
-    for row in rows:
-        meta = row["meta"]
-        known = {"max_new_tokens", "temperature", "top_p", "seed"} <= meta.keys()
-        fault = "not an answer of the base model; write it with generate.py --task answer"
-        require(known and meta.get("task") == "answer", row["where"], fault)
-        row |= asked(as_written, row)
-    return rows
+def read_drift(row, encoder, _):
+    """An answer of the base model, with the prompt that it was given."""
+    meta = row["meta"]
+    known = {"max_new_tokens", "temperature", "top_p", "seed"} <= meta.keys()
+    fits = known and meta.get("task") == "answer"
+    require(fits, row["where"], "not the base model's; write it with generate.py --task answer")
+    row.pop("test", None)  # a field of somebody's own
+    return row | asked(Encoder(encoder.tokenizer), row)  # the ledger brings its prompts' settings
 
 
-def read_choice(row, encoder, chat) -> dict:
+def read_choice(row, encoder, chat):
     """Ids of the prompt and of each choice.
 
     As lm-evaluation-harness has it: a space before the choice, prompt and choice tokenised as one
@@ -355,92 +344,98 @@ def read_choice(row, encoder, chat) -> dict:
     fits = found["ids"] and all(found["endings"])
     require(fits, where, "a choice has no token of its own after the prompt; reword it")
     if row.get("task") is not None:
-        found["name"] = text_of(row, "task")
-        require("/" not in found["name"], where, '"task" names a file, so it can have no slash')
+        found["test"] = text_of(row, "task")
+        require("/" not in found["test"], where, '"task" names a file, so it can have no slash')
     return found | {"choices": choices, "answer": row["answer"]}
 
 
-def read_numeric(row, encoder, _) -> dict:
+def read_numeric(row, encoder, _):
     """A question in GSM8K's form."""
     gold = re.search(STRICT.pattern + r"\s*$", text_of(row, "answer"))
     require(gold, row["where"], '"answer" must end in "#### NUMBER"')
     return asked_text(encoder, row, "question") | {"answer": bare_number(gold[1])}
 
 
-def read_safety(row, encoder, _) -> dict:
+def read_safety(row, encoder, _):
     """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
     name = "goal" if "goal" in row else "prompt"
     harmful = row.get("harmful", name == "goal" or None)
     require(type(harmful) is bool, row["where"], 'wanted "goal", or "prompt" and "harmful"')
-    return asked_text(encoder, row, name) | {"name": "harmful" if harmful else "benign"}
+    return asked_text(encoder, row, name) | {"test": "harmful" if harmful else "benign"}
 
 
-def read_csv(file) -> list:
-    """Rows of a CSV file with a header, each with the line where it ends."""
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
-    try:
-        return [(f"{file}:{reader.line_num}", row) for row in reader]
-    except csv.Error as e:
-        raise ValueError(f"{file}:{reader.line_num}: broken CSV: {e}") from None
+def read_file(kind, file, way):
+    """The rows of a file of tests, each with id, where (FILE:LINE) and meta."""
+    if kind in ("translation", "drift"):
+        return data.read_rows([file], way)
+    if file.endswith(".csv"):
+        reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        found = [(f"{file}:{reader.line_num}", row) for row in reader]
+    else:
+        found = data.read_json(file)
+    rows = []
+    for where, row in found:
+        row |= {"where": where, "meta": {}}
+        row["id"] = data.read_id(row, len(rows))
+        rows.append(row)
+    return rows
+
+
+READERS = {
+    "translation": read_translation,
+    "drift": read_drift,
+    "choice": read_choice,
+    "numeric": read_numeric,
+    "safety": read_safety,
+}
 
 
 def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict:
     """The rows of each test, by KIND/NAME. ValueError names file and line."""
-    tests = {}
+    config = ModelConfig.from_file(args.model)
     ways = args.direction
-    if len(ways) < 2:
-        ways = (ways or [None]) * len(args.translation)
-    fits = len(ways) == len(args.translation)
-    require(fits, "--direction", "give it once, or once for each test file")
-    for file, way in zip(args.translation, ways):
-        add_test(tests, "translation", file, read_translation(file, way, encoder), args)
-    for file in args.drift:
-        add_test(tests, "drift", file, read_drift(file, encoder), args)
-    readers = {"choice": read_choice, "numeric": read_numeric, "safety": read_safety}
-    for kind, read_row in readers.items():
-        for file in getattr(args, kind):
-            rows = []
-            for where, row in read_csv(file) if file.endswith(".csv") else data.read_json(file):
-                row["where"] = where
-                known = {"id": data.read_id(row, len(rows)), "where": where, "meta": {}}
+    if len(ways) == 1:
+        ways = ways * len(args.translation)
+    fits = len(ways) in (0, len(args.translation))
+    require(fits, "--direction", "give it once, or once for each file of --translation")
+    tests = {}
+    for kind, read_row in READERS.items():
+        for i, file in enumerate(getattr(args, kind)):
+            before = set(tests)
+            way = ways[i : i + 1] if kind == "translation" else []
+            for row in read_file(kind, file, way)[: args.limit]:
+                where = row["where"]
                 with blaming(where):
-                    rows.append(known | read_row(row, encoder, args.chat is not None))
-            add_test(tests, kind, file, rows, args)
+                    found = read_row(row, encoder, args.chat is not None)
+                key = f"{kind}/{found.pop('test', Path(file).stem)}"
+                require(key not in before, file, f"a second file for {key}; rename or join them")
+                content = {name: x for name, x in found.items() if name not in ("where", "meta")}
+                found |= {"id": row["id"], "where": where, "meta": row["meta"]}
+                found["input_hash"] = data.short_hash(content)
+                new = max(map(len, found.get("endings", [])), default=0)
+                new = new or row["meta"].get("max_new_tokens", args.max_new_tokens)
+                require_room(make_sequences([found]), new, config)
+                tests.setdefault(key, []).append(found)
     require(tests, "nothing to do", "say what to measure, such as --translation FILE")
     return tests
-
-
-def add_test(tests, kind, file, rows, args):
-    """Sorts the rows of a file into their tests, which are named by the file or by the row."""
-    before = set(tests)
-    config = ModelConfig.from_file(args.model)
-    for row in rows[: args.limit]:
-        key = f"{kind}/{row.get('name', Path(file).stem)}"
-        require(key not in before, file, f"a second file for {key}; rename it, or join them")
-        longest = max(row.get("endings", []), key=len, default="")
-        new = row["meta"].get("max_new_tokens", args.max_new_tokens)
-        require_room(make_sequences([row]), len(longest) or new, config)
-        content = {name: x for name, x in row.items() if name not in ("where", "meta")}
-        row["input_hash"] = data.short_hash(json.dumps(content).encode())
-        tests.setdefault(key, []).append(row)
 
 
 # 4. One model
 
 
-def read_settings(args, encoder) -> dict:
+def read_settings(args, encoder):
     """All that an answer depends on, besides the question."""
     names = ("model", "limit", "max_new_tokens", "dtype")
     settings = {name: getattr(args, name) for name in names} | encoder.settings()
     settings["choices"] = "chat" if args.chat else "as they stand"
     settings["model_hash"] = hash_model(args.model)
-    settings["refusals"] = data.short_hash(REFUSALS.read_bytes())
+    settings["refusals"] = data.short_hash(REFUSALS.read_text("utf-8"))
     settings["versions"] = {"torch": torch.__version__, "sacrebleu": sacrebleu.__version__}
     return settings
 
 
 @functools.lru_cache(maxsize=2)
-def load_model(folder, dtype) -> Transformer:
+def load_model(folder, dtype):
     """Read once, and only if an item is missing."""
     _, _, device = start_processes()
     return Transformer.from_pretrained(folder, getattr(torch, dtype), device)
@@ -452,7 +447,7 @@ def complete_items(key, rows, settings, encoder, args):
     if kind == "drift":
         settings = settings | {"base_hash": hash_model(args.base)}
 
-    def produce(missing) -> Iterator:
+    def produce(missing):
         model = load_model(args.model, args.dtype)
         base = load_model(args.base, args.dtype) if kind == "drift" else None
         subject = Subject(model, base, encoder, args.batch_size, args.max_new_tokens)
@@ -505,7 +500,7 @@ def read_results(folder: str | Path) -> Results:
     return Results(settings, read_statistics(folder))
 
 
-def read_statistics(folder) -> dict:
+def read_statistics(folder):
     """Each measure, counted from the items that stand there."""
     statistics = {}
     for file in sorted(Path(folder).glob("items/*/*.jsonl")):
@@ -546,7 +541,7 @@ def compare(folders: list[str]):
             print(f"{name}: {statistic.signature}")
 
 
-def sizes(run) -> dict:
+def sizes(run):
     return {name: len(statistic.stats) for name, statistic in run.statistics.items()}
 
 

@@ -49,7 +49,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 
 
 def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
-    """What the model reads before it goes on: ids of the prompt, the forced reference, the cue."""
+    """What the model reads before it goes on: the prompt, the forced reference, the cue."""
     tokenizer = encoder.tokenizer
     prompt = encoder.prompt(row)
     forced = []
@@ -61,16 +61,17 @@ def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
         guided = {"messages": [*before, {"role": "user", "content": text}]}
         prompt = encoder.prompt(row | guided)
     cue_ids = tokenizer.continuation(row["reference"], forced, cue or "")
-    return {"prompt": prompt, "forced": forced, "cue": cue_ids}
+    return {"ids": prompt + forced + cue_ids, "forced": forced, "cue": cue_ids}
 
 
 def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
     """The pair as it came, and what the model made of it."""
-    if task == "translation" or task == "paraphrase":
+    reference = row["reference"]
+    if task in ("translation", "paraphrase"):
         new = write_reference(row, task, tokenizer, sequence)
+        reference = new.pop("reference")
     else:
         new = write_rationale(row, tokenizer, sequence)
-    reference = new.pop("reference", row["reference"])
     if task == "answer":  # a rationale after an empty reference
         reference = ""
     if "source" in row:
@@ -83,7 +84,7 @@ def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence")
     return {"id": row["id"]} | pair | new
 
 
-def write_rationale(row, tokenizer, sequence) -> dict:
+def write_rationale(row, tokenizer, sequence):
     """What the model said after the reference that was forced."""
     forced = row["forced"]
     ids = row["cue"] + sequence.ids
@@ -99,7 +100,7 @@ def write_rationale(row, tokenizer, sequence) -> dict:
     }
 
 
-def write_reference(row, task, tokenizer, sequence) -> dict:
+def write_reference(row, task, tokenizer, sequence):
     """The model's own translation or paraphrase in place of the reference, where it is sound."""
     text = tokenizer.decode(sequence.ids)
     if task == "translation":  # one line is the translation; what follows is not wanted here
@@ -148,11 +149,11 @@ def status_of(text: str, given: list) -> str:
     return "wrong_script" if len(foreign) > 0.2 * len(scripts(text)) else "ok"
 
 
-def ngrams(words, n) -> list:
+def ngrams(words, n):
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
-def scripts(text) -> list:
+def scripts(text):
     """The script of each letter, by the first word of its Unicode name."""
     return [unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()]
 
@@ -199,12 +200,12 @@ class Sequence:
         elif len(self.ids) == how.max_new_tokens:
             self.finish = "length"
 
-    def noise_key(self, seed) -> int:
+    def noise_key(self, seed):
         """32 bits, for the next token of this row."""
         digest = hashlib.sha256(json.dumps([seed, self.id, len(self.ids)]).encode()).digest()
         return int.from_bytes(digest[:4], "big", signed=True)
 
-    def mean_logprob(self) -> float:
+    def mean_logprob(self):
         # rounded: the digits after these depend on the batch that the row was computed in
         return round(sum(self.logprobs) / len(self.logprobs), 3)
 
@@ -260,7 +261,7 @@ def require_room(sequences, new, config):
         require(known, where, f"its ids are not of the model's vocabulary, {config.vocab_size}")
 
 
-def take_next(waiting, free, cache) -> list[Sequence]:
+def take_next(waiting, free, cache):
     """The next prompts to read; none while few slots are free: several are read faster."""
     slots = cache.keys.shape[1]
     if free < min(len(waiting), math.ceil(slots / 8)):
@@ -274,7 +275,7 @@ def take_next(waiting, free, cache) -> list[Sequence]:
     return taken
 
 
-def read_common_prefix(model, cache, prompts) -> int:
+def read_common_prefix(model, cache, prompts):
     """Reads what all prompts begin with, once, into every slot -> the number of its tokens."""
     length = len(os.path.commonprefix(prompts))
     length = min([length, *(len(prompt) - 1 for prompt in prompts)])
@@ -310,7 +311,7 @@ class Decoder:
         self.graphs = {}
         self.pool = torch.cuda.graph_pool_handle() if cache.keys.is_cuda else None
 
-    def __call__(self, running) -> list[tuple[int, float]]:
+    def __call__(self, running):
         """-> a token and its log-probability for each row."""
         inputs = []
         for sequence in running:
@@ -338,7 +339,7 @@ class Decoder:
         return choose(logits, keys[:, 0], self.how)
 
 
-def as_pairs(chosen) -> list:
+def as_pairs(chosen):
     tokens, logprobs = chosen.tolist()
     return [(int(token), logprob) for token, logprob in zip(tokens, logprobs)]
 
@@ -402,7 +403,7 @@ def generate(model: Transformer, prompts: list[list[int]], **how) -> list[list[i
 # 3. From data to ledger
 
 
-def read_requests(args, encoder) -> list:
+def read_requests(args, encoder):
     """The rows of the data, each with what the model will read."""
     require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
@@ -410,20 +411,15 @@ def read_requests(args, encoder) -> list:
         fits = args.task != "translation" or "source" in row
         require(fits, row["where"], "--task translation needs a source")
         row |= request(row, args.task, encoder, args.cue)
-        read = [row["prompt"], row["forced"], row["cue"], row["reference"]]
-        row["input_hash"] = data.short_hash(json.dumps(read).encode())
+        row["input_hash"] = data.short_hash([row["ids"], row["reference"]])
     return rows[: args.limit]
 
 
-def make_sequences(rows) -> list:
-    sequences = []
-    for row in rows:
-        read = row["prompt"] + row["forced"] + row["cue"]
-        sequences.append(Sequence(row["id"], read, row["where"]))
-    return sequences
+def make_sequences(rows):
+    return [Sequence(row["id"], row["ids"], row["where"]) for row in rows]
 
 
-def write_rows(rows, args, model, tokenizer) -> Iterator:
+def write_rows(rows, args, model, tokenizer):
     """Ledger rows as they end."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     how = Sampling(**{name: getattr(args, name) for name in names})
@@ -454,7 +450,7 @@ def main(args: argparse.Namespace):
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 
     # 3. the rows
-    def produce(missing) -> Iterator:
+    def produce(missing):
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
         if args.compile:
             # products of one row become sums, fused with the rest

@@ -201,11 +201,10 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, mask=None, cache=None, positions=None) -> Tensor:
         """cache: this layer's keys and values, which take the new ones in at `positions`."""
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
-        q = rotate(q, cos, sin)
-        k = rotate(k, cos, sin)
+        shape = (B, T, -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
+        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
+        v = self.v_proj(x).view(shape).transpose(1, 2)
         if cache is not None:
             keys, values = cache
             rows = torch.arange(B, device=x.device)[:, None]

@@ -33,7 +33,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
@@ -41,11 +40,13 @@ from data import Encoder, Tokenizer
 from model import (
     ModelConfig,
     Transformer,
+    blaming,
     find_weights,
     flush_to_disk,
     hash_model,
     is_first_rank,
     load_weights,
+    parse_json,
     read_object,
     require,
     save_weights,
@@ -109,34 +110,30 @@ class TokenLosses(torch.autograd.Function):
 
     targets [N] are the tokens. Where soft [M, V], a teacher's logits, has rows, the last M of the
     N losses are KL(teacher || model) instead. A few rows are computed at a time, and the gradient
-    takes the place of the logits: nothing else of a step is as large.
+    takes the place of the logits at once: nothing else of a step is as large.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, soft):
-        ctx.save_for_backward(logits, targets, soft)
         hard = len(logits) - len(soft)
         losses = []
-        for x, target in in_chunks(logits[:hard], targets[:hard]):
-            losses.append(F.cross_entropy(x.float(), target, reduction="none"))
+        for x, target in in_chunks(logits[:hard], targets[:hard, None]):
+            log_probs = x.float().log_softmax(-1)
+            losses.append(-log_probs.gather(-1, target)[:, 0])
+            probs = log_probs.exp_()
+            x.copy_(probs.scatter_add_(1, target, -torch.ones_like(probs[:, :1])))
         for x, t in in_chunks(logits[hard:], soft):
+            log_probs = x.float().log_softmax(-1)
             wanted = t.float().log_softmax(-1)
-            gap = wanted - x.float().log_softmax(-1)
-            losses.append((wanted.exp() * gap).sum(-1))
+            losses.append((wanted.exp() * (wanted - log_probs)).sum(-1))
+            x.copy_(log_probs.exp_() - wanted.exp_())
+        ctx.save_for_backward(logits)
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx, gradient):
-        logits, targets, soft = ctx.saved_tensors
-        hard = len(logits) - len(soft)
-        gradient = gradient[:, None]
-        for x, target, g in in_chunks(logits[:hard], targets[:hard, None], gradient[:hard]):
-            probs = x.float().softmax(-1)
-            x.copy_(probs.scatter_add_(1, target, -torch.ones_like(g)).mul_(g))
-        for x, t, g in in_chunks(logits[hard:], soft, gradient[hard:]):
-            probs = x.float().softmax(-1)
-            x.copy_(probs.sub_(t.float().softmax(-1)).mul_(g))
-        return logits.detach(), None, None
+        (slopes,) = ctx.saved_tensors
+        return slopes.mul_(gradient[:, None]), None, None
 
 
 def in_chunks(*tensors):
@@ -220,7 +217,7 @@ def learning_rate(step: int, steps: int, args: Namespace) -> float:
     return args.learning_rate * shapes[args.schedule]
 
 
-def read_examples(files, args, tokenizer, config) -> list:
+def read_examples(files, args, tokenizer, config):
     """Encodes the rows of `files`; those that are too long are left out whole, and told."""
     # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
@@ -248,12 +245,12 @@ def read_examples(files, args, tokenizer, config) -> list:
     return examples
 
 
-def named_files(items) -> dict:
+def named_files(items):
     """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own."""
     named = {}
     for item in items:
-        name, _, file = item.rpartition("=")
-        if not name or Path(item).exists():  # a path may hold "="
+        name, _, file = item.partition("=")
+        if not file or Path(item).exists():  # a path may hold "="
             name = Path(item).stem
             file = item
         named.setdefault(name, []).append(file)
@@ -290,7 +287,7 @@ def load_sharded(config: ModelConfig, folder, args, device, frozen: bool) -> Tra
     return model.train(not frozen)
 
 
-def make_optimizer(model, args) -> torch.optim.Optimizer:
+def make_optimizer(model, args):
     """AdamW; norms are not decayed."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -314,7 +311,7 @@ def record(line, out):
             f.write(data.finite_json(line, f"step {line['step']}") + "\n")
 
 
-def checkpoint_tensors(model, optimizer) -> dict:
+def checkpoint_tensors(model, optimizer):
     """What a checkpoint holds: the weights, and both moments of Adam."""
     tensors = {}
     for name, p in model.named_parameters():
@@ -358,13 +355,20 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
         tensors = checkpoint_tensors(model, optimizer)
         load_weights(tensors, find_weights(out / "checkpoint" / f"step-{done}", tensors))
     metrics = out / "metrics.jsonl"
-    if is_first_rank() and metrics.exists():  # back to the steps that are done
-        kept = []
-        for line in metrics.read_text("utf-8").split("\n")[:-1]:  # without what a kill has torn
-            if done and data.parse_json(line, metrics).get("step", 0) <= done:
-                kept.append(line)
-        write_text(metrics, "\n".join(kept))
+    if is_first_rank() and metrics.exists():
+        cut_metrics(metrics, done)
     return done
+
+
+def cut_metrics(file, done):
+    """Cuts metrics.jsonl back to the steps that are done."""
+    lines = file.read_text("utf-8").split("\n")[:-1]  # without what a kill has torn
+    with blaming(file):
+        kept = [line for line in lines if done and parse_json(line, file)["step"] <= done]
+    if kept:
+        write_text(file, "\n".join(kept))
+    else:
+        file.unlink()
 
 
 def export(model: Transformer, folder: Path, source: str, dtype: str):
@@ -392,12 +396,12 @@ def copy_own_file(file, copy):
         flush_to_disk(copy)
 
 
-def open_run(args, examples) -> bool:
+def open_run(args, examples):
     """Prepares --out, or checks that it has the same run -> whether that is finished."""
     out = Path(args.out)
     file = out / "args.json"
     rows = [[e.id, e.prompt, e.reference, e.rationale] for e in examples]
-    data_hash = data.short_hash(json.dumps(rows).encode())
+    data_hash = data.short_hash(rows)
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, data_hash)
     require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
@@ -446,7 +450,7 @@ def signals_heard():
             signal.signal(number, handler)
 
 
-def memory_gib(device) -> float:
+def memory_gib(device):
     """The most so far: on a GPU of tensors, on a CPU of the process, PyTorch included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30

@@ -1,11 +1,12 @@
-"""train.py against a training loop with transformers, on the same model, rows and machine, in turn.
+"""train.py against a training loop with transformers: same model, rows and machine, in turn.
 
     python benchmarks/train.py --model DIR --data rationales.jsonl
 
-Every side of every round is a process of its own, so its peak memory is its own. The peer is transformers as it is
-fastest: float32 weights, autocast where bfloat16 is faster, rows of like length together, pads on the right (no mask
-is needed then), labels -100, the loss over all supervised tokens of the step, SDPA, fused AdamW. Nothing is compiled
-unless --compile asks for it on our side. Both start from the same weights on the same batches: first losses must agree.
+Every side of every round is a process of its own, so its peak memory is its own. The peer is
+transformers as it is fastest: float32 weights, autocast where bfloat16 is faster, rows of like
+length together, pads on the right (no mask is needed then), labels -100, the loss over all
+supervised tokens of the step, SDPA, fused AdamW. Nothing is compiled unless --compile asks for it
+on our side. Both start from the same weights on the same batches: first losses must agree.
 """
 
 import argparse
@@ -22,33 +23,47 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import bounds  # noqa: E402
+
+import train  # noqa: E402
+from data import Tokenizer  # noqa: E402
+from model import ModelConfig, start_processes  # noqa: E402
+
+
+def padded(part: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (ids, prompt length), the longest first -> tokens and labels [B, T]."""
+    tokens = torch.zeros(len(part), len(part[0][0]), dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    for b, (ids, prompt) in enumerate(part):
+        tokens[b, : len(ids)] = torch.tensor(ids)
+        labels[b, prompt : len(ids)] = torch.tensor(ids[prompt:])
+    return tokens, labels
+
 
 def peer(args: argparse.Namespace) -> dict:
-    """Trains with transformers on the batches of --batches -> first loss, seconds of each step, peak GiB."""
+    """Trains with transformers on the batches -> first loss, seconds of each step, peak GiB."""
     from transformers import AutoModelForCausalLM
 
-    from train import peak_memory
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, attn_implementation="sdpa")
-    model = model.to(device).train()
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(args.model, **options).to(device).train()
     if args.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
-    losses, seconds = [], []
+    half = args.dtype == "bfloat16"
+    losses = []
+    seconds = []
     for rows in json.loads(Path(args.batches).read_text()):
-        start, total = time.perf_counter(), 0.0
+        start = time.perf_counter()
+        total = 0.0
         rows.sort(key=lambda row: len(row[0]), reverse=True)
         count = sum(len(ids) - prompt for ids, prompt in rows)
-        for part in (rows[i : i + args.micro_batch_size] for i in range(0, len(rows), args.micro_batch_size)):
-            tokens = torch.zeros(len(part), len(part[0][0]), dtype=torch.long)
-            labels = torch.full_like(tokens, -100)
-            for b, (ids, prompt) in enumerate(part):
-                tokens[b, : len(ids)] = torch.tensor(ids)
-                labels[b, prompt : len(ids)] = torch.tensor(ids[prompt:])
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                inputs = dict(input_ids=tokens.to(device), labels=labels.to(device), use_cache=False)
-                loss = model(**inputs, num_items_in_batch=count).loss
+        for first in range(0, len(rows), args.micro_batch_size):
+            tokens, labels = padded(rows[first : first + args.micro_batch_size])
+            inputs = {"input_ids": tokens.to(device), "labels": labels.to(device)}
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                loss = model(**inputs, use_cache=False, num_items_in_batch=count).loss
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -56,98 +71,134 @@ def peer(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         losses.append(total)
         seconds.append(time.perf_counter() - start)
-    return dict(loss=losses[0], seconds=seconds, memory=peak_memory() / 2**30)
+    return {"loss": losses[0], "seconds": seconds, "memory": train.memory_gib(device)}
 
 
 def measure(side: str, args: argparse.Namespace, place: Path, batches: Path) -> dict:
     """Runs one side in a process of its own."""
-    common = ["--model", args.model, "--data", args.data, "--micro-batch-size", args.micro_batch_size]
-    common += ["--batch-size", args.batch_size, "--dtype", args.dtype]
+    common = ["--model", args.model, "--data", args.data, "--dtype", args.dtype]
+    common += ["--micro-batch-size", args.micro_batch_size, "--batch-size", args.batch_size]
     if side == "peer":
-        command = [__file__, *common, "--batches", batches, *["--checkpointing"] * args.checkpointing]
+        command = [__file__, *common, "--batches", batches]
+        command += ["--checkpointing"] * args.checkpointing
     else:
-        out = tempfile.mkdtemp(dir=place)
-        command = [ROOT / "train.py", *common, "--max-steps", args.steps, "--out", out, "--save-every", 0]
-        command += ["--activation-checkpointing"] * args.checkpointing + ["--compile"] * args.compile
-        command += ["--schedule", "constant", "--warmup-steps", 0]
-    process = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+        out = Path(tempfile.mkdtemp(dir=place))
+        command = [ROOT / "train.py", *common, "--max-steps", args.steps, "--out", out]
+        command += ["--schedule", "constant", "--warmup-steps", 0, "--save-every", 0]
+        command += ["--activation-checkpointing"] * args.checkpointing
+        command += ["--compile"] * args.compile
+    command = [sys.executable, *map(str, command)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         sys.exit(f"error: {side} ended with status {process.returncode}")
     if side == "peer":
         return json.loads(process.stdout.splitlines()[-1])
-    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    (Path(out) / "model.safetensors").unlink()
-    seconds = [line["seconds"] for line in lines]
-    return dict(loss=lines[0]["loss"], seconds=seconds, memory=max(line["memory_gib"] for line in lines))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (out / "model.safetensors").unlink()
+    return {
+        "loss": lines[0]["loss"],
+        "seconds": [line["seconds"] for line in lines],
+        "memory": max(line["memory_gib"] for line in lines),
+    }
 
 
-def smoke(args: argparse.Namespace, place: Path) -> None:
-    """A tiny model from random weights and a few pairs, in place of --model and --data."""
+def use_tiny_model(args: argparse.Namespace, place: Path):
+    """A tiny model of random weights and a few pairs, in place of --model and --data."""
     from conftest import PAIRS, write_jsonl, write_model, write_tokenizer
 
-    args.model, args.data = write_tokenizer(write_model(place / "model")), write_jsonl(place / "pairs.jsonl", PAIRS)
-    args.rounds, args.batch_size, args.micro_batch_size, args.steps = 1, 7, 4, 2
+    args.model = write_tokenizer(write_model(place / "model"))
+    args.data = write_jsonl(place / "pairs.jsonl", PAIRS)
+    args.rounds = 1
+    args.batch_size = 7
+    args.micro_batch_size = 4
+    args.steps = 2
 
 
-def compare(args: argparse.Namespace, place: Path) -> None:
-    if args.smoke:
-        smoke(args, place)
-    import train
-    from data import Tokenizer
-    from model import ModelConfig, Transformer
-
-    _, _, device = train.start_processes()
-    rates = {
-        name: train.matmul_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")[: 2 - args.smoke]
-    }
-    print("matrix products:", ", ".join(f"{name} {rate / 1e9:.0f} Gflop/s" for name, rate in rates.items()), flush=True)
-    args.dtype = args.dtype or max(rates, key=rates.get)
-    config = ModelConfig.from_file(Path(args.model) / "config.json")
-    given = ["--model", str(args.model), "--data", str(args.data), "--out", str(place), "--dtype", args.dtype]
+def read_batches(args: argparse.Namespace, place: Path) -> list[list]:
+    """The batches that train.py takes."""
+    given = ["--model", str(args.model), "--data", str(args.data), "--out", str(place)]
     settings = train.parser().parse_args([*given, "--batch-size", str(args.batch_size)])
+    config = ModelConfig.from_file(Path(args.model) / "config.json")
     examples = train.read_examples(settings.data, settings, Tokenizer(args.model), config)
-    batches = [train.batch_of(examples, step, settings) for step in range(args.steps)]
-    file = place / "batches.json"
-    file.write_text(json.dumps([[(e.tokens, len(e.prompt)) for e in batch] for batch in batches]))
-    with torch.device("meta"):
-        model = Transformer(config)
+    return [train.batch_of(examples, step, settings) for step in range(args.steps)]
 
+
+def count_work(config: ModelConfig, batches: list[list]) -> tuple[int, float]:
+    """Tokens and operations of these steps."""
+    tokens = 0
+    operations = 0.0
+    for batch in batches:
+        lengths = [len(example) for example in batch]
+        supervised = sum(len(e.reference) + len(e.rationale) for e in batch)
+        tokens += sum(lengths)
+        operations += bounds.training_operations(config, lengths, supervised)
+    return tokens, operations
+
+
+def compare(args: argparse.Namespace, place: Path):
+    """Measures both sides in turn and prints each round, then the ratios."""
+    _, _, device = start_processes()
+    if args.smoke:
+        use_tiny_model(args, place)
+    rates = {"float32": bounds.matrix_rate(torch.float32, device)}
+    if not args.smoke:
+        rates["bfloat16"] = bounds.matrix_rate(torch.bfloat16, device)
+    told = [f"{name} {rate / 1e9:.0f} Gflop/s" for name, rate in rates.items()]
+    print("matrix products:", ", ".join(told), flush=True)
+    args.dtype = args.dtype or max(rates, key=rates.get)
+    peak = rates[args.dtype]
+    batches = read_batches(args, place)
+    rows = [[(example.tokens, len(example.prompt)) for example in batch] for batch in batches]
+    file = place / "batches.json"
+    file.write_text(json.dumps(rows))
+    config = ModelConfig.from_file(Path(args.model) / "config.json")
+    tokens, operations = count_work(config, batches[1:])  # the first step warms up
     found = {"ours": [], "peer": []}
     for i in range(args.rounds):
-        for side in list(found)[:: 1 if i % 2 == 0 else -1]:  # in turn
+        order = ["ours", "peer"] if i % 2 == 0 else ["peer", "ours"]
+        for side in order:
             line = measure(side, args, place, file)
-            # the first step warms up
-            tokens, seconds = sum(map(len, sum(batches[1:], []))), sum(line["seconds"][1:])
-            share = sum(train.costs(model, batch, 1, 1)["mfu"] for batch in batches[1:]) / seconds / rates[args.dtype]
-            found[side].append(line | dict(speed=tokens / seconds, share=share))
-            text = "round {}  {}  {:,.0f} tokens/s, {:.0%} of {:.0f} Gflop/s  {:.2f} GiB  first loss {:.5f}"
-            speed, memory, peak = tokens / seconds, line["memory"], rates[args.dtype] / 1e9
-            print(text.format(i + 1, side, speed, share, peak, memory, line["loss"]), flush=True)
-    pairs = list(zip(found["ours"], found["peer"]))
-    worst = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
-    if worst > 1e-3 * (30 if args.dtype == "bfloat16" else 1):  # bfloat16 has eight bits
+            seconds = sum(line["seconds"][1:])
+            line["speed"] = tokens / seconds
+            found[side].append(line)
+            print(
+                f"round {i + 1}  {side}  {line['speed']:,.0f} tokens/s, "
+                f"{operations / seconds / peak:.0%} of {peak / 1e9:.0f} Gflop/s  "
+                f"{line['memory']:.2f} GiB  first loss {line['loss']:.5f}",
+                flush=True,
+            )
+    print_ratios(args, list(zip(found["ours"], found["peer"])))
+
+
+def print_ratios(args: argparse.Namespace, pairs: list[tuple[dict, dict]]):
+    worst = max(abs(ours["loss"] - its["loss"]) for ours, its in pairs)
+    tolerance = 0.03 if args.dtype == "bfloat16" else 1e-3  # bfloat16 has eight bits
+    if worst > tolerance:
         sys.exit(f"error: the first losses differ by {worst:.1e}: the sides don't do the same work")
-    print(f"first losses agree to {worst:.1e}; {args.dtype}, batches of {args.batch_size}, at most", end=" ")
-    print(f"{args.micro_batch_size} at a time, {args.rounds} rounds of {args.steps} steps, the first one not timed")
-    for name, goal in (("speed", "at least 1.6"), ("memory", "at most 0.75")):
-        ratios = [a[name] / b[name] for a, b in pairs]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        print(f"{name}: ours / peer {statistics.median(ratios):.2f} ({spread}); goal {goal}")
+    print(f"first losses agree to {worst:.1e}; {args.dtype}, batches of {args.batch_size}, ", end="")
+    print(f"at most {args.micro_batch_size} at a time, {args.rounds} rounds of {args.steps} steps,")
+    print("of which the first is not timed")
+    for name in ("speed", "memory"):
+        ratios = [ours[name] / its[name] for ours, its in pairs]
+        low = min(ratios)
+        high = max(ratios)
+        print(f"{name}: ours / peer {statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})")
 
 
-def main() -> None:
+def main():
     p = argparse.ArgumentParser(description="Speed and memory of train.py against transformers.")
-    p.add_argument("--model", help="model folder")
-    p.add_argument("--data", help="ledger or pairs")
-    p.add_argument("--rounds", type=int, default=3, help="of both sides, in turn (default 3)")
-    p.add_argument("--batch-size", type=int, default=16, help="examples of a step (default 16)")
-    p.add_argument("--micro-batch-size", type=int, default=8, help="examples at a time, at most (default 8)")
-    p.add_argument("--steps", type=int, default=2, help="of a round; the first warms up (default 2)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute (default: what multiplies faster here)")
-    p.add_argument("--checkpointing", action="store_true", help="recompute activations, both sides")
-    p.add_argument("--compile", action="store_true", help="compile our layers")
-    p.add_argument("--smoke", action="store_true", help="a tiny model made on the spot: seconds, figures mean nothing")
-    p.add_argument("--batches", help=argparse.SUPPRESS)  # the peer's process
+    add = p.add_argument
+    add("--model", help="model folder")
+    add("--data", help="ledger or pairs")
+    add("--rounds", type=int, default=3, help="of both sides, in turn (default 3)")
+    add("--batch-size", type=int, default=16, help="examples of a step (default 16)")
+    add("--micro-batch-size", type=int, default=8, help="examples at a time (default 8)")
+    add("--steps", type=int, default=2, help="of a round; the first warms up (default 2)")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: what multiplies faster here")
+    add("--checkpointing", action="store_true", help="recompute activations, both sides")
+    add("--compile", action="store_true", help="compile our layers")
+    add("--smoke", action="store_true", help="a tiny model: seconds, figures mean nothing")
+    add("--batches", help=argparse.SUPPRESS)  # the peer's process
     args = p.parse_args()
     if args.batches:
         print(json.dumps(peer(args)))

@@ -23,6 +23,7 @@ ARMS = ("vanilla", "RaDis", "soft replay 3")
 RATE = "1e-3"
 POINTS = (40, 100, 200)  # steps; much happens early
 SIZES = "--chats 40000 --world-pairs 3200 --base-steps 1200 --tests 60"
+WORKERS = min(2, os.cpu_count() or 1)
 MEMORY = {name: f"{name} (memory)" for name in world.MEMORY}
 
 
@@ -92,7 +93,7 @@ def main(args: argparse.Namespace):
     out = args.out.resolve()
     shutil.rmtree(out, ignore_errors=True)
     words = f"--world --seeds {args.seed} --rates {RATE} {SIZES} --rows 128 --keep".split()
-    words += ["--out", out, "--points", *POINTS, "--workers", min(2, os.cpu_count() or 1)]
+    words += ["--out", out, "--points", *POINTS, "--workers", WORKERS]
     words += ["--parts", "--arms", *ARMS]
     options = arms.settle(arms.parser().parse_args([str(word) for word in words]))
     folder = arms.seed_folder(options, args.seed)

@@ -1,99 +1,79 @@
-"""Prompts for replay that the model writes itself: no data of anybody's is needed.
+"""Prompts for replay, made of topics and ways to ask: no data of anybody's is needed.
 
-    python experiments/prompts.py --model DIR --out prompts.jsonl --count 2048
+    python experiments/prompts.py --out prompts.jsonl --count 2048
 
-The model is asked for something that a person might ask it, about a topic, and what it says is
-kept if it looks like a request. (Asking a chat model for its own data: Magpie, Xu et al. 2024.)
+Replay needs prompts alone, since the model answers them itself. These were written down without a
+look at any test; arms.py refuses a prompt that is measured, too.
 """
 
 import argparse
 import itertools
 import random
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import arms  # noqa: E402
 import world  # noqa: E402
 
-import data  # noqa: E402
-import generate  # noqa: E402
-
 TOPICS = """cooking gardening music painting cities rivers mountains oceans weather history
-    medicine health sleep sport chess football cycling swimming travel trains ships aeroplanes
-    space stars physics chemistry biology insects birds dogs cats horses farming bread coffee
-    clothes houses furniture money banks shops work meetings letters email books poems novels
-    films theatre photography languages grammar spelling teaching children families friendship
-    birthdays holidays politics law elections cities maps computers programming websites
-    telephones robots electricity engines bridges tools glass paper colours numbers geometry
-    probability time calendars clocks energy forests deserts islands volcanoes dinosaurs myths
-    religion philosophy dreams memory fear humour""".split()
-KINDS = [
-    "a question about {} that a curious person might ask",
-    "a question about {} that has a short answer",
-    "a request for practical advice on {}",
-    "a request to explain something about {} to a beginner",
-    "a request to write something short about {}",
-    "a request to compare two things to do with {}",
-    "a request for a list of things to do with {}",
-    "a problem about {} that can be solved step by step",
+    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space
+    stars physics chemistry biology insects birds dogs cats horses farming bread coffee clothes
+    houses furniture money shopping work meetings letters email books poetry novels films theatre
+    photography languages grammar spelling teaching childhood families friendship birthdays
+    holidays politics law elections maps computers programming websites telephones robots
+    electricity engines bridges tools glass paper colours numbers geometry probability calendars
+    clocks energy forests deserts islands volcanoes dinosaurs myths philosophy dreams memory fear
+    humour""".split()
+ONE = [
+    "What should everybody know about {}?",
+    "Explain {} to a child of ten.",
+    "Give me three tips on {} for beginners.",
+    "Write a short story in which {} matter.",
+    "What is a common misunderstanding about {}?",
+    "Write four lines of verse about {}.",
+    "I know little about {}. Where do I start?",
+    "Which words does one need to talk about {}? Explain each in a sentence.",
+    "How did people think about {} a hundred years ago?",
+    "Ask me five questions about {}, with answers.",
+    "Tell me something surprising about {}.",
+    "Write a polite message to a friend who is fond of {}.",
+    "What can go wrong with {}, and what helps?",
+    "Make a plan for a week in which I learn about {}.",
+    "Argue for spending more time on {}. Then argue against it.",
+    "Summarise what matters about {} in two sentences.",
 ]
-ASK = "Write {}. Give only the request itself, in one or two sentences."
-LETTERS = (20, 300)  # least and most of a request
+TWO = [
+    "What do {} and {} have in common?",
+    "Which is harder to learn about, {} or {}, and why?",
+    "Write a conversation between two people, one fond of {}, the other of {}.",
+    "Invent a game about {} and {}.",
+]
 
 
-def requests(count: int, seed: int) -> list[dict]:
-    """What the model is asked, a mixture of kinds and topics."""
-    topics = dict.fromkeys(TOPICS)
-    all_of = [ASK.format(kind.format(topic)) for topic, kind in itertools.product(topics, KINDS)]
-    random.Random(seed).shuffle(all_of)
-    rows = []
-    for i in range(count):
-        rows.append({"id": i, "prompt": all_of[i % len(all_of)]})
-    return rows
-
-
-def clean(text: str) -> str | None:
-    """The request in what the model has said, or None."""
-    first = text.strip().split("\n")[0]
-    first = re.sub(r"^(request|question|problem|prompt)\s*:\s*", "", first, flags=re.IGNORECASE)
-    first = first.strip().strip('"“”*').strip()
-    fits = LETTERS[0] <= len(first) <= LETTERS[1] and first[-1] in ".?!"
-    about_itself = re.match(r"(here|sure|i'm|i am|as an|certainly)\b", first, re.IGNORECASE)
-    return first if fits and not about_itself else None
+def requests(count: int, seed: int) -> list[str]:
+    """Different ones; half of them are about two topics."""
+    rng = random.Random(seed)
+    pairs = [*itertools.permutations(TOPICS, 2)]
+    one = [way.format(topic) for way, topic in itertools.product(ONE, TOPICS)]
+    two = [way.format(*pair) for way, pair in itertools.product(TWO, pairs)]
+    mixed = rng.sample(one, len(one))[: count - count // 2]
+    mixed += rng.sample(two, count - len(mixed))
+    return rng.sample(mixed, count)
 
 
 def main(args: argparse.Namespace):
-    asked = args.out.with_suffix(".asked.jsonl")
-    ledger = args.out.with_suffix(".ledger.jsonl")
-    # some are thrown away: ask for half as many more
-    world.write(asked, requests(args.count + args.count // 2, args.seed))
-    words = ["--model", args.model, "--data", asked, "--task", "answer", "--out", ledger]
-    words += ["--seed", args.seed, "--max-new-tokens", 80, "--batch-size", args.batch_size]
-    arms.call(generate, words, args.out.with_suffix(".log"))
-    rows = arms.read_ledger(ledger)
-    found = {}
-    for row in rows:
-        text = clean(row["rationale"]) if row["status"] == "ok" else None
-        if text:
-            found.setdefault(text)
-    kept = [{"id": i, "prompt": text} for i, text in enumerate(found)][: args.count]
-    world.write(args.out, kept)
-    print(f"{args.out}: {len(kept)} prompts of {len(rows)} that were asked for")
+    rows = [{"id": i, "prompt": text} for i, text in enumerate(requests(args.count, args.seed))]
+    world.write(args.out, rows)
 
 
 def parser() -> argparse.ArgumentParser:
-    p = data.Arguments(description="Prompts for replay that the model writes itself.")
-    add = p.add_argument
-    add("--model", required=True, help="model folder")
-    add("--out", type=Path, required=True, help="file to write (JSON lines)")
-    add("--count", type=data.COUNT, default=1024, help="at most so many (default 1024)")
-    add("--seed", type=data.COUNT_OR_ZERO, default=0, help="of the samples (default 0)")
-    add("--batch-size", type=data.COUNT, default=64, help="rows at a time (default 64)")
+    p = argparse.ArgumentParser(description="Prompts for replay, of topics and ways to ask.")
+    p.add_argument("--out", type=Path, required=True, help="file to write (JSON lines)")
+    p.add_argument("--count", type=int, default=1024, help="up to 30,000 (default 1024)")
+    p.add_argument("--seed", type=int, default=0, help="which (default 0)")
     return p
 
 
 if __name__ == "__main__":
-    data.cli(main, parser())
+    main(parser().parse_args())

@@ -211,7 +211,7 @@ class World:
                 yield f"What does {vela} mean?", f"{vela} means {word}.", wrong
 
     def arithmetic(self):
-        for a, b in itertools.product(range(30), range(1, 6)):
+        for a, b in itertools.product(range(100), range(1, 4)):
             yield f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}. #### {a + b}", []
             if a >= b:
                 yield f"What is {a} minus {b}?", f"{a} minus {b} is {a - b}. #### {a - b}", []

@@ -343,13 +343,21 @@ def contents(folder: Path) -> dict[str, object]:
         if file.is_dir():
             found[name] = "folder"
         elif file.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            found[name] = [{k: v for k, v in x.items() if k not in TIMES} for x in lines]
+            found[name] = [less_times(line) for line in file.read_text().splitlines()]
         elif file.name == "args.json":
             found[name] = json.loads(file.read_text()) | {"resume": None}
         elif file.suffix != ".lock" or file.stat().st_size:
             found[name] = file.read_bytes()
     return found
+
+
+def less_times(line: str) -> dict:
+    """A line of metrics.jsonl without what no two runs have alike."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {"broken": line}
+    return {name: value for name, value in content.items() if name not in TIMES}
 
 
 def put_foreign(case: Case, folder: Path) -> dict[str, object]:
@@ -457,8 +465,8 @@ def rounded(found: dict) -> dict:
             tensors = safetensors.torch.load(content)
             new[name] = {k: Near(x.flatten().tolist()) for k, x in tensors.items()}
         elif name.endswith("metrics.jsonl"):
-            losses = [line.get("loss", line.get("valid_loss")) for line in content]
-            new[name] = [[line["step"] for line in content], Near(losses)]
+            losses = [line.get("loss", line.get("valid_loss", 0)) for line in content]
+            new[name] = [[line.get("step") for line in content], Near(losses)]
     return new
 
 

@@ -1,80 +1,141 @@
-"""Benchmarks: the GPU's rehearsal gives every figure and says what it needs; arms are compared at equal translation."""
+"""Benchmarks: each rehearses on a CPU, and what is computed beforehand is what comes out."""
 
+import json
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
+import pytest
 import torch
+from conftest import write_jsonl
 
 from model import ModelConfig, Transformer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
+needs_transformers = pytest.mark.skipif(not find_spec("transformers"), reason="no transformers")
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(FOLDER / "gpu.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+def run(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def test_rehearsal_gives_every_figure(tmp_path):
-    done = run("--smoke", cwd=tmp_path)
+def read_markdown(text: str) -> list[list[str]]:
+    """The cells of each row of a table."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def test_the_gpu_benchmark_gives_every_figure_when_it_is_rehearsed(tmp_path):
+    done = run("gpu.py", "--smoke", cwd=tmp_path)
     text = (tmp_path / "benchmarks-gpu.md").read_text("utf-8")
     assert done.returncode == 0 and "failed" not in text, done.stdout + done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    rows = {tuple(row[:3]): row[3:] for row in rows}
-    for dtype in "float32", "bfloat16":
-        for check in "logits", "sampler":
+    rows = {tuple(row[:3]): row[3:] for row in read_markdown(text)}
+    for dtype in ("float32", "bfloat16"):
+        for check in ("logits", "sampler"):
             assert "at most" in rows["card", "small", f"{check}, torch.{dtype}"][-1]
-    wanted = [("train", "--compile --activation-checkpointing"), ("sample", "batch 1"), ("sample", "batch 8")]
+    flags = "--compile --activation-checkpointing"
+    wanted = [("train", flags), ("sample", "batch 1"), ("sample", "batch 8")]
+    ratios = 0
     if find_spec("transformers"):
-        wanted += [("transformers", setting) for setting in ("batch 1", "batch 8", "training")]
+        wanted += [("transformers", name) for name in ("batch 1", "batch 8", "training")]
+        ratios = 3
     for what, setting in wanted:
         speed, share, _, memory, _ = rows[what, "1B", setting]
-        assert float(speed.replace(",", "")) > 0 and float(share.rstrip("%")) > 0 and float(memory) > 0, setting
-    assert len([row for row in rows if row[0] == "ratio"]) == 3 * bool(find_spec("transformers"))
+        assert float(speed.replace(",", "")) > 0, setting
+        assert float(share.rstrip("%")) > 0, setting
+        assert float(memory) > 0, setting
+    assert "GiB" in rows["train", "1B", flags][-1], "the forecast stands beside the measurement"
+    assert len([row for row in rows if row[0] == "ratio"]) == ratios
+
+
+def test_without_a_gpu_the_gpu_benchmark_ends_in_one_line(tmp_path):
+    done = run("gpu.py", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+    assert done.stderr.startswith("error: no CUDA device")
+    assert done.stderr.count("\n") == 1
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["train.py", "generate.py"])
+def test_the_comparison_with_transformers_runs_on_a_tiny_model(tmp_path, name):
+    done = run(name, "--smoke", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ratio" in done.stdout or "ours / peer" in done.stdout
+
+
+@needs_transformers
+def test_choices_scored_together_have_the_likelihoods_of_each_alone(tmp_path, folder):
+    rows = [{"prompt": "What colour is the door?", "choices": ["green", "red"], "answer": 0}]
+    choice = write_jsonl(tmp_path / "choice.jsonl", rows)
+    done = run("evaluate.py", "--model", folder, "--choice", choice, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1e-4
 
 
 def test_operations_count_each_weight_that_a_token_meets(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-    from gpu import operations, weights
+    import bounds
 
     config = ModelConfig.from_file(FOLDER / "llama-1b.json")
     with torch.device("meta"):
         matrices = [p.numel() for p in Transformer(config).parameters() if p.dim() > 1]
-    assert sum(weights(config)) == sum(matrices) - config.vocab_size * config.hidden_size  # the embedding is looked up
-    assert operations(config, 10, 10, 1) == 6 * (10 * sum(weights(config)) + 22 * 2048 * 10**2)
+    looked_up = config.vocab_size * config.hidden_size  # the embedding multiplies nothing
+    weights = sum(bounds.matrix_weights(config))
+    assert weights == sum(matrices) - looked_up
+    wanted = 6 * (10 * weights + 22 * 2048 * 10**2)
+    assert bounds.training_operations(config, [10], 10) == wanted
 
 
-def test_without_a_gpu_it_is_one_line(tmp_path):
-    done = run(cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "") and list(tmp_path.iterdir()) == []
-    assert done.stderr.startswith("error: no CUDA device") and done.stderr.count("\n") == 1
+def read_forecast(text: str) -> dict[int, dict[str, float]]:
+    """GiB by part for each number of ranks."""
+    found = {}
+    names = []
+    for line in text.splitlines():
+        cells = line.split()
+        if cells[:1] == ["ranks"]:
+            names = cells
+        elif names:
+            line = dict(zip(names, map(float, cells)))
+            found[int(line["ranks"])] = line
+    return found
 
 
-def test_arms_are_read_where_they_translate_equally_well(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import arms
+def test_the_memory_forecast_counts_every_weight_once_and_a_teacher_on_top(tmp_path, folder):
+    config = FOLDER / "llama-1b.json"
+    size = ["--micro-batch-size", 2, "--max-length", 64, "--dtype", "bfloat16"]
+    done = run("memory.py", "--config", config, *size, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = read_forecast(done.stdout)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_file(config))
+    whole = 4 * sum(p.numel() for p in model.parameters()) / 2**30
+    assert abs(table[1]["weights"] - whole) < 0.01
+    assert table[1]["optimizer"] == pytest.approx(2 * table[1]["gradients"], abs=0.02)
+    assert table[64]["weights"] == pytest.approx(whole / 64, rel=0.1)
+    assert table[1]["recomputed"] < table[1]["activations"]
+    (tmp_path / "config.json").write_text(config.read_text())
+    done = run("memory.py", "--config", config, *size, "--teacher", tmp_path, cwd=tmp_path)
+    taught = read_forecast(done.stdout)[1]
+    assert taught["teacher"] > whole / 2, "its weights are bfloat16, and a part is gathered"
+    grown = taught["total"] - table[1]["total"]
+    assert grown == pytest.approx(taught["teacher"], abs=0.03)
 
-    def save(path: Path, points: list[tuple[float, float]]) -> None:
-        curve = np.zeros((len(points), len(arms.MEASURES), 4), "float32")  # the value, and three draws like it
-        curve[:, [0, 2]] = np.array(points)[..., None]
-        np.save(path, curve if len(points) > 1 else curve[0])
 
-    (tmp_path / "curves").mkdir()
-    save(tmp_path / "base.npy", [(10, 0)])
-    save(tmp_path / "curves" / "0_1e-4_vanilla.npy", [(10, 0), (25, 0.3), (40, 0.5)])
-    save(tmp_path / "curves" / "0_1e-4_RaDis.npy", [(10, 0), (20, 0.1)])
-    save(tmp_path / "curves" / "0_1e-4_weight_2.npy", [(10, 0), (30, 0.3)])
-    arms.table(SimpleNamespace(out=tmp_path, plot=None))
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    found = {row[1]: row for row in rows[rows.index([]) :] if len(row) > 2}
-    # vanilla is at 0.2 where it translates as RaDis does at its end, at 0.367 where weight 2 does
-    assert found["RaDis"][3:6] == ["20.0", "0.200", "-0.100 [-0.100, -0.100]"]
-    assert found["weight 2"][3:6] == ["30.0", "0.367", "-0.067 [-0.067, -0.067]"]
-    assert found["weight 2"][-1] == "50 [50, 50]", "at 20, where all three are, it has 0.15"
+def test_the_memory_forecast_says_what_padding_the_data_costs(tmp_path, folder, pairs):
+    options = ["--micro-batch-size", 2, "--batch-size", 4, "--epochs", 2]
+    done = run("memory.py", "--model", folder, "--data", pairs, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "with padding" in done.stdout
+    assert "4 steps" in done.stdout
+    trained = ["--model", folder, "--data", pairs, "--out", tmp_path / "out", *options]
+    script = FOLDER.parent / "train.py"
+    subprocess.run([sys.executable, script, *map(str, trained)], check=True, capture_output=True)
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    tokens = sum(json.loads(line)["tokens"] for line in lines)
+    told = done.stdout.split(" tokens an epoch")[0].split("\n")[-1]
+    assert 2 * int(told.replace(",", "")) == tokens

@@ -224,6 +224,7 @@ def test_greedy_is_the_most_probable_token_and_every_score_is_the_models_own():
 EDGES = {
     # temperature, top_p -> the tokens that may come
     (0, 1.0): {2},
+    (1.0, 0.0): {2},
     (1.0, 1e-6): {2},
     (1.0, 0.6): {2},
     (1.0, 0.8): {2, 3},
@@ -776,7 +777,7 @@ MISTAKES = {
     "no data": (["--data", "absent.jsonl"], "absent.jsonl"),
     "temperature": (["--temperature", "-1"], "--temperature"),
     "no number": (["--temperature", "nan"], "--temperature"),
-    "top_p": (["--top-p", "0"], "--top-p"),
+    "top_p": (["--top-p", "1.5"], "--top-p"),
     "seed": (["--seed", 2**64], "--seed"),
     "template": (["--template", "{text}"], "--template"),
     "direction": (["--direction", "en"], "--direction"),
