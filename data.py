@@ -25,7 +25,6 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +94,7 @@ class Encoder:
     coverage: float = 1.0  # share of the rows that keep their rationale
     only_ok: bool = False  # leave out the rationales of another status
 
-    def example(self, row: dict) -> Example:
+    def example(self, row):
         """prompt | reference | rationale. A row without rationale trains on reference + EOS."""
         reference, rationale = self.segments(row)
         left_out = self.why_left_out(row) if rationale else ""
@@ -120,7 +119,7 @@ class Encoder:
             return "outside coverage"
         return ""
 
-    def segments(self, row: dict) -> tuple:
+    def segments(self, row):
         """Ids of reference and rationale: the ledger's own, or the text's where they differ.
 
         They differ if the ledger is of another tokenizer, or if a row was edited by hand.
@@ -140,7 +139,7 @@ class Encoder:
             rationale = tokenizer.continuation(text, reference, rationale_text)
         return reference, rationale
 
-    def prompt(self, row: dict) -> list:
+    def prompt(self, row):
         """Ids up to where the answer begins. ValueError if the ledger had another prompt."""
         meta = row["meta"]
         given = {"system": self.system, "template": self.template}
@@ -161,7 +160,7 @@ class Encoder:
             "tokenizer_hash": self.tokenizer.hash,
         }
 
-    def messages(self, row: dict) -> list:
+    def messages(self, row):
         """The conversation before the answer; of a pair, one turn that the template makes."""
         if "messages" in row:
             return row["messages"]
@@ -281,7 +280,7 @@ class Tokenizer:
             id = self.ids.get(piece, self.sp.piece_to_id(piece))
         return default if id == self.sp.unk_id() else id
 
-    def encode(self, text: str, within: bool = False) -> list:
+    def encode(self, text, within=False):
         """Text to ids, without BOS or EOS. `within`: it goes on from a text before it."""
         sp = self.sp_within if within else self.sp
         ids = sp.encode(text)
@@ -296,7 +295,7 @@ class Tokenizer:
             ids += sp.encode(text[start:end])
         return [i for i in ids if i not in self.control]  # a tag of one character can't be cut
 
-    def decode(self, ids: list) -> str:
+    def decode(self, ids):
         """Ids to text; control and added tokens are left out."""
         return self.sp.decode([i for i in ids if i not in self.control and i < self.size])
 
@@ -409,7 +408,7 @@ def short_hash(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_json(path) -> list[tuple[str, dict]]:
+def read_json(path):
     """Objects of a JSON array, or one a line, each with where it stands, `FILE:LINE`."""
     text = read_text(path)
     rows = []
@@ -635,7 +634,7 @@ def lock(path):
             file.unlink(missing_ok=True)
 
 
-def complete(path: Path, settings: dict, rows: list, produce: Callable):
+def complete(path, settings, rows, produce):
     """Makes the ledger `path`: one line a row of `rows`, in their order. Every rank calls it.
 
     Each row has an `id` and an `input_hash`, over all that its outcome depends on besides the
@@ -738,7 +737,7 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number_type(kind: type, low: float, high: float) -> Callable:
+def number_type(kind, low, high):
     """An argparse type: a number from `low` to `high`."""
 
     def parse(text):
@@ -766,7 +765,7 @@ PROMPT_OPTIONS = """
 """
 
 
-def make_parser(description: str, options: str) -> "Arguments":
+def make_parser(description, options):
     """The parser of a table of options: name, value, two spaces, help.
 
     VALUE=DEFAULT has a default, VALUE... takes several, A|B|C is a choice whose default is the
@@ -796,7 +795,7 @@ def make_parser(description: str, options: str) -> "Arguments":
     return p
 
 
-def cli(main: Callable, parser: argparse.ArgumentParser):
+def cli(main, parser):
     """Runs a script. A user's mistake ends with status 2 and one line; signals without a trace."""
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
@@ -834,29 +833,26 @@ def print_statistics(rows, examples, max_length):
         print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
     ledger = [row for row in rows if "reference_ids" in row]
     openings = Counter(" ".join(row["rationale"].split()[:4]) for row in ledger)
-    for name in ("status", "finish"):
-        counts = Counter(str(row.get(name)) for row in ledger)
-        if ledger:
-            print(f"{name}: " + ", ".join(f"{x} {n}" for x, n in counts.most_common()))
+    statuses = Counter(str(row.get("status")) for row in ledger)
+    for status, n in statuses.most_common():
+        print(f"{n:6} rationales of status {status}")
     for text, n in openings.most_common(5):
         print(f"{n:6} rationales begin: {text}")
 
 
 def print_example(example, tokenizer):
     """One example, piece by piece, in the colours of its segments."""
-    print(f"row {example.id}: prompt (no loss), reference (green), rationale (blue), EOS (red)")
-    colours = {"prompt": 90, "reference": 32, "rationale": 34}
-    for name, colour in colours.items():
-        text = ""
+    print(f"row {example.id}: the prompt carries no loss, reference and rationale do")
+    for name, colour in {"prompt": 90, "reference": 32, "rationale": 34}.items():
+        pieces = ""
         for i in getattr(example, name):
             known = i < tokenizer.size and i not in tokenizer.added
-            piece = tokenizer.sp.id_to_piece(i) if known else tokenizer.added.get(i, "?")
-            shade = 31 if i == tokenizer.end_id and name != "prompt" else colour
-            text += f"\033[{shade}m{piece}\033[0m" if sys.stdout.isatty() else piece
+            pieces += tokenizer.sp.id_to_piece(i) if known else tokenizer.added.get(i, "?")
+        text = f"\033[{colour}m{pieces}\033[0m" if sys.stdout.isatty() else pieces
         print(f"{name}, {len(getattr(example, name))} tokens: {text}")
 
 
-def main(args: argparse.Namespace):
+def main(args):
     require(args.model and args.data, "data.py", "give --model and --data")
     tokenizer = Tokenizer(args.model, args.chat)
     rows = read_rows(args.data, args.direction)
@@ -875,7 +871,7 @@ OPTIONS = """
 """
 
 
-def parser() -> Arguments:
+def parser():
     return make_parser("Checks training data, and shows what is learnt.", OPTIONS + PROMPT_OPTIONS)
 
 

@@ -14,13 +14,12 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
 
-import argparse
 import csv
 import functools
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +80,7 @@ class Statistic:
         self.value = float(score(self.stats.sum(0)))
 
     @functools.cached_property
-    def draws(self) -> np.ndarray:
+    def draws(self):
         """Scores of items drawn with replacement (Efron 1979; Koehn 2004)."""
         sums = resamples(len(self.stats)) @ self.stats
         return np.array([self.score(row) for row in sums], dtype=float)
@@ -90,7 +89,7 @@ class Statistic:
         low, high = interval(self.draws)
         return {"value": self.value, "low": low, "high": high, "n": len(self.stats)}
 
-    def minus(self, other: "Statistic") -> tuple:
+    def minus(self, other):
         """Difference to `other` on the same items, and its paired bootstrap interval."""
         return self.value - other.value, *interval(self.draws - other.draws)
 
@@ -101,19 +100,19 @@ def interval(draws):
 
 
 @functools.cache
-def resamples(n) -> np.ndarray:
+def resamples(n):
     """[RESAMPLES, n]: how often each item is drawn, by sacreBLEU's seed."""
     places = np.random.default_rng(12345).choice(n, size=(RESAMPLES, n))
     return np.stack([np.bincount(row, minlength=n) for row in places]).astype(float)
 
 
-def ratio(items: list, name: str, weight: str = "") -> Statistic:
+def ratio(items, name, weight=""):
     """Sum of a field over the sum of its weights; without weights, the mean."""
     stats = [(item[name], item[weight] if weight else 1) for item in items]
     return Statistic(stats, lambda sums: float(sums[0] / max(sums[1], 1e-9)))
 
 
-def measure(kind: str, items: list) -> dict:
+def measure(kind, items):
     """The statistics of the items of a test, by name."""
     if kind == "translation":
         return measure_translation(items)
@@ -160,7 +159,7 @@ class Subject:
     max_new_tokens: int
 
 
-def answers(subject: Subject, rows: list, how: Sampling) -> Iterator:
+def answers(subject, rows, how):
     """-> row, new ids, and the beginning of its item, as answers end."""
     tokenizer = subject.encoder.tokenizer
     how.eos_ids = tokenizer.eos_ids
@@ -175,7 +174,7 @@ def answers(subject: Subject, rows: list, how: Sampling) -> Iterator:
         yield row, sequence.ids, item
 
 
-def answer_translation(subject: Subject, rows: list) -> Iterator:
+def answer_translation(subject, rows):
     """Translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
     how = Sampling(subject.max_new_tokens, stop=subject.encoder.tokenizer.first_line_ends)
     for row, _, item in answers(subject, rows, how):
@@ -191,8 +190,8 @@ def answer_numeric(subject, rows):
         strict = STRICT.findall(item["output"])[:1]
         flexible = FLEXIBLE.findall(item["output"])[-1:]
         item["answer"] = row["answer"]
-        item["strict"] = [bare_number(text) for text in strict] == [row["answer"]]
-        item["flexible"] = [bare_number(text) for text in flexible] == [row["answer"]]
+        item["strict"] = row["answer"] in map(bare_number, strict)
+        item["flexible"] = row["answer"] in map(bare_number, flexible)
         yield item
 
 
@@ -218,7 +217,7 @@ def answer_safety(subject, rows):
 
 
 @torch.inference_mode()
-def answer_choice(subject: Subject, rows: list) -> Iterator:
+def answer_choice(subject, rows):
     """log P of every choice, and which of them the model would take."""
     for row in tqdm(rows, unit="question", disable=dist.get_rank() > 0):
         logprobs = score_choices(subject.model, row["ids"], row["endings"])
@@ -238,27 +237,26 @@ def answer_choice(subject: Subject, rows: list) -> Iterator:
 
 
 def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
-    """log P(ending | prompt) of each. The prompt is read once, for all of them."""
-    T = len(prompt)
-    E = max(map(len, endings)) - 1  # the last token is predicted, never read
-    cache = KVCache(model.config, len(endings), T + E, model.dtype, model.device)
-    logits = read(model, cache, slice(1), [prompt])  # [1, V]
-    logits = logits[:, None].expand(len(endings), 1, -1)
-    if E > 0:
-        cache.spread(T)
-        rest = [(ending[:-1] + [0] * E)[:E] for ending in endings]
-        positions = torch.arange(T, T + E, device=model.device).expand(len(endings), E)
-        more = model(torch.tensor(rest, device=model.device), None, cache, positions)
-        logits = torch.cat([logits, more], dim=1)  # [N, 1 + E, V]
-    scores = logits.float().log_softmax(-1).cpu()
-    found = []
-    for ending, score in zip(endings, scores):
-        found.append(score[range(len(ending)), ending].double().sum().item())
-    return found
+    """log P(ending | prompt) of each. The prompt is read once, but for its last token."""
+    *start, last = prompt
+    longest = max(map(len, endings))
+    cache = KVCache.empty(model, len(endings), len(start) + longest)
+    if start:
+        read(model, cache, slice(1), [start])
+        cache.spread(len(start))
+    # the last token of an ending is predicted, never read
+    rows = [([last, *ending[:-1]] + [0] * longest)[:longest] for ending in endings]
+    positions = torch.arange(len(start), len(start) + longest, device=model.device)
+    tokens = torch.tensor(rows, device=model.device)
+    logits = model(tokens, None, cache, positions.expand(tokens.shape))  # [N, longest, V]
+    scores = []
+    for ending, own in zip(endings, logits.float().log_softmax(-1).cpu()):
+        scores.append(own[range(len(ending)), ending].double().sum().item())
+    return scores
 
 
 @torch.inference_mode()
-def answer_drift(subject: Subject, rows: list) -> Iterator:
+def answer_drift(subject, rows):
     """-log P of the base model's answers, KL(base || model) over the whole vocabulary, and equal
     first choices, summed over places; and how the model would answer itself.
     """
@@ -390,7 +388,7 @@ READERS = {
 }
 
 
-def read_tests(args: argparse.Namespace, encoder: Encoder) -> dict:
+def read_tests(args, encoder):
     """The rows of each test, by KIND/NAME. ValueError names file and line."""
     config = ModelConfig.from_file(args.model)
     ways = args.direction
@@ -456,7 +454,7 @@ def complete_items(key, rows, settings, encoder, args):
     data.complete(Path(args.out) / "items" / f"{key}.jsonl", settings, rows, produce)
 
 
-def main(args: argparse.Namespace):
+def main(args):
     if args.compare:
         return compare(args.compare)
     # 1. everything that can be wrong with the files, before any weight is read
@@ -511,7 +509,7 @@ def read_statistics(folder):
     return statistics
 
 
-def compare(folders: list[str]):
+def compare(folders):
     """Prints a table: each measure of each model, and its paired differences.
 
     The first folder is the base, the second the first way of fine-tuning. ValueError where they
@@ -567,7 +565,7 @@ OPTIONS = """
 """
 
 
-def parser() -> data.Arguments:
+def parser():
     purpose = "Measures what a model gained and lost, or compares results."
     p = data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
     p.set_defaults(chat=None)  # choices go in as they stand unless it is given

@@ -13,7 +13,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
 
-import argparse
 import hashlib
 import json
 import math
@@ -48,7 +47,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 # 1. The method: what the model reads, and what becomes of a row
 
 
-def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
+def request(row, task, encoder, cue):
     """What the model reads before it goes on: the prompt, the forced reference, the cue."""
     tokenizer = encoder.tokenizer
     prompt = encoder.prompt(row)
@@ -64,7 +63,7 @@ def request(row: dict, task: str, encoder: Encoder, cue: str) -> dict:
     return {"ids": prompt + forced + cue_ids, "forced": forced, "cue": cue_ids}
 
 
-def ledger_row(row: dict, task: str, tokenizer: Tokenizer, sequence: "Sequence") -> dict:
+def ledger_row(row, task, tokenizer, sequence):
     """The pair as it came, and what the model made of it."""
     reference = row["reference"]
     if task in ("translation", "paraphrase"):
@@ -124,7 +123,7 @@ def write_reference(row, task, tokenizer, sequence):
     }
 
 
-def status_of(text: str, given: list) -> str:
+def status_of(text, given):
     """What is wrong with a text that follows `given`, or "ok".
 
     empty: nothing visible. repetitive: 20 or more words, and over half of the word 4-grams repeat.
@@ -145,8 +144,9 @@ def status_of(text: str, given: list) -> str:
         if copied > 0.8 * (len(words) - n + 1):
             return "copy"
     known = {"LATIN", *scripts(" ".join(given))}
-    foreign = [script for script in scripts(text) if script not in known]
-    return "wrong_script" if len(foreign) > 0.2 * len(scripts(text)) else "ok"
+    letters = scripts(text)
+    foreign = [script for script in letters if script not in known]
+    return "wrong_script" if len(foreign) > 0.2 * len(letters) else "ok"
 
 
 def ngrams(words, n):
@@ -186,7 +186,7 @@ class Sequence:
     logprobs: list[float] = field(default_factory=list)  # of all that was chosen, EOS included
     finish: str = ""  # "eos" or "length", once it has ended
 
-    def add(self, token: int, logprob: float, how: Sampling):
+    def add(self, token, logprob, how):
         if not math.isfinite(logprob):
             fault = "the model's logits are not finite; look at its weights"
             raise FloatingPointError(f"row {self.id}: {fault}")
@@ -223,9 +223,9 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
     waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
     slots = min(how.batch_size, len(sequences))
     room = how.max_new_tokens + (len(waiting[-1].prompt) if waiting else 0)
-    cache = KVCache(model.config, slots, room, model.dtype, model.device)
+    cache = KVCache.empty(model, slots, room)
     shared = read_common_prefix(model, cache, [s.prompt for s in sequences])
-    decode = Decoder(model, cache, how)
+    graphs = {}
     running = []  # running[b] has slot b of the cache
     while waiting or running:
         first = 0
@@ -238,7 +238,7 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
             keys = [sequence.noise_key(how.seed) for sequence in new]
             chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
         else:
-            chosen = decode(running)
+            chosen = decode(model, cache, running, how, graphs)
         for b in reversed(range(first, len(running))):
             sequence = running[b]
             sequence.add(*chosen[b - first], how)
@@ -285,7 +285,7 @@ def read_common_prefix(model, cache, prompts):
     return length
 
 
-def read(model, cache, rows: slice, prompts: list, start: int = 0) -> Tensor:
+def read(model, cache, rows, prompts, start=0):
     """Reads prompts, from position `start` on, into these rows -> logits [N, V] after each."""
     lengths = [len(prompt) for prompt in prompts]
     T = max(lengths)
@@ -296,47 +296,38 @@ def read(model, cache, rows: slice, prompts: list, start: int = 0) -> Tensor:
     return model(padded.to(model.device), places.to(model.device), part, positions)
 
 
-class Decoder:
-    """One token of each row is read, the next is chosen.
+def decode(model, cache, running, how, graphs):
+    """One token of each row is read -> the next, and its log-probability.
 
     On a GPU a step is a CUDA graph, replayed: Python alone would take longer to launch its kernels
     than they run. Rows and slots are rounded up, so that a few graphs serve; rows that are not
     there write where nothing is read before it is overwritten.
     """
+    inputs = []
+    for sequence in running:
+        position = len(sequence.prompt) + len(sequence.ids) - 1
+        inputs.append((sequence.ids[-1], position, sequence.noise_key(how.seed)))
+    length = max(position for _, position, _ in inputs) + 1
+    if not cache.keys.is_cuda:
+        return as_pairs(decode_step(model, cache, how, length, torch.tensor(inputs)))
+    _, slots, _, most, _ = cache.keys.shape
+    size = min(4 ** math.ceil(math.log(len(running), 4)), slots)
+    length = min(math.ceil(length / 64) * 64, most)
+    inputs += [(0, length - 1, 0)] * (size - len(running))
+    inputs = torch.tensor(inputs, device=model.device)
+    if (size, length) not in graphs:
+        step = partial(decode_step, model, cache, how, length)
+        pool = graphs.setdefault("pool", torch.cuda.graph_pool_handle())  # memory that all share
+        graphs[size, length] = torch.cuda.make_graphed_callables(step, (inputs,), 1, pool=pool)
+    return as_pairs(graphs[size, length](inputs))
 
-    def __init__(self, model, cache, how):
-        self.model = model
-        self.cache = cache
-        self.how = how
-        self.graphs = {}
-        self.pool = torch.cuda.graph_pool_handle() if cache.keys.is_cuda else None
 
-    def __call__(self, running):
-        """-> a token and its log-probability for each row."""
-        inputs = []
-        for sequence in running:
-            position = len(sequence.prompt) + len(sequence.ids) - 1
-            inputs.append((sequence.ids[-1], position, sequence.noise_key(self.how.seed)))
-        length = max(position for _, position, _ in inputs) + 1
-        if not self.pool:
-            return as_pairs(self.step(torch.tensor(inputs), length))
-        _, slots, _, most, _ = self.cache.keys.shape
-        size = min(4 ** math.ceil(math.log(len(running), 4)), slots)
-        length = min(math.ceil(length / 64) * 64, most)
-        inputs += [(0, length - 1, 0)] * (size - len(running))
-        inputs = torch.tensor(inputs, device=self.model.device)
-        if (size, length) not in self.graphs:
-            step = partial(self.step, length=length)
-            graph = torch.cuda.make_graphed_callables(step, (inputs,), 1, pool=self.pool)
-            self.graphs[size, length] = graph
-        return as_pairs(self.graphs[size, length](inputs))
-
-    def step(self, inputs, length) -> Tensor:
-        """inputs [B, 3]: token, position, noise key -> [2, B]: token, log-probability."""
-        tokens, positions, keys = inputs.split(1, dim=1)  # [B, 1] each
-        part = self.cache.view(slice(len(inputs)), length)
-        logits = self.model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
-        return choose(logits, keys[:, 0], self.how)
+def decode_step(model, cache, how, length, inputs):
+    """inputs [B, 3]: token, position, noise key -> [2, B]: token, log-probability."""
+    tokens, positions, keys = inputs.split(1, dim=1)  # [B, 1] each
+    part = cache.view(slice(len(inputs)), length)
+    logits = model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
+    return choose(logits, keys[:, 0], how)
 
 
 def as_pairs(chosen):
@@ -364,7 +355,7 @@ def choose(logits: Tensor, keys: Tensor, how: Sampling) -> Tensor:
     return torch.stack([tokens.double(), logprobs.double()])
 
 
-def nucleus(probs: Tensor, top_p: float) -> Tensor:
+def nucleus(probs, top_p):
     """probs [N, V], without those outside the smallest set of most probable tokens that has the
     mass top_p (Holtzman et al. 2020); what ties with its last token stays.
     """
@@ -378,7 +369,7 @@ def nucleus(probs: Tensor, top_p: float) -> Tensor:
     return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
 
 
-def exponential_noise(keys: Tensor, size: int) -> Tensor:
+def exponential_noise(keys, size):
     """keys [N] -> [N, size] of Exponential(1), a hash of key and token: the same everywhere."""
     tokens = torch.arange(size, device=keys.device, dtype=torch.int32)
     x = tokens * -1640531535 + keys.int()[:, None]  # multiply and shift, as in MurmurHash3
@@ -425,7 +416,8 @@ def write_rows(rows, args, model, tokenizer):
     how = Sampling(**{name: getattr(args, name) for name in names})
     how.eos_ids = tokenizer.eos_ids
     how.vocab_size = tokenizer.vocab_size
-    how.stop = tokenizer.first_line_ends if args.task == "translation" else None
+    if args.task == "translation":
+        how.stop = tokenizer.first_line_ends
     by_id = {row["id"]: row for row in rows}
     first = dist.get_rank() == 0
     ended = sample(model, make_sequences(rows), how)
@@ -433,7 +425,7 @@ def write_rows(rows, args, model, tokenizer):
         yield ledger_row(by_id[sequence.id], args.task, tokenizer, sequence)
 
 
-def main(args: argparse.Namespace):
+def main(args):
     # 1. the data, before any weight is read
     require(args.model and args.data and args.out, "generate.py", "give --model, --data and --out")
     rank, _, device = start_processes()
@@ -480,7 +472,7 @@ OPTIONS = """
 """
 
 
-def parser() -> data.Arguments:
+def parser():
     purpose = "Lets a model write rationales, translations, paraphrases or answers."
     return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 

@@ -82,7 +82,7 @@ class ModelConfig:
             return cls.from_fields(read_object(path), path)
 
     @classmethod
-    def from_fields(cls, raw: dict, path: Path) -> "ModelConfig":
+    def from_fields(cls, raw, path):
         mistral = raw.get("model_type") == "mistral"
         given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
         for name in ("rope_scaling", "rope_parameters"):  # the latter is of transformers 5
@@ -131,21 +131,24 @@ def positive(given, name, kind, path):
     return value
 
 
+@dataclass
 class KVCache:
-    """Keys and values of B rows: slot s of a row holds its token at position s."""
+    """Keys and values of B rows [layer, B, K, S, D]: slot s of a row holds its token at s."""
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, dtype, device="cpu"):
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def empty(cls, model: "Transformer", batch: int, length: int) -> "KVCache":
+        config = model.config
         heads = config.num_key_value_heads
         shape = (config.num_hidden_layers, batch, heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # [layer, B, K, S, D]
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        return cls(keys, torch.zeros_like(keys))
 
     def view(self, rows: slice, length: int) -> "KVCache":
         """Some rows and the first `length` slots: attention need not see what no row reached."""
-        part = KVCache.__new__(KVCache)
-        part.keys = self.keys[:, rows, :, :length]
-        part.values = self.values[:, rows, :, :length]
-        return part
+        return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
 
     def spread(self, length: int):
         """Copies the first `length` slots of the first row to all rows."""
@@ -295,7 +298,7 @@ class Transformer(nn.Module):
             return F.linear(x, self.model["embed_tokens"].weight)
         return self.lm_head(x)
 
-    def attention_mask(self, positions: Tensor, cache: KVCache | None) -> Tensor | None:
+    def attention_mask(self, positions, cache):
         """What is added to the scores [B, 1, H/K * T, S]; None where causality alone will do."""
         config = self.config
         window = config.sliding_window
@@ -324,13 +327,11 @@ class Transformer(nn.Module):
         config = ModelConfig.from_file(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        parameters = dict(model.named_parameters())
-        files = find_weights(folder, parameters)
         model.to_empty(device=device)
-        load_weights(dict(model.named_parameters()), files)
+        load_weights(dict(model.named_parameters()), folder)
         return model.eval()
 
-    def initialize(self, seed: int):
+    def initialize(self, seed):
         """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
         std = self.config.raw.get("initializer_range", 0.02)
         for i, p in enumerate(self.parameters()):
@@ -355,7 +356,7 @@ class Transformer(nn.Module):
             write_text(Path(folder) / "config.json", json.dumps(content, indent=2))
 
 
-def start_processes(timeout=timedelta(days=1)) -> tuple[int, int, torch.device]:
+def start_processes(timeout=timedelta(days=1)):
     """-> rank, world size, device. One process is a group of one: there is one code path.
 
     timeout: how long a rank waits for the others; one that waits for whole files needs long.
@@ -375,12 +376,12 @@ def start_processes(timeout=timedelta(days=1)) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def is_first_rank() -> bool:
+def is_first_rank():
     """Whether this process writes: rank 0, or one without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def local_rows(p) -> tuple[Tensor, int]:
+def local_rows(p):
     """This rank's rows of a parameter, and the index of the first of them."""
     if not isinstance(p, DTensor):
         return p.detach(), 0
@@ -388,7 +389,7 @@ def local_rows(p) -> tuple[Tensor, int]:
     return p.to_local().detach(), p.device_mesh.get_local_rank() * rows
 
 
-def hash_model(folder: str | Path) -> str:
+def hash_model(folder):
     """sha256 over configuration and weights, or over a file: two of one name are told apart."""
     folder = Path(folder)
     digest = hashlib.sha256()
@@ -399,7 +400,7 @@ def hash_model(folder: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str, Path]:
+def find_weights(folder, parameters):
     """Tensor name -> file, once the files' headers are known to fit. Reads no weights."""
     found = {}
     wrong = []
@@ -425,7 +426,7 @@ def find_weights(folder: str | Path, parameters: dict[str, Tensor]) -> dict[str,
     return found
 
 
-def weight_files(folder) -> list[Path]:
+def weight_files(folder):
     """The safetensors files of a model: those of its index, or the only one."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
@@ -435,7 +436,7 @@ def weight_files(folder) -> list[Path]:
         return sorted({folder / Path(name).name for name in places.values()})
 
 
-def read_header(file) -> list[tuple]:
+def read_header(file):
     """Name, shape and type of each tensor of a safetensors file."""
     header = []
     try:
@@ -449,11 +450,12 @@ def read_header(file) -> list[tuple]:
     return header
 
 
-def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]):
-    """Copies tensors into `parameters` in place; of a sharded one each rank reads its own rows.
+def load_weights(parameters, folder):
+    """Copies a folder's tensors into `parameters`; of sharded ones each rank reads its own rows.
 
-    ValueError names the first weight that is not finite.
+    ValueError names what is missing, surplus, misshapen, or not finite.
     """
+    files = find_weights(folder, parameters)
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as f:
             for name, p in parameters.items():
@@ -466,7 +468,7 @@ def load_weights(parameters: dict[str, Tensor], files: dict[str, Path]):
                 require(local.isfinite().all(), file, fault)
 
 
-def save_weights(parameters: dict[str, Tensor], folder: str | Path, dtype):
+def save_weights(parameters, folder, dtype):
     """Writes files of at most 5 GB, with an index if there are several. Rank 0 writes.
 
     Every rank calls it: tensors are gathered one at a time, and only rank 0 keeps them.
@@ -521,14 +523,14 @@ def write_weights(parameters, file, dtype):
 # Files, for all scripts
 
 
-def require(fits, where: str | Path, fault: str):
+def require(fits, where, fault):
     """ValueError `WHERE: FAULT` unless it fits."""
     if not fits:
         raise ValueError(f"{where}: {fault}")
 
 
 @contextmanager
-def blaming(where: str | Path):
+def blaming(where):
     """What the content of a file makes go wrong within is one line that names the place."""
     try:
         yield
@@ -537,7 +539,7 @@ def blaming(where: str | Path):
         raise ValueError(f"{where}: {fault}") from None
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path):
     """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
     try:
         content = Path(path).read_bytes()
@@ -552,7 +554,7 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def parse_json(text: str, path: str | Path, line: int = 1):
+def parse_json(text, path, line=1):
     """The value that `text`, which begins in this line of the file, holds."""
     try:
         value = json.loads(text)
@@ -564,14 +566,14 @@ def parse_json(text: str, path: str | Path, line: int = 1):
         raise ValueError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
 
 
-def read_object(path: str | Path) -> dict:
+def read_object(path):
     """The JSON object that is the whole file."""
     value = parse_json(read_text(path), path)
     require(isinstance(value, dict), f"{path}:1", "wanted a JSON object")
     return value
 
 
-def write_text(path: Path, text: str):
+def write_text(path, text):
     """Writes a line-ended UTF-8 file that appears whole or not at all, and its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")

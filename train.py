@@ -25,7 +25,6 @@ import resource
 import shutil
 import sys
 import time
-from argparse import Namespace
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -65,7 +64,7 @@ REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us alread
 # 1. The joint loss and the step
 
 
-def joint_loss(model, teacher, examples: list, args: Namespace, learn: bool) -> dict:
+def joint_loss(model, teacher, examples, args, learn):
     """The loss over `examples`, shared out among the ranks, and its gradient if `learn`."""
     world_size = dist.get_world_size()
     device = next(model.parameters()).device
@@ -143,7 +142,7 @@ def in_chunks(*tensors):
     return zip(*(tensor.split(size) for tensor in tensors))
 
 
-def train_step(model, teacher, optimizer, examples, step: int, rate: float, args) -> dict:
+def train_step(model, teacher, optimizer, examples, step, rate, args):
     """One optimizer step. FloatingPointError, before it changes a weight, if it would be NaN."""
     ids = ", ".join(str(example.id) for example in examples)
     line = joint_loss(model, teacher, examples, args, learn=True)
@@ -175,7 +174,7 @@ def validate(model, teacher, valid, step, args):
 # 2. Which examples, and how fast
 
 
-def batch_of(examples: list, step: int, args: Namespace) -> list:
+def batch_of(examples, step, args):
     """The examples of `step` (from 0): each once an epoch, in an order by (seed, epoch) alone."""
     epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
@@ -184,7 +183,7 @@ def batch_of(examples: list, step: int, args: Namespace) -> list:
     return [examples[j] for j in order[start : start + args.batch_size]]
 
 
-def micro_batches(examples: list, size: int) -> list:
+def micro_batches(examples, size):
     """This rank's parts of a batch, at most `size` rows of like lengths each.
 
     Every rank has as many parts, since all take part in every reduction; some may be empty.
@@ -199,7 +198,7 @@ def micro_batches(examples: list, size: int) -> list:
     return parts
 
 
-def learning_rate(step: int, steps: int, args: Namespace) -> float:
+def learning_rate(step, steps, args):
     """Rate at `step` (from 0) of `steps`: linear warm-up, then one of four schedules."""
     warmup = args.warmup_steps
     if warmup is None:
@@ -260,7 +259,7 @@ def named_files(items):
 # 3. The model, in shards
 
 
-def load_sharded(config: ModelConfig, folder, args, device, frozen: bool) -> Transformer:
+def load_sharded(config, folder, args, device, frozen):
     """The model in shards, none of them whole; `frozen`: a teacher, in the compute type.
 
     What learns has float32 weights and reductions, and computes in --dtype.
@@ -281,7 +280,7 @@ def load_sharded(config: ModelConfig, folder, args, device, frozen: bool) -> Tra
     model.activation_checkpointing = args.activation_checkpointing
     parameters = dict(model.named_parameters())
     if folder:
-        load_weights(parameters, find_weights(folder, parameters))
+        load_weights(parameters, folder)
     else:
         model.initialize(args.seed)
     return model.train(not frozen)
@@ -321,7 +320,7 @@ def checkpoint_tensors(model, optimizer):
     return tensors
 
 
-def save_checkpoint(model, optimizer, out: Path, step: int):
+def save_checkpoint(model, optimizer, out, step):
     """Writes a checkpoint, readable on any number of ranks; it appears whole or not at all."""
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
@@ -343,7 +342,7 @@ def remove_checkpoints(out, kept=None):
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
 
 
-def load_checkpoint(model, optimizer, out: Path) -> int:
+def load_checkpoint(model, optimizer, out):
     """Restores the newest complete checkpoint -> the steps that are done, 0 where there is none."""
     names = [folder.name for folder in out.glob("checkpoint/step-*")]
     done = max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
@@ -353,7 +352,7 @@ def load_checkpoint(model, optimizer, out: Path) -> int:
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             optimizer.state[p] = {"step": step} | moments
         tensors = checkpoint_tensors(model, optimizer)
-        load_weights(tensors, find_weights(out / "checkpoint" / f"step-{done}", tensors))
+        load_weights(tensors, out / "checkpoint" / f"step-{done}")
     metrics = out / "metrics.jsonl"
     if is_first_rank() and metrics.exists():
         cut_metrics(metrics, done)
@@ -371,7 +370,7 @@ def cut_metrics(file, done):
         file.unlink()
 
 
-def export(model: Transformer, folder: Path, source: str, dtype: str):
+def export(model, folder, source, dtype):
     """Writes a model folder in the compute type, with the tokenizer's own files.
 
     Each file appears whole, config.json last: it says that all is there.
@@ -426,21 +425,17 @@ def open_run(args, examples):
 
 @contextmanager
 def signals_heard():
-    """SIGTERM and Ctrl-C enter the list, which ends the run after its step.
+    """SIGTERM and Ctrl-C are noted, which ends the run after its step.
 
     They may come twice, from a scheduler or a terminal and from torchrun. A later Ctrl-C ends the
     run at once.
     """
-    heard = []
-    since = time.monotonic()
+    heard = {}  # number -> when it came first
 
     def hear(number, _):
-        nonlocal since
-        late = time.monotonic() - since > REPEAT_S
-        if number == signal.SIGINT and heard and late:
+        since = heard.setdefault(number, time.monotonic())
+        if number == signal.SIGINT and time.monotonic() - since > REPEAT_S:
             os._exit(128 + number)
-        since = since if heard else time.monotonic()
-        heard.append(number)
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -503,15 +498,15 @@ def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
     export(model, out, source, args.dtype)
 
 
-def main(args: Namespace):
+def main(args):
     # 1. processes; a rank waits for the others as long as one file takes to be written
     _, world_size, device = start_processes(timedelta(minutes=15))
 
     # 2. the data and the headers: what can be wrong is found before any weight is read
     source = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
-    require(source and one, "train.py", "give --model, or --config with --tokenizer")
-    require(args.data and args.out, "train.py", "give --data and --out")
+    wanted = "give --data, --out, and --model or --config with --tokenizer"
+    require(args.data and args.out and source and one, "train.py", wanted)
     config = ModelConfig.from_file(args.config or args.model)
     tokenizer = Tokenizer(source, args.chat)
     if args.teacher:
@@ -581,7 +576,7 @@ OPTIONS = """
 """
 
 
-def parser() -> data.Arguments:
+def parser():
     purpose = "Fine-tunes a model on references and rationales."
     return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 

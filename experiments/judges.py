@@ -117,9 +117,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="model folder")
     add("--data", type=Path, required=True, help="questions; for comet items of evaluate.py")
     add("--out", type=Path, required=True, help="file to write; for comet a folder")
-    add("--max-new-tokens", type=data.COUNT, default=1024, help="of an answer (default 1024)")
-    add("--seed", type=data.COUNT_OR_ZERO, default=0, help="of the samples (default 0)")
-    add("--batch-size", type=data.COUNT, default=32, help="rows at a time (default 32)")
+    add("--max-new-tokens", type=int, default=1024, help="of an answer (default 1024)")
+    add("--seed", type=int, default=0, help="of the samples (default 0)")
+    add("--batch-size", type=int, default=32, help="rows at a time (default 32)")
     return p
 
 

@@ -98,16 +98,14 @@ def test_a_shortened_demo_shows_forgetting_and_that_radis_and_replay_forget_less
 
 
 def write_alma(folder: Path) -> Path:
-    """Two languages of ALMA's layout, of the sentences of these tests."""
-    for language in ("de", "ru"):
-        rows = []
-        for english, other in zip(LINES[::2], LINES[1::2]):
-            rows.append({"translation": {language: other, "en": english}})
-        (folder / f"{language}en").mkdir(parents=True)
-        for name in ("train", "valid", "test"):
-            for way in (f"{language}-en", f"en-{language}"):
-                file = folder / f"{language}en/{name}.{way}.json"
-                file.write_text(json.dumps(rows), "utf-8")
+    """One language in ALMA's layout, of the sentences of these tests."""
+    rows = []
+    for english, german in zip(LINES[::2], LINES[1::2]):
+        rows.append({"translation": {"de": german, "en": english}})
+    rows += rows  # enough for two steps
+    (folder / "deen").mkdir(parents=True)
+    for name in ("train.de-en", "valid.de-en", "test.de-en", "test.en-de"):
+        (folder / f"deen/{name}.json").write_text(json.dumps(rows), "utf-8")
     return folder
 
 
@@ -331,7 +329,7 @@ def test_intervals_over_seeds_are_students_and_holm_adjusts():
 # files for others
 
 
-def test_the_second_turn_of_mt_bench_sees_the_first(folder, tmp_path, monkeypatch):
+def test_the_second_turn_of_mt_bench_sees_the_first(folder, tmp_path):
     rows = [
         {"question_id": 9, "category": "math", "turns": ["What is it?", "Why?"]},
         {"question_id": 3, "category": "writing", "turns": ["Who?", "When?"]},

@@ -63,7 +63,7 @@ def test_logits_equal_transformers_with_and_without_cache(tmp_path, name):
         assert theirs.config.sliding_window == model.config.sliding_window
     wanted = theirs(tokens).logits
     assert_close(model(tokens), wanted, **CLOSE)
-    cache = KVCache(model.config, 2, 24, torch.float32)
+    cache = KVCache.empty(model, 2, 24)
     steps = []
     for part in torch.arange(24).split([9, 1, 6, *[1] * 8]):
         positions = part.expand(2, -1)
@@ -79,7 +79,7 @@ def test_rows_at_different_places_of_the_cache_equal_the_full_forward(tmp_path, 
     full = model(tokens)
     rows = torch.arange(3)
     lengths = torch.tensor([3, 11, 7])
-    cache = KVCache(model.config, 3, 20, torch.float32)
+    cache = KVCache.empty(model, 3, 20)
     slots = torch.arange(11)
     padded = tokens[:, :11].masked_fill(slots >= lengths[:, None], 0)
     logits = model(padded, cache=cache, positions=slots.expand(3, -1))

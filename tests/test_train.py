@@ -603,7 +603,7 @@ def test_ledgers_pairs_and_conversations_train_together(at, tmp_path):
 def test_random_weights_learn_seven_pairs_by_heart(at, tmp_path):
     write_config(tmp_path)
     start = ["--config", tmp_path / "config.json", "--tokenizer", at.folder, "--data", at.pairs]
-    options = "--max-steps 80 --learning-rate 4e-3 --schedule linear --save-every 0".split()
+    options = "--max-steps 60 --learning-rate 5e-3 --schedule linear --save-every 0".split()
     run(tmp_path / "out", *start, *options)
     tokenizer = Tokenizer(tmp_path / "out")
     learner = Transformer.from_pretrained(tmp_path / "out")
