@@ -40,7 +40,6 @@ from model import blaming, parse_json, read_object, read_text, require, write_te
 TEMPLATE = (
     "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
 )
-FIELDS = ("source", "source_lang", "target_lang")  # what a template may name
 LANGUAGE_NAMES = """
     ar Arabic bg Bulgarian ca Catalan cs Czech da Danish de German el Greek en English es Spanish
     et Estonian fa Persian fi Finnish fr French gu Gujarati ha Hausa he Hebrew hi Hindi hr Croatian
@@ -101,7 +100,9 @@ class Encoder:
         if left_out:
             rationale = []
         end = [self.tokenizer.end_id]
-        if "reference_ids" in row and row.get("finish") == "length" and not left_out:
+        if left_out and not reference:
+            end = []  # nothing is left to learn
+        elif "reference_ids" in row and row.get("finish") == "length" and not left_out:
             end = []  # what was sampled was cut: the model did not want to end there
         if rationale or not reference:
             rationale = rationale + end
@@ -115,7 +116,7 @@ class Encoder:
             return f"status {row['status']}"
         # in [0, 1) and from the id alone: a larger coverage contains a smaller one
         digest = hashlib.sha256(str(row["id"]).encode()).digest()
-        if int.from_bytes(digest[:7], "big") / 2**56 >= self.coverage:
+        if int.from_bytes(digest[:7]) / 2**56 >= self.coverage:
             return "outside coverage"
         return ""
 
@@ -571,7 +572,7 @@ def read_template(value):
     text = unescape(value)
     if "{source}" not in value and len(value) < 256 and Path(value).is_file():
         text = read_text(value).removesuffix("\n")
-    unknown = set(re.findall(r"\{([\w ]+)\}", text)) - set(FIELDS)
+    unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
     fault = "must name {source}, and no more than {source_lang} and {target_lang}"
     require("{source}" in text and not unknown, f"--template {value[:60]}", fault)
     return text
@@ -617,7 +618,7 @@ def lock(path):
     if dist.get_rank() > 0:
         yield
         return
-    path = Path(path)
+    path = Path(path).absolute()
     file = path.with_name(path.name + ".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
@@ -800,7 +801,6 @@ def cli(main, parser):
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
     rank = int(os.environ.get("RANK", 0))
-    wrong = (ValueError, OSError, FloatingPointError, OverflowError, SafetensorError)
     try:
         main(parser.parse_args())
         if torch.cuda.is_available() and dist.is_initialized():
@@ -808,7 +808,7 @@ def cli(main, parser):
         return
     except BrokenPipeError:
         os._exit(141)
-    except wrong as e:
+    except (ValueError, OSError, FloatingPointError, OverflowError, SafetensorError) as e:
         message = str(e)
     except torch.OutOfMemoryError as e:
         message = f"{str(e).split('.')[0]}; lower --micro-batch-size or --batch-size"

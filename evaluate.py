@@ -19,7 +19,6 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +72,7 @@ MEANS = {
 class Statistic:
     """A score that is a function of the column sums of `stats` [items, k]."""
 
-    def __init__(self, stats, score: Callable, signature: str = ""):
+    def __init__(self, stats, score, signature=""):
         self.stats = np.asarray(stats, dtype=float)
         self.score = score
         self.signature = signature
@@ -125,7 +124,8 @@ def measure(kind, items):
 def measure_translation(items):
     """BLEU and chrF++ by sacreBLEU, with its tokenizer for the target language."""
     tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
-    language = items[0]["target_lang"]
+    language, *more = {item["target_lang"] for item in items}
+    require(not more, "--translation", f"{language} and {more} in one file; give each its own")
     try:
         bleu = BLEU(tokenize=tokenizers.get(language, "13a"))
     except (ImportError, RuntimeError):
@@ -368,7 +368,11 @@ def read_file(kind, file, way):
         return data.read_rows([file], way)
     if file.endswith(".csv"):
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
-        found = [(f"{file}:{reader.line_num}", row) for row in reader]
+        try:
+            found = [(f"{file}:{reader.line_num}", row) for row in reader]
+        except csv.Error as e:
+            raise ValueError(f"{file}:{reader.line_num}: broken CSV ({e}); mend it") from None
+        require(found, file, "holds no rows")
     else:
         found = data.read_json(file)
     rows = []
@@ -432,7 +436,7 @@ def read_settings(args, encoder):
     return settings
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def load_model(folder, dtype):
     """Read once, and only if an item is missing."""
     _, _, device = start_processes()
@@ -494,8 +498,10 @@ def read_results(folder: str | Path) -> Results:
     """What stands in a folder of results. ValueError where there is no results.json."""
     file = Path(folder) / "results.json"
     with blaming(file):
-        settings = dict(read_object(file)["settings"])
-    return Results(settings, read_statistics(folder))
+        settings = read_object(file)["settings"] | {}
+    statistics = read_statistics(folder)
+    require(statistics, folder, "holds no items; measure it anew")
+    return Results(settings, statistics)
 
 
 def read_statistics(folder):
@@ -505,6 +511,7 @@ def read_statistics(folder):
         items = [item for _, item in data.read_json(file)]
         with blaming(file):
             for name, statistic in measure(file.parent.name, items).items():
+                statistic.inputs = [item["input_hash"] for item in items]
                 statistics[f"{name}/{file.stem}"] = statistic
     return statistics
 
@@ -520,11 +527,11 @@ def compare(folders):
     base = runs[0]
     for folder, run in zip(folders, runs):
         data.require_same(folder, base.settings, run.settings, OF_THE_MODEL)
-        same = sizes(run) == sizes(base)
+        same = inputs(run) == inputs(base)
         require(same, folder, f"has other items than {folders[0]}; measure both alike")
     print_row("measure", "model", "n", "value", *(f"less {name}" for name in names[:-1][:2]))
     print_row(*["---"] * (4 + len(names[:-1][:2])))
-    for name, n in sizes(base).items():
+    for name, statistic in base.statistics.items():
         for i, run in enumerate(runs):
             own = run.statistics[name]
             value = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure())
@@ -532,15 +539,16 @@ def compare(folders):
             for other in runs[: min(i, 2)]:
                 difference = own.minus(other.statistics[name])
                 differences.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
-            print_row(name if i == 0 else "", names[i], str(n), value, *differences)
+            n = str(len(statistic.stats))
+            print_row(name if i == 0 else "", names[i], n, value, *differences)
     print("\n[low, high]: 95 % bootstrap over items; it covers neither seeds nor training data.")
     for name, statistic in base.statistics.items():
         if statistic.signature:
             print(f"{name}: {statistic.signature}")
 
 
-def sizes(run):
-    return {name: len(statistic.stats) for name, statistic in run.statistics.items()}
+def inputs(run):
+    return {name: statistic.inputs for name, statistic in run.statistics.items()}
 
 
 def print_row(measure, model, n, *values):

@@ -203,7 +203,7 @@ class Sequence:
     def noise_key(self, seed):
         """32 bits, for the next token of this row."""
         digest = hashlib.sha256(json.dumps([seed, self.id, len(self.ids)]).encode()).digest()
-        return int.from_bytes(digest[:4], "big", signed=True)
+        return int.from_bytes(digest[:4], signed=True)
 
     def mean_logprob(self):
         # rounded: the digits after these depend on the batch that the row was computed in
@@ -402,7 +402,8 @@ def read_requests(args, encoder):
         fits = args.task != "translation" or "source" in row
         require(fits, row["where"], "--task translation needs a source")
         row |= request(row, args.task, encoder, args.cue)
-        row["input_hash"] = data.short_hash([row["ids"], row["reference"]])
+        pair = [row.get("source_lang"), row.get("target_lang"), row["reference"]]
+        row["input_hash"] = data.short_hash([row["ids"], pair])
     return rows[: args.limit]
 
 

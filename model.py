@@ -139,14 +139,14 @@ class KVCache:
     values: Tensor
 
     @classmethod
-    def empty(cls, model: "Transformer", batch: int, length: int) -> "KVCache":
+    def empty(cls, model: "Transformer", batch: int, length: int):
         config = model.config
         heads = config.num_key_value_heads
         shape = (config.num_hidden_layers, batch, heads, length, config.head_dim)
         keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         return cls(keys, torch.zeros_like(keys))
 
-    def view(self, rows: slice, length: int) -> "KVCache":
+    def view(self, rows: slice, length: int):
         """Some rows and the first `length` slots: attention need not see what no row reached."""
         return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
 
@@ -160,7 +160,7 @@ class KVCache:
             x[:, to] = x[:, row]
 
 
-def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rotary(config: ModelConfig, positions: Tensor):
     """cos and sin [B, 1, T, D] for `positions` [B, T].
 
     Always float32: bfloat16 cannot tell large positions apart.
@@ -173,7 +173,7 @@ def rotary(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x, cos, sin):
     """Turns each pair (i, i + D/2) of x [B, heads, T, D], the halves of Hugging Face's files."""
     half = x.shape[-1] // 2
     return (x * cos + x.roll(half, dims=-1) * sin).to(x.dtype)
@@ -285,7 +285,7 @@ class Transformer(nn.Module):
         mask = self.attention_mask(positions, cache)
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         for i, layer in enumerate(self.model["layers"]):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing:
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             elif cache is None:
                 x = layer(x, cos, sin, mask)

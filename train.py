@@ -229,8 +229,8 @@ def read_examples(files, args, tokenizer, config):
         example = encoder.example(row)
         if example.left_out:
             left_out[f"rationales ({example.left_out})"] += 1
-        if example.left_out and not row["reference"]:
-            left_out["rows that have nothing else"] += 1
+        if not example.reference and not example.rationale:
+            left_out["rows with nothing to learn"] += 1
         elif len(example) > length:
             left_out[f"rows longer than {length} tokens"] += 1
         else:

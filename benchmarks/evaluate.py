@@ -51,7 +51,8 @@ def main(args: argparse.Namespace):
     options = ["--model", args.model, "--out", "unused", "--choice", *args.choice]
     if args.limit:
         options += ["--limit", str(args.limit)]
-    tests = evaluate.read_tests(evaluate.parser().parse_args(options), Encoder(Tokenizer(args.model)))
+    options = evaluate.parser().parse_args(options)
+    tests = evaluate.read_tests(options, Encoder(Tokenizer(args.model)))
     ours = Transformer.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
     totals = [0.0, 0.0]

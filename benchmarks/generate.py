@@ -35,14 +35,13 @@ def read_prompts(args: argparse.Namespace) -> tuple[data.Tokenizer, list[list[in
     encoder = data.Encoder(tokenizer)
     prompts = []
     for row in data.read_rows(args.data, args.direction)[: args.rows]:
-        read = generate.request(row, "rationale", encoder, "\n")
-        prompts.append(read["prompt"] + read["forced"] + read["cue"])
+        prompts.append(generate.request(row, "rationale", encoder, "\n")["ids"])
     return tokenizer, prompts
 
 
-def count_time(name: str, owner, spent: Counter):
+def count_time(name: str, spent: Counter):
     """Adds the seconds of each call of a function of the sampler to `spent`."""
-    function = getattr(owner, name)
+    function = getattr(generate, name)
 
     def counted(*arguments):
         start = time.perf_counter()
@@ -50,7 +49,7 @@ def count_time(name: str, owner, spent: Counter):
         spent[name] += time.perf_counter() - start
         return result
 
-    setattr(owner, name, counted)
+    setattr(generate, name, counted)
 
 
 def ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
@@ -58,9 +57,8 @@ def ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
     tokenizer, prompts = read_prompts(args)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype))
     spent = Counter()
-    count_time("__call__", generate.Decoder, spent)
-    count_time("choose", generate, spent)
-    count_time("exponential_noise", generate, spent)
+    for name in ("decode", "choose", "exponential_noise"):
+        count_time(name, spent)
     how = generate.Sampling(args.max_new_tokens, 1.0, 1.0, tokenizer.eos_ids)
     how.batch_size = batch_size
     how.vocab_size = tokenizer.vocab_size
@@ -140,12 +138,12 @@ def compare(args: argparse.Namespace, batch_size: int, count: int):
         its.append(tried[sizes[0]])
     ratios = [a["rate"] / b["rate"] for a, b in zip(mine, its)]
     shares = [a["rate"] / a["bound"] for a in mine]
-    decoding = [a["decoded"] / a["spent"]["__call__"] / a["bound"] for a in mine]
+    decoding = [a["decoded"] / a["spent"]["decode"] / a["bound"] for a in mine]
     noise = [a["spent"]["exponential_noise"] / a["seconds"] for a in mine]
     choosing = [a["spent"]["choose"] / a["seconds"] for a in mine]
     print(f"batch {batch_size}: {spread([a['rate'] for a in mine], '.1f')} tokens/s; ", end="")
     print(f"transformers, batch {sizes[0]}: {spread([a['rate'] for a in its], '.1f')}")
-    print(f"  ratio {spread(ratios, '.2f')}; bound {mine[0]['bound']:.0f} tokens/s, of which ", end="")
+    print(f"  ratio {spread(ratios, '.2f')}; bound {mine[0]['bound']:.0f} tokens/s, of it ", end="")
     print(f"{spread(shares, '.0%')} with prefill, {spread(decoding, '.0%')} while decoding")
     print(f"  of the time, choosing tokens {spread(choosing, '.1%')}, ", end="")
     print(f"the Gumbel noise in it {spread(noise, '.1%')}")

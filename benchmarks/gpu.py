@@ -1,7 +1,7 @@
 r"""Every check that needs a GPU, in one command: correctness, training, sampling, and transformers.
 
     python benchmarks/gpu.py              one card of 80 GB, 8 minutes; writes benchmarks-gpu.md
-    python benchmarks/gpu.py --smoke      rehearses it on a CPU with tiny sizes; figures mean nothing
+    python benchmarks/gpu.py --smoke      rehearses it on a CPU with tiny sizes; figures say nothing
 
 Weights are random, the text is made up on the spot, nothing is downloaded. Each part runs in a
 process of its own, which gives all its memory back; what fails is a row of the table, and the rest
@@ -521,7 +521,7 @@ class Table:
         lines = [
             f"# {device}; {self.title}",
             "",
-            f"`python benchmarks/gpu.py`, random weights. {about}; goals are for the measured peak.",
+            f"`python benchmarks/gpu.py`, random weights. {about}; goals are of the measured peak.",
             "",
             f"| {' | '.join(head)} |",
             "|---" * len(head) + "|",
@@ -624,7 +624,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description="Checks and measures all that needs a GPU, in 8 minutes.")
+    p = argparse.ArgumentParser(description="Checks and measures what needs a GPU, in 8 minutes.")
     add = p.add_argument
     add("--out", type=Path, default=Path("benchmarks-gpu.md"), help="table (benchmarks-gpu.md)")
     add("--smoke", action="store_true", help="rehearse on a CPU with tiny sizes")

@@ -4,8 +4,8 @@
     python benchmarks/memory.py --config benchmarks/llama-7b.json --dtype bfloat16
     python benchmarks/memory.py            a table of Llama 2's sizes on 1 to 64 GPUs
 
-It takes the arguments of train.py and needs only those that matter here. Computed, not measured: the
-forward pass runs on tensors that take no memory. Without --data a micro-batch is full: rows of
+It takes the arguments of train.py and needs only those that matter here. Computed, not measured:
+the forward pass runs on tensors that take no memory. Without --data a micro-batch is full: rows of
 --max-length tokens, half of them supervised, three quarters of those the rationale's.
 """
 

@@ -174,8 +174,8 @@ def print_ratios(args: argparse.Namespace, pairs: list[tuple[dict, dict]]):
     worst = max(abs(ours["loss"] - its["loss"]) for ours, its in pairs)
     tolerance = 0.03 if args.dtype == "bfloat16" else 1e-3  # bfloat16 has eight bits
     if worst > tolerance:
-        sys.exit(f"error: the first losses differ by {worst:.1e}: the sides don't do the same work")
-    print(f"first losses agree to {worst:.1e}; {args.dtype}, batches of {args.batch_size}, ", end="")
+        sys.exit(f"error: first losses differ by {worst:.1e}: not the same work")
+    print(f"first losses agree to {worst:.1e}; {args.dtype}, batches of {args.batch_size},")
     print(f"at most {args.micro_batch_size} at a time, {args.rounds} rounds of {args.steps} steps,")
     print("of which the first is not timed")
     for name in ("speed", "memory"):

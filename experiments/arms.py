@@ -22,6 +22,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -88,7 +89,8 @@ PARTS = (0.4, 0.6, 0.8)  # of the way from the base's weights to the tuned ones
 TASKS = {"rationales": "rationale", "translation": "translation", "paraphrase": "paraphrase"}
 MADE_FROM_RATIONALES = ("bare", "shuffled")
 # settings that decide nothing about a point that is there
-FREE = ("out", "seeds", "rates", "arms", "workers", "ranks", "keep", "rows", "micro_batch_size")
+FREE = """out seeds rates arms parts workers ranks keep rows micro_batch_size
+    prompts""".split()
 
 # what is not given on the command line
 REAL = {
@@ -150,13 +152,23 @@ def perform(tasks: list, workers: int):
     else:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context) as pool:
+        with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
             for done in as_completed([pool.submit(attempt, task) for task in tasks]):
                 line, fine = done.result()
                 print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
                 failed += not fine
     if failed:
         sys.exit(f"error: {failed} of these failed; the same command tries them again")
+
+
+def end_with_parent():
+    """A worker ends when the process that has started it does, however that ends."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def attempt(task: partial) -> tuple[str, bool]:
@@ -184,6 +196,10 @@ def base_model(args, seed: int) -> Path:
 def test_folder(args, seed: int) -> Path:
     """Tests are the same for all seeds; but each seed of the small world is a world of its own."""
     return (seed_folder(args, seed) if args.world else args.out) / "tests"
+
+
+def seeds_of_tests(args) -> list[int]:
+    return args.seeds if args.world else args.seeds[:1]
 
 
 def steps(args) -> int:
@@ -216,11 +232,14 @@ def prepare(args, seed: int):
     require(len(pairs) >= count, "--pairs", fault)
     world.write(folder / "drawn/pairs.jsonl", rng.sample(pairs, count))
     rng.shuffle(prompts)
-    most = max(ARMS[arm].replay for arm in args.arms)
+    file = folder / "drawn/prompts.jsonl"
+    drawn = len(read_ledger(file)) if file.exists() else 0  # for other arms, earlier
+    wanted = round(count * max(ARMS[arm].replay for arm in args.arms))
     rows = []
-    for i in range(round(most * count)):  # with few prompts, each is answered more than once
+    for i in range(wanted):  # with few prompts, each is answered more than once
         rows.append({"id": i, "messages": prompts[i % len(prompts)]["messages"]})
-    world.write(folder / "drawn/prompts.jsonl", rows)
+    if wanted > drawn:
+        world.write(file, rows)
 
 
 def read_pairs(files: list, args) -> list[dict]:
@@ -426,7 +445,7 @@ def measure(args, seed: int, model: Path, name: str, cost: dict):
     for measure_name, statistic in evaluate.read_results(str(out)).statistics.items():
         if not measure_name.startswith(("acc", "margin")):  # these are counted by file, below
             found[measure_name] = statistic
-    base = args.out / "results" / base_name(seed)
+    base = args.out / "results" / base_name(args, seed)
     for file in choice_files(args, seed)["choice"]:
         found |= measure_choice_file(file, out, base)
     values = {key: [statistic.value, *statistic.draws] for key, statistic in found.items()}
@@ -476,12 +495,12 @@ def save_point(file: Path, values: dict, cost: dict):
     temporary.rename(file)
 
 
-def base_name(seed: int) -> str:
-    return f"seed-{seed}/base"
+def base_name(args, seed: int) -> str:
+    return f"seed-{seed}/base" if args.world else "base"
 
 
 def measure_base(args, seed: int):
-    measure(args, seed, base_model(args, seed), base_name(seed), {})
+    measure(args, seed, base_model(args, seed), base_name(args, seed), {})
 
 
 # 4. One arm
@@ -615,8 +634,7 @@ def write_ledgers(args):
     tasks = []
     for seed in args.seeds:
         tasks += [partial(write_ledger, args, seed, name) for name in ledgers_of(args)]
-    once = args.seeds if args.world else args.seeds[:1]
-    tasks += [partial(write_tests, args, seed) for seed in once]
+    tasks += [partial(write_tests, args, seed) for seed in seeds_of_tests(args)]
     perform(tasks, args.workers)
     for seed in args.seeds:
         derive(args, seed)
@@ -624,7 +642,8 @@ def write_ledgers(args):
 
 def run_arms(args):
     """The base first: what it can do decides which choices count as its own."""
-    perform([partial(measure_base, args, seed) for seed in args.seeds], args.workers)
+    tasks = [partial(measure_base, args, seed) for seed in seeds_of_tests(args)]
+    perform(tasks, args.workers)
     tasks = []
     for rate in args.rates:
         for name in args.arms:

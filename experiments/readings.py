@@ -130,7 +130,11 @@ def read_study(out: Path) -> Study:
             last = step == names["points"][-1]
             key = Key(rate, arms.get(arm, arm), float(part or 1), 0 if last else step)
         points.setdefault(key, {})[seed] = read_point(file)
-    if Study.BASE not in points:
+    shared = out / "points/base.npz"
+    if shared.exists():
+        seeds = {seed for by_seed in points.values() for seed in by_seed}
+        points[Study.BASE] = dict.fromkeys(seeds, read_point(shared))
+    if not points.get(Study.BASE):
         sys.exit(f"error: {out}: nothing measured yet; run arms.py")
     order = [*arms.values()]
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -232,9 +233,7 @@ def fork(work: Callable[[], int]) -> int:
         status = work()
     except SystemExit as e:
         status = e.code or 0
-    except BaseException:
-        import traceback
-
+    except Exception:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -296,13 +295,15 @@ def start_ranks(case: "Case", arguments, folder: Path, faults: list[Faults]) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     count = len(faults)
-    return [start(case.script, arguments, folder, x, (i, count, port)) for i, x in enumerate(faults)]
+    pids = []
+    for rank, own in enumerate(faults):
+        pids.append(start(case.script, arguments, folder, own, (rank, count, port)))
+    return pids
 
 
 def one_line(ended: Ended) -> bool:
-    """Whether a run ended by a user's mistake, told in one line. Bars and library notes don't count."""
+    """Whether a run ended by a mistake that is told in one line, bars and library notes aside."""
     lines = [line.rsplit("\r", 1)[-1] for line in ended.errors.split("\n")]
-    lines = [line for line in lines if line.strip() and not re.match(r"\[[WEG]|.*it/s|.*s/it", line)]
     told = [line for line in lines if line.startswith("error: ")]
     return ended.status == MISTAKE and len(told) == 1 and "Traceback" not in ended.errors
 
@@ -516,7 +517,8 @@ def interrupt(case: Case, work: Path, at: int, how: str) -> str:
     """A signal `at` milliseconds after the script itself is started: it imports PyTorch then."""
     folder = case.fresh(work / f"{case.name}-{at}-interrupt-{how}")
     command = [sys.executable, str(ROOT / f"{case.script}.py"), *case.arguments]
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=folder, **pipes)
     time.sleep(at / 1000)
     process.send_signal(SIGNALS[how])
     errors = process.communicate(timeout=PATIENCE_S)[1].decode()
@@ -628,7 +630,7 @@ def make_points(case: Case, work: Path, disks: bool) -> list[tuple]:
         points.append((race, case, work, at, ""))
     for i, at in enumerate(spread(range(1, len(case.trace) + 1), 6)):
         points.append((kill_ranks, case, work, at, f"{i // 3}-{1 if i % 2 else 4}"))
-        if case.script == "train":  # the others end at once
+        if case.script == "train" and at > locked[0]:  # the others end at once
             points.append((stop_ranks, case, work, at, "SIGTERM"))
     points += [(start_twice, case, work, ms, "") for ms in (0, 10, 30, 100, 300)]
     for ms in (300, 1000, 1700, 2400):

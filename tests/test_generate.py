@@ -189,19 +189,21 @@ def test_draws_are_independent_over_places_rows_and_seeds(tmp_path):
         assert fits(table.tolist(), [1 / 64] * 64), name
 
 
-def test_noise_is_independent_over_tokens_near_and_far():
-    ids = torch.tensor([0, 1, 2, 1500, 2999])
-    logits = torch.full((2000, 3000), -torch.inf)
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0, 1, 2, 600, 1199]], ids=str)
+def test_noise_is_independent_over_tokens(ids):
+    n = 6000
+    logits = torch.full((n, ids[-1] + 1), -torch.inf)
     logits[:, ids] = 0
-    how = Sampling(temperature=1.0)
-    keys = torch.arange(2000)
-    first = choose(logits, keys, how)[0].long()
-    logits[keys, first] = -torch.inf
-    second = choose(logits, keys, how)[0].long()  # the one that came next
-    orders = Counter(zip(first.tolist(), second.tolist()))
-    assert set(first.tolist()) == set(ids.tolist())
-    assert len(orders) == 20
-    assert fits(list(orders.values()), [1 / 20] * 20)
+    keys = torch.arange(n)
+    order = []
+    for _ in range(4):  # the one that comes first is taken out, and so on
+        tokens = choose(logits, keys, Sampling(temperature=1.0))[0].long()
+        logits[keys, tokens] = -torch.inf
+        order.append(tokens.tolist())
+    orders = Counter(zip(*order))
+    assert set(order[0]) == set(ids)
+    assert len(orders) == 120
+    assert fits([*orders.values()], [1 / 120] * 120)
 
 
 def test_a_rare_token_comes_as_rarely_as_it_should():
@@ -321,6 +323,15 @@ def test_a_prompt_that_the_model_cannot_read_is_refused_by_its_place(folder, nam
     sequences = [Sequence("x", BAD_PROMPTS[name], "a.jsonl:7")]
     with pytest.raises(ValueError, match="a.jsonl:7: "):
         list(sample(model, sequences, Sampling(max_new_tokens=8)))
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_told_by_the_row(tmp_path, bad, temperature):
+    model = constant_model(tmp_path, torch.full((8,), bad))
+    sequences = [Sequence("x", [5])]
+    with pytest.raises(FloatingPointError, match="row x: "):
+        list(sample(model, sequences, Sampling(temperature=temperature)))
 
 
 @pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"batch_size": 0}], ids=str)
