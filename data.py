@@ -34,7 +34,15 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 
-from model import blaming, parse_json, read_object, read_text, require, write_text
+from model import (
+    ModelConfig,
+    blaming,
+    parse_json,
+    read_object,
+    read_text,
+    require,
+    write_text,
+)
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the RaDis paper's wording is not known
 TEMPLATE = (
@@ -399,6 +407,13 @@ class Tokenizer:
             else:
                 parts += [f"{between}<|{role}|>\n{text}", self.end_id]
         return parts[:-1]  # the answer, which is to come, does not end here
+
+
+def require_vocabulary(folder, tokenizer, config):
+    """ValueError unless the model in `folder` has the same tokens as these."""
+    same = Tokenizer(folder, tokenizer.chat_name).hash == tokenizer.hash
+    same = same and ModelConfig.from_file(folder).vocab_size == config.vocab_size
+    require(same, folder, "its vocabulary is another than that of --model")
 
 
 # 3. Files and their rows

@@ -48,9 +48,15 @@ from model import (
 RESAMPLES = 1000
 REFUSALS = Path(__file__).with_name("refusals.txt")
 # written out, as the patterns of refusals.txt expect it; in this order
-CONTRACTIONS = {"cannot": "can not", "can't": "can not", "won't": "will not", "n't": " not"}
-CONTRACTIONS |= {"'m": " am"}
+CONTRACTIONS = {
+    "cannot": "can not",
+    "can't": "can not",
+    "won't": "will not",
+    "n't": " not",
+    "'m": " am",
+}
 OF_THE_MODEL = ("model", "model_hash", "versions")  # what differs where results are compared
+SAMPLED = ("max_new_tokens", "temperature", "top_p", "seed")  # how the base model's answers were
 # how lm-evaluation-harness finds the answer to a question of GSM8K
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -261,7 +267,7 @@ def answer_drift(subject, rows):
     first choices, summed over places; and how the model would answer itself.
     """
     meta = rows[0]["meta"]
-    how = Sampling(meta["max_new_tokens"], meta["temperature"], meta["top_p"], seed=meta["seed"])
+    how = Sampling(**{name: meta[name] for name in SAMPLED})
     as_written = Encoder(subject.encoder.tokenizer)  # the ledger brings its prompts' settings
     for row, ids, item in answers(subject, rows, how):
         tokens, places, targets = data.collate([as_written.example(row)], subject.model.device)
@@ -311,7 +317,7 @@ def read_translation(row, encoder, _):
 def read_drift(row, encoder, _):
     """An answer of the base model, with the prompt that it was given."""
     meta = row["meta"]
-    known = {"max_new_tokens", "temperature", "top_p", "seed"} <= meta.keys()
+    known = all(type(meta.get(name)) in (int, float) for name in SAMPLED)
     fits = known and meta.get("task") == "answer"
     require(fits, row["where"], "not the base model's; write it with generate.py --task answer")
     row.pop("test", None)  # a field of somebody's own
@@ -395,6 +401,8 @@ READERS = {
 def read_tests(args, encoder):
     """The rows of each test, by KIND/NAME. ValueError names file and line."""
     config = ModelConfig.from_file(args.model)
+    if args.base:
+        data.require_vocabulary(args.base, encoder.tokenizer, config)
     ways = args.direction
     if len(ways) == 1:
         ways = ways * len(args.translation)
@@ -529,8 +537,9 @@ def compare(folders):
         data.require_same(folder, base.settings, run.settings, OF_THE_MODEL)
         same = inputs(run) == inputs(base)
         require(same, folder, f"has other items than {folders[0]}; measure both alike")
-    print_row("measure", "model", "n", "value", *(f"less {name}" for name in names[:-1][:2]))
-    print_row(*["---"] * (4 + len(names[:-1][:2])))
+    less = [f"less {name}" for name in names[:-1][:2]]
+    print_row("measure", "model", "n", "value", *less)
+    print_row("---", "---", "---", "---", *["---" for _ in less])
     for name, statistic in base.statistics.items():
         for i, run in enumerate(runs):
             own = run.statistics[name]

@@ -420,9 +420,8 @@ def write_rows(rows, args, model, tokenizer):
     if args.task == "translation":
         how.stop = tokenizer.first_line_ends
     by_id = {row["id"]: row for row in rows}
-    first = dist.get_rank() == 0
     ended = sample(model, make_sequences(rows), how)
-    for sequence in tqdm(ended, total=len(rows), unit="row", disable=not first):
+    for sequence in tqdm(ended, total=len(rows), unit="row", disable=dist.get_rank() > 0):
         yield ledger_row(by_id[sequence.id], args.task, tokenizer, sequence)
 
 
@@ -437,8 +436,9 @@ def main(args):
     require_room(make_sequences(rows), args.max_new_tokens, config)
 
     # 2. all that a row depends on, besides what the model reads
-    names = ("task", "model", "cue", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
+    names = ("task", "model", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
     settings = {name: getattr(args, name) for name in names} | encoder.settings()
+    settings["cue"] = args.cue or ""
     settings["model_hash"] = hash_model(args.model)
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 

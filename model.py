@@ -363,9 +363,9 @@ def start_processes(timeout=timedelta(days=1)):
     """
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        alone = {}
-        if "RANK" not in os.environ:  # not launched by torchrun
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        if "RANK" in os.environ:  # launched by torchrun
+            alone = {}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, **alone)
     device = torch.device("cpu")

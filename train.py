@@ -259,14 +259,14 @@ def named_files(items):
 # 3. The model, in shards
 
 
-def load_sharded(config, folder, args, device, frozen):
+def load_sharded(folder, args, device, frozen=False):
     """The model in shards, none of them whole; `frozen`: a teacher, in the compute type.
 
     What learns has float32 weights and reductions, and computes in --dtype.
     """
     compute = getattr(torch, args.dtype)
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(ModelConfig.from_file(folder or args.config))
     if frozen:
         model = model.to(compute).requires_grad_(False)
     if args.compile:
@@ -510,13 +510,7 @@ def main(args):
     config = ModelConfig.from_file(args.config or args.model)
     tokenizer = Tokenizer(source, args.chat)
     if args.teacher:
-        teacher_config = ModelConfig.from_file(args.teacher)
-        require(
-            Tokenizer(args.teacher, args.chat).hash == tokenizer.hash
-            and teacher_config.vocab_size == config.vocab_size,
-            args.teacher,
-            "the teacher's vocabulary is another than the model's",
-        )
+        data.require_vocabulary(args.teacher, tokenizer, config)
     examples = read_examples(args.data, args, tokenizer, config)
     valid = {}
     for name, files in named_files(args.valid).items():
@@ -530,10 +524,10 @@ def main(args):
             say(f"{args.out}: this run is finished")
         else:
             # 4. model, teacher and optimizer
-            model = load_sharded(config, args.model, args, device, frozen=False)
+            model = load_sharded(args.model, args, device)
             teacher = None
             if args.teacher:
-                teacher = load_sharded(teacher_config, args.teacher, args, device, frozen=True)
+                teacher = load_sharded(args.teacher, args, device, frozen=True)
             count = sum(p.numel() for p in model.parameters())
             say(f"{count:,} parameters on {world_size} x {device.type}, {steps} steps")
             # 5. the steps, and the model

@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class Arm:
     data: str  # the seed's file of pairs: bare pairs, or with what the model wrote to each
     weight: float = 1.0  # of the tokens that the model wrote itself
     soft: bool = False  # they are learnt from the base's distribution, not from the samples
-    replay: float = 0.0  # the base's answers to other prompts, a pair
+    replay: int = 0  # the base's answers to other prompts, in multiples of --answers a step
     flags: tuple = ()  # of train.py
 
     @property
@@ -68,16 +69,16 @@ ARMS = {
     "vanilla": Arm("pairs", weight=0),
     "RaDis": Arm("rationales"),
     "soft RaDis": Arm("rationales", soft=True),
-    "hard replay": Arm("pairs", replay=1 / 8),
-    "soft replay 1": Arm("pairs", soft=True, replay=1 / 8),
-    "soft replay 3": Arm("pairs", weight=3, soft=True, replay=1 / 8),
-    "soft RaDis + soft replay": Arm("rationales", soft=True, replay=1 / 8),
+    "hard replay": Arm("pairs", replay=1),
+    "soft replay 1": Arm("pairs", soft=True, replay=1),
+    "soft replay 3": Arm("pairs", weight=3, soft=True, replay=1),
+    "soft RaDis + soft replay": Arm("rationales", soft=True, replay=1),
     # controls: is it the missing EOS? how far does noise alone carry?
     "no EOS": Arm("bare"),
     "rationales alone": Arm("rationales", weight=1000, flags=ALONE),
     "soft rationales alone": Arm("rationales", weight=1000, soft=True, flags=ALONE),
     # beyond the plan
-    "soft replay 3, twice the answers": Arm("pairs", weight=3, soft=True, replay=1 / 4),
+    "soft replay 3, twice the answers": Arm("pairs", weight=3, soft=True, replay=2),
     "shuffled rationales": Arm("shuffled"),
     "weight 0.33": Arm("rationales", weight=0.33),
     "coverage 0.5": Arm("rationales", flags=COVERAGE),
@@ -97,6 +98,7 @@ REAL = {
     "rates": ["3e-5", "1e-4"],
     "points": [16, 32, 64],
     "batch_size": 16,
+    "answers": 2,
     "tests": 512,
     "new_tokens": 64,
     "answer_tokens": 128,
@@ -106,6 +108,7 @@ WORLD = {
     "rates": ["1e-3"],
     "points": [50, 100, 200, 300],
     "batch_size": 32,
+    "answers": 16,
     "tests": 100,
     "new_tokens": 32,
     "answer_tokens": 48,
@@ -124,7 +127,7 @@ def call(script, words: list, log: Path, ranks: int = 0):
     name = script.__name__
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as f:
-        f.write(f"$ python {name}.py {' '.join(repr(w) if ' ' in w else w for w in words)}\n")
+        f.write(f"$ python {name}.py {shlex.join(words)}\n")
         f.flush()
         if ranks:
             launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
@@ -234,12 +237,17 @@ def prepare(args, seed: int):
     rng.shuffle(prompts)
     file = folder / "drawn/prompts.jsonl"
     drawn = len(read_ledger(file)) if file.exists() else 0  # for other arms, earlier
-    wanted = round(count * max(ARMS[arm].replay for arm in args.arms))
+    wanted = max(rows_replayed(args, ARMS[arm].replay, count) for arm in args.arms)
     rows = []
     for i in range(wanted):  # with few prompts, each is answered more than once
         rows.append({"id": i, "messages": prompts[i % len(prompts)]["messages"]})
     if wanted > drawn:
         world.write(file, rows)
+
+
+def rows_replayed(args, replay: int, pairs: int) -> int:
+    """Answers beside so many pairs, of which a step has --batch-size."""
+    return replay * args.answers * pairs // args.batch_size
 
 
 def read_pairs(files: list, args) -> list[dict]:
@@ -320,8 +328,7 @@ def derive(args, seed: int):
         copy_ledger(folder, "rationales", "bare", [bare(row, tokenizer, cue) for row in rows])
     for replay in {ARMS[name].replay for name in args.arms} - {0}:
         rows = read_ledger(folder / "answers.jsonl")
-        pairs = read_ledger(folder / "pairs.jsonl")
-        count = round(replay * len(pairs))
+        count = rows_replayed(args, replay, len(read_ledger(folder / "pairs.jsonl")))
         copy_ledger(folder, "answers", f"answers-{replay}", rows[:count])
 
 
@@ -544,7 +551,7 @@ def data_files(args, seed: int, arm: Arm) -> list[Path]:
 
 def train_words(args, seed: int, rate: str, name: str, out: Path) -> list:
     arm = ARMS[name]
-    batch = round(args.batch_size * (1 + arm.replay))
+    batch = args.batch_size + arm.replay * args.answers
     between = math.gcd(*args.points[:-1])  # 0 where there is but one point
     words = ["--model", base_model(args, seed), "--data", *data_files(args, seed, arm)]
     words += ["--out", out, "--resume", "--save-every", 0, "--export-every", between]
@@ -683,6 +690,7 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", nargs="*", type=float, default=PARTS, help="of the way to the tuned weights")
     add("--points", nargs="+", type=int, help="steps to measure after; the last ends the run")
     add("--batch-size", type=int, help="pairs of a step (default 16; world 32)")
+    add("--answers", type=int, help="replayed beside them (default 2; world 16)")
     add("--micro-batch-size", type=int, default=16, help="rows at a time (default 16)")
     add("--tests", type=int, help="sentences to translate (default 512; world 100)")
     add("--general", type=int, default=80, help="drift prompts of each file (default 80)")

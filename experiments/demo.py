@@ -19,9 +19,9 @@ import world
 
 import generate
 
-ARMS = ("vanilla", "RaDis", "soft replay 3")
+ARMS = ("vanilla", "RaDis", "soft replay 1")
 RATE = "1e-3"
-POINTS = (40, 100, 200)  # steps; much happens early
+POINTS = (50, 150, 300)  # steps; much happens early
 SIZES = "--chats 40000 --world-pairs 3200 --base-steps 1200 --tests 60"
 WORKERS = min(2, os.cpu_count() or 1)
 MEMORY = {name: f"{name} (memory)" for name in world.MEMORY}

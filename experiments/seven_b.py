@@ -27,7 +27,7 @@ from model import ModelConfig, Transformer, read_object  # noqa: E402
 LANGUAGES = ("de", "cs", "zh", "ru")
 # peak learning rates that vanilla is tried at; Mistral wants smaller ones
 RATES = {"llama": ["1e-5", "2e-5"], "mistral": ["5e-6", "1e-5"]}
-PLAN = """--points 220 440 880 --batch-size 128 --micro-batch-size 8 --tests 512
+PLAN = """--points 220 440 880 --batch-size 128 --answers 16 --micro-batch-size 8 --tests 512
     --new-tokens 128 --answer-tokens 256 --rows 128 --dtype bfloat16""".split()
 # of one H100. The share of its peak that training gets is assumed, the rate of sampling was
 # measured with random weights (BENCHMARKS.md)
@@ -35,6 +35,7 @@ PEAK_FLOPS = 989e12
 TRAINING_SHARE = 0.4
 READING_SHARE = 0.5
 SAMPLED_TOKENS_S = 8900
+LOADING_S = 120  # to read a model and start, on all GPUs at once; assumed
 
 
 def write_pairs(alma: Path, out: Path) -> dict[str, list[Path]]:
@@ -79,16 +80,20 @@ def forecast(args: argparse.Namespace):
     for name in args.arms:
         arm = arms.ARMS[name]
         rationale = args.new_tokens if arm.data not in ("pairs", "bare") else 0
-        tokens = count * (pair + rationale + arm.replay * 1.2 * args.answer_tokens)
+        replayed = arms.rows_replayed(args, arm.replay, count)
+        tokens = count * (pair + rationale) + replayed * 1.2 * args.answer_tokens
         # backward and forward, and the forward once more for the activations
         seconds = 8 * weights * tokens / (TRAINING_SHARE * PEAK_FLOPS)
         if arm.soft:
             seconds += 2 * weights * tokens / (READING_SHARE * PEAK_FLOPS)
         hours[name] = seconds / 3600
-    written = count * (args.new_tokens + args.answer_tokens * max_replay(args))
+    most = max(arms.ARMS[name].replay for name in args.arms)
+    written = count * args.new_tokens
+    written += arms.rows_replayed(args, most, count) * args.answer_tokens
     translated = args.tests * len(args.test) + args.tests / 2 * len(args.test)
     general = args.general * (len(args.drift) + 1)
-    measured = (translated * pair + general * args.answer_tokens) / SAMPLED_TOKENS_S / 3600
+    seconds = (translated * pair + general * args.answer_tokens) / SAMPLED_TOKENS_S
+    measured = (seconds + LOADING_S * max(args.ranks, 1)) / 3600
     points = len(args.points) + len(args.parts)
     runs = len(args.seeds) * len(args.rates)
     print(f"{args.model.name}: {weights / 1e9:.2f} B parameters, {count:,} pairs a run, computed:")
@@ -101,10 +106,6 @@ def forecast(args: argparse.Namespace):
     memory = (16 + 2) * weights / ranks / 2**30
     print(f"  all: {total:.0f} GPU hours, {total / ranks:.0f} hours on {ranks} GPUs")
     print(f"  memory: {memory:.0f} GiB a GPU besides activations (see benchmarks/memory.py)")
-
-
-def max_replay(args) -> float:
-    return max(arms.ARMS[name].replay for name in args.arms)
 
 
 def settings_of(model: Path, files: dict, out: Path, rest: list) -> argparse.Namespace:

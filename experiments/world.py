@@ -308,7 +308,7 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
         repeated = learnt * (count // len(learnt) + 1)
         rows += [{"prompt": item[0], "response": item[1]} for item in repeated[:count]]
         if skill in REPLAYED:
-            prompts += [{"prompt": item[0]} for item in learnt[:500]]
+            prompts += [{"prompt": item[0]} for item in learnt[:1000]]
     known = {row["source"] for row in sentences}
     while len(rows) < chats:  # the rest is translation
         source, row = simple_translation(world)

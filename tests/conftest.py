@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -139,19 +140,52 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def error_of(module, arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which a script ends, with status 2, when it is called like this."""
+ROW_FIELDS = [
+    *("id", "source", "reference", "source_lang", "target_lang", "translation"),
+    *("prompt", "response", "messages", "turns", "question_id", "role", "content"),
+    *("reference_ids", "rationale_ids", "rationale", "finish", "status", "meta", "where"),
+]
+SHAPES = ["{}", "[{}]", '{{"de": {}, "en": "x"}}', '[{{"role": "user", "content": {}}}]']
+
+
+def odd_row(seed: int) -> str:
+    """A pair, a conversation or a ledger's row with one to three fields that are odd."""
+    r = random.Random(seed)
+    row = {name: json.dumps(value) for name, value in r.choice(PAIRS).items()}
+    if r.random() < 0.3:
+        row = {"prompt": '"Why?"', "response": '"So."'}
+    if r.random() < 0.3:
+        row |= {"reference_ids": "[5]", "rationale_ids": "[6]", "rationale": '"So."'}
+    for name in r.sample(ROW_FIELDS, r.randint(1, 3)):
+        row[name] = r.choice(SHAPES).format(r.choice([*ODD.values()]))
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}"
+
+
+def last_line(module, arguments: list, monkeypatch, capsys) -> str:
+    """The one line with which a script ends, with status 2; empty where it ends well."""
     words = [str(argument) for argument in arguments]
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # those of the tests stay
-    with pytest.raises(SystemExit) as ended:
+    try:
         data.cli(module.main, module.parser())
+    except SystemExit as ended:
+        assert ended.code == 2
+    else:
+        capsys.readouterr()
+        return ""
     printed = capsys.readouterr().err.split("\n")
     lines = [line for line in printed if line and not line.startswith("\r")]  # progress bars aside
-    assert ended.value.code == 2
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
+    assert len(lines[0]) < 1000
     return lines[0]
+
+
+def error_of(module, arguments: list, monkeypatch, capsys) -> str:
+    """The one line with which a script must end."""
+    line = last_line(module, arguments, monkeypatch, capsys)
+    assert line
+    return line
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,26 @@
 
 import itertools
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, LINES, ODD, PAIRS, error_of, write_jsonl, write_tokenizer
+from conftest import (
+    CHATML,
+    LINES,
+    ODD,
+    PAIRS,
+    error_of,
+    last_line,
+    odd_row,
+    write_jsonl,
+    write_tokenizer,
+)
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import data
@@ -477,8 +489,8 @@ def test_targets_are_reference_rationale_and_eos_and_no_prompt_token_carries_los
         assert tokens[b, : len(example) - 1].tolist() == example.prompt + ids[:-1]
         assert not tokens[b, len(example) - 1 :].any()
     n = sum(len(example.reference) for example in examples)
-    references = [i for example in examples for i in example.reference]
-    assert targets[:n].tolist() == references
+    references = [example.reference for example in examples]
+    assert targets[:n].tolist() == [*itertools.chain(*references)]
 
 
 def test_a_batch_without_examples_has_no_target():
@@ -665,39 +677,24 @@ def test_a_vocabulary_without_the_tags_of_its_chat_is_told(folder, tmp_path):
         Tokenizer(tmp_path)
 
 
-def one_line_or_nothing(folder: Path, rows: Path, monkeypatch, capsys):
-    """Runs data.py: it ends well, or with one line and status 2."""
-    words = ["data.py", "--model", str(folder), "--data", str(rows)]
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    try:
-        data.cli(data.main, data.parser())
-    except SystemExit as ended:
-        assert ended.code == 2
-        line = capsys.readouterr().err
-        assert re.fullmatch(r"error: [^\n]{1,600}\n", line), line[:1000]
-    else:
-        capsys.readouterr()
-
-
 READ = {
     "tokenizer_config.json": ["bos_token", "eos_token", "chat_template", "added_tokens_decoder"],
     "generation_config.json": ["eos_token_id"],
     "added_tokens.json": ["<new>", "<|im_end|>"],
 }
-SETTINGS = [(file, name) for file, names in READ.items() for name in names]
 
 
-@pytest.mark.parametrize("file, name", SETTINGS)
+@pytest.mark.parametrize("file", READ)
 def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
-    folder, pairs, tmp_path, monkeypatch, capsys, file, name
+    folder, pairs, tmp_path, monkeypatch, capsys, file
 ):
-    for odd in ODD.values():
-        for value in (odd, f"[{odd}]", f'{{"content": {odd}}}', f'{{"7": {{"content": {odd}}}}}'):
-            write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
-            write(tmp_path / "tokenizer_config.json", {"chat_template": CHATML})
-            write(tmp_path / file, f'{{"chat_template": "<|im_start|>", "{name}": {value}}}')
-            one_line_or_nothing(tmp_path, pairs, monkeypatch, capsys)
+    write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
+    write(tmp_path / "tokenizer_config.json", {"chat_template": CHATML})
+    shapes = ["{}", "[{}]", '{{"content": {}}}', '{{"7": {{"content": {}}}}}']
+    for name, shape, odd in itertools.product(READ[file], shapes, ODD.values()):
+        value = shape.format(odd)
+        write(tmp_path / file, f'{{"chat_template": "<|im_start|>", "{name}": {value}}}')
+        last_line(data, ["--model", tmp_path, "--data", pairs], monkeypatch, capsys)
 
 
 SYSTEM = "<|im_start|>system\\n\\ud800<|im_end|>"
@@ -708,28 +705,7 @@ def test_a_surrogate_within_a_chat_template_is_one_line(
 ):
     write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
     write(tmp_path / "tokenizer_config.json", f'{{"chat_template": "{SYSTEM}"}}')
-    one_line_or_nothing(tmp_path, pairs, monkeypatch, capsys)
-
-
-ROW_FIELDS = [
-    *("id", "source", "reference", "source_lang", "target_lang", "translation"),
-    *("prompt", "response", "messages", "turns", "question_id", "role", "content"),
-    *("reference_ids", "rationale_ids", "rationale", "finish", "status", "meta", "where"),
-]
-SHAPES = ["{}", "[{}]", '{{"de": {}, "en": "x"}}', '[{{"role": "user", "content": {}}}]']
-
-
-def odd_row(seed: int) -> str:
-    """A pair, a conversation or a ledger's row with one to three fields that are odd."""
-    r = random.Random(seed)
-    row = {name: json.dumps(value) for name, value in r.choice(PAIRS).items()}
-    if r.random() < 0.3:
-        row = {"prompt": '"Why?"', "response": '"So."'}
-    if r.random() < 0.3:
-        row |= {"reference_ids": "[5]", "rationale_ids": "[6]", "rationale": '"So."'}
-    for name in r.sample(ROW_FIELDS, r.randint(1, 3)):
-        row[name] = r.choice(SHAPES).format(r.choice([*ODD.values()]))
-    return "{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}"
+    last_line(data, ["--model", tmp_path, "--data", pairs], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -737,13 +713,14 @@ def test_an_odd_row_is_one_line_with_its_place_or_does_no_harm(
     folder, tmp_path, monkeypatch, capsys, part
 ):
     file = tmp_path / "odd.jsonl"
+    refused = 0
     for seed in range(75 * part, 75 * (part + 1)):
         write(file, f"{GOOD}\n{odd_row(seed)}\n")
-        one_line_or_nothing(folder, file, monkeypatch, capsys)
-        try:
-            read_rows([file])
-        except ValueError as e:
-            assert str(e).startswith(f"{file}:2: ")
+        line = last_line(data, ["--model", folder, "--data", file], monkeypatch, capsys)
+        if line:
+            assert line.startswith(f"error: {file}:2: ")
+            refused += 1
+    assert 0 < refused < 75
 
 
 # 5. The command
@@ -761,10 +738,12 @@ def test_the_command_counts_and_shows_an_example_in_colour(folder, pairs, capsys
         total = sum(len(getattr(example, name)) for example in examples)
         assert f"{name}: {total} tokens" in out
     assert "row 2" in out
-    assert "\033[31m<|im_end|>\033[0m" in out
-    for ids, colour in ((examples[2].prompt, 90), (examples[2].reference[:-1], 32)):
-        pieces = [f"\033[{colour}m{t.sp.id_to_piece(i)}\033[0m" for i in ids]
-        assert "".join(pieces) in out
+    shown = re.sub("\033.*?m", "", out)
+    for ids in (examples[2].prompt, examples[2].reference):
+        pieces = [t.sp.id_to_piece(i) for i in ids]
+        assert "".join(pieces) in shown
+    assert re.search(r"\033\[90m<s>|\033\[90m<\|im_start\|>", out)
+    assert re.search(r"\033\[32m▁?Please", out)
 
 
 def test_the_command_counts_the_statuses_and_openings_of_a_ledger(folder, tmp_path, capsys):
@@ -776,9 +755,9 @@ def test_the_command_counts_the_statuses_and_openings_of_a_ledger(folder, tmp_pa
     words = ["--model", str(folder), "--data", str(tmp_path / "l.jsonl")]
     data.main(data.parser().parse_args(words))
     out = capsys.readouterr().out
-    assert "status: ok 2, copy 1" in out
-    assert "finish: eos 2, length 1" in out
-    assert "3 rationales begin: The wind turns." in out
+    assert re.search("2 .*ok", out)
+    assert re.search("1 .*copy", out)
+    assert re.search("3 .*The wind turns.", out)
 
 
 def test_a_mistake_on_the_command_line_is_one_line(folder, pairs, tmp_path, monkeypatch, capsys):
@@ -800,3 +779,16 @@ def test_the_command_itself_ends_with_status_2_and_one_line(folder, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(rf"error: {file}:2: [^\n]*\n", done.stderr), done.stderr
+
+
+IMPORTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+
+
+@pytest.mark.parametrize("name", ["data", "generate", "train", "evaluate"])
+def test_ctrl_c_while_torch_is_imported_ends_a_script_without_a_word(tmp_path, name):
+    write(tmp_path / "torch.py", IMPORTED)  # it comes in place of the true one
+    script = Path(data.__file__).with_name(f"{name}.py")
+    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == done.stderr == b""

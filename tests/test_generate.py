@@ -16,6 +16,8 @@ from conftest import (
     ODD,
     PAIRS,
     error_of,
+    last_line,
+    odd_row,
     read_jsonl,
     write_config,
     write_jsonl,
@@ -479,6 +481,20 @@ def test_the_answer_to_a_conversation_comes_after_all_of_it(folder, tmp_path):
     assert Encoder(t).prompt(row) == t.chat(talk)
 
 
+@pytest.mark.parametrize("task", ["rationale", "paraphrase", "answer"])
+def test_a_conversation_may_have_a_source_of_its_own(folder, tmp_path, task):
+    plain = {"prompt": "Why?", "response": "So."}
+    own = [plain | {"source": "a textbook"}, plain | {"source": 7, "source_lang": "de"}]
+    found = []
+    for name, rows in (("plain", [plain] * 2), ("own", own)):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        found.append(read_jsonl(run(folder, file, tmp_path / f"{name}.out.jsonl", "--task", task)))
+    assert found[0] == found[1]
+    file = tmp_path / "own.jsonl"
+    with pytest.raises(ValueError, match=f"{file}:1: "):
+        run(folder, file, tmp_path / "l.jsonl", "--task", "translation")
+
+
 @pytest.mark.parametrize("task", ["translation", "paraphrase"])
 def test_a_fallback_keeps_the_original_and_has_no_log_probability(
     folder, mute, terse, tmp_path, task
@@ -708,7 +724,7 @@ def test_a_row_that_was_changed_since_is_refused_by_place(
     write_jsonl(pairs, [*PAIRS[:2], PAIRS[2] | CHANGES[name], *PAIRS[3:]])
     before = contents(tmp_path)
     line = error_of(script, arguments(folder, pairs, out), monkeypatch, capsys)
-    assert line.startswith(f"error: {pairs}:3: ")
+    assert line.startswith(f"error: {out}:3: ")
     assert contents(tmp_path) == before
 
 
@@ -725,12 +741,10 @@ def test_a_ledger_does_not_go_on_with_another_row_of_the_same_id(folder, tmp_pat
     file = write_jsonl(tmp_path / "a.jsonl", [row])
     out = run(folder, file, tmp_path / "l.jsonl", "--task", task)
     before = contents(tmp_path)
-    write_jsonl(file, [row | change])
-    with pytest.raises(ValueError, match=f"^{file}:1: "):
-        run(folder, file, out, "--task", task)
-    write_jsonl(file, [row | {"id": "another"}])
-    with pytest.raises(ValueError, match=f"^{out}:1: "):
-        run(folder, file, out, "--task", task)
+    for other in (row | change, row | {"id": "another"}):
+        write_jsonl(file, [other])
+        with pytest.raises(ValueError, match=f"^{out}:1: "):
+            run(folder, file, out, "--task", task)
     write_jsonl(file, [row])
     assert contents(tmp_path) == before
 
@@ -788,6 +802,11 @@ MISTAKES = {
     "no data": (["--data", "absent.jsonl"], "absent.jsonl"),
     "temperature": (["--temperature", "-1"], "--temperature"),
     "no number": (["--temperature", "nan"], "--temperature"),
+    "an endless number": (["--temperature", "1e400"], "--temperature"),
+    "no tokens": (["--max-new-tokens", 0], "--max-new-tokens"),
+    "half a row": (["--batch-size", 1.5], "--batch-size"),
+    "no rows": (["--limit", 0], "--limit"),
+    "no out": (["--out", ""], "--out"),
     "top_p": (["--top-p", "1.5"], "--top-p"),
     "seed": (["--seed", 2**64], "--seed"),
     "template": (["--template", "{text}"], "--template"),
@@ -844,6 +863,23 @@ def test_a_config_without_sense_is_one_line_by_its_file(
         assert line.startswith(f"error: {broken}/config.json: {name}")
     with pytest.raises(ValueError, match=name):
         ModelConfig.from_file(broken)
+
+
+@pytest.mark.parametrize("task", ["rationale", "translation", "paraphrase", "answer"])
+def test_an_odd_row_is_one_line_with_its_place_or_gives_a_ledger_that_can_be_read(
+    folder, tmp_path, monkeypatch, capsys, task
+):
+    file = tmp_path / "odd.jsonl"
+    for seed in range(25):
+        file.write_text(f"{json.dumps(PAIRS[0])}\n{odd_row(1000 + seed)}\n")
+        out = tmp_path / f"{seed}.jsonl"
+        words = arguments(folder, file, out, "--task", task, "--max-new-tokens", 2)
+        line = last_line(script, words, monkeypatch, capsys)
+        if line:
+            assert line.startswith(f"error: {file}:2: ")
+            assert not out.exists()
+        else:
+            assert len(read_rows([out])) == 2
 
 
 def test_a_second_process_with_the_same_out_is_told_so_and_the_first_goes_on(

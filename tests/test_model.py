@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import model as model_module
 from generate import generate
-from model import KVCache, ModelConfig, Transformer, find_weights, load_weights, save_weights
+from model import KVCache, Transformer, save_weights
 
 INDEX = "model.safetensors.index.json"
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
@@ -218,13 +218,8 @@ def test_weights_that_are_not_finite_are_refused_by_name_at_load(tmp_path, bad):
     tensors = load_file(file)
     tensors[NORM][3] = float(bad)
     save_file(tensors, file)
-    model = Transformer(ModelConfig.from_file(tmp_path / "config.json"))
-    parameters = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=f"model.safetensors: {NORM}") as caught:
-        load_weights(parameters, find_weights(tmp_path, parameters))
-    with pytest.raises(ValueError) as again:
+    with pytest.raises(ValueError, match=f"{file}: {NORM}"):
         Transformer.from_pretrained(tmp_path)
-    assert str(caught.value) == str(again.value)
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf", "1e39"])
