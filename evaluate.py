@@ -309,7 +309,7 @@ def text_of(row, name):
 
 def read_translation(row, encoder, _):
     """A pair with its prompt."""
-    require("source" in row, row["where"], "--translation needs a source and a reference")
+    require("messages" not in row, row["where"], "--translation needs a source and a reference")
     names = ("source", "reference", "target_lang")
     return asked(encoder, row) | {name: row[name] for name in names}
 

@@ -73,7 +73,7 @@ def ledger_row(row, task, tokenizer, sequence):
         new = write_rationale(row, tokenizer, sequence)
     if task == "answer":  # a rationale after an empty reference
         reference = ""
-    if "source" in row:
+    if "messages" not in row:
         pair = {name: row[name] for name in ("source", "source_lang", "target_lang")}
         return {"id": row["id"]} | pair | {"reference": reference} | new
     chat = row["messages"]
@@ -87,7 +87,7 @@ def write_rationale(row, tokenizer, sequence):
     """What the model said after the reference that was forced."""
     forced = row["forced"]
     ids = row["cue"] + sequence.ids
-    given = [row["source"]] if "source" in row else [m["content"] for m in row["messages"]]
+    given = [m["content"] for m in row["messages"]] if "messages" in row else [row["source"]]
     own = tokenizer.decode_after(forced + row["cue"], sequence.ids)
     return {
         "rationale": tokenizer.decode_after(forced, ids),
@@ -399,7 +399,7 @@ def read_requests(args, encoder):
     require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
     for row in rows[: args.limit]:
-        fits = args.task != "translation" or "source" in row
+        fits = args.task != "translation" or "messages" not in row
         require(fits, row["where"], "--task translation needs a source")
         row |= request(row, args.task, encoder, args.cue)
         pair = [row.get("source_lang"), row.get("target_lang"), row["reference"]]

@@ -90,8 +90,7 @@ PARTS = (0.4, 0.6, 0.8)  # of the way from the base's weights to the tuned ones
 TASKS = {"rationales": "rationale", "translation": "translation", "paraphrase": "paraphrase"}
 MADE_FROM_RATIONALES = ("bare", "shuffled")
 # settings that decide nothing about a point that is there
-FREE = """out seeds rates arms parts workers ranks keep rows micro_batch_size
-    prompts""".split()
+FREE = "out seeds rates arms parts workers ranks keep rows micro_batch_size".split()
 
 # what is not given on the command line
 REAL = {
@@ -147,21 +146,23 @@ def perform(tasks: list, workers: int):
     """Calls each of the tasks, several beside each other. What fails is told at the end."""
     failed = 0
     start = time.time()
-    if workers == 1:
-        results = (attempt(task) for task in tasks)
-        for line, fine in results:
-            print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
-            failed += not fine
-    else:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
-            for done in as_completed([pool.submit(attempt, task) for task in tasks]):
-                line, fine = done.result()
-                print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
-                failed += not fine
+    for line, fine in outcomes(tasks, workers):
+        print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
+        failed += not fine
     if failed:
         sys.exit(f"error: {failed} of these failed; the same command tries them again")
+
+
+def outcomes(tasks: list, workers: int):
+    """How each task went, as they end."""
+    if workers == 1:
+        yield from map(attempt, tasks)
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
+        for done in as_completed([pool.submit(attempt, task) for task in tasks]):
+            yield done.result()
 
 
 def end_with_parent():
@@ -210,39 +211,44 @@ def steps(args) -> int:
 
 
 def prepare(args, seed: int):
-    """Pairs and prompts of a seed; in the small world the world itself and its base model."""
+    """Draws the pairs and prompts of a seed; the small world is made before."""
     folder = seed_folder(args, seed)
+    count = steps(args) * args.batch_size
     if args.world:
-        if not (folder / "start").exists():
-            sizes = {"chats": args.chats, "pairs": args.world_pairs, "tests": args.tests}
-            world.write_world(folder, seed, **sizes)
-        words = f"--batch-size 32 --micro-batch-size 16 --learning-rate 3e-3 --seed {seed}".split()
-        words += ["--config", folder / "start/config.json", "--tokenizer", folder / "start"]
-        words += ["--data", folder / "chats.jsonl", "--out", folder / "base", "--resume"]
-        words += ["--max-steps", args.base_steps, "--save-every", 200]
-        call(train, words, folder / "logs/base.log")
+        make_world(args, seed)
         pairs = read_pairs([folder / "pairs.jsonl"], args)
         prompts = data.read_rows([folder / "replay.jsonl"], prompts=True)
+        count = min(count, len(pairs))  # these may be seen more than once
     else:
         pairs = read_pairs(args.pairs, args)
         prompts = data.read_rows(args.prompts, prompts=True)
         require_disjoint(args, prompts)
-    rng = random.Random(seed)
-    count = steps(args) * args.batch_size
-    if args.world:
-        count = min(count, len(pairs))  # seen more than once
     fault = f"--points and --batch-size want {count} pairs, and there are {len(pairs)}"
     require(len(pairs) >= count, "--pairs", fault)
+    rng = random.Random(seed)
     world.write(folder / "drawn/pairs.jsonl", rng.sample(pairs, count))
     rng.shuffle(prompts)
-    file = folder / "drawn/prompts.jsonl"
-    drawn = len(read_ledger(file)) if file.exists() else 0  # for other arms, earlier
     wanted = max(rows_replayed(args, ARMS[arm].replay, count) for arm in args.arms)
     rows = []
     for i in range(wanted):  # with few prompts, each is answered more than once
         rows.append({"id": i, "messages": prompts[i % len(prompts)]["messages"]})
+    file = folder / "drawn/prompts.jsonl"
+    drawn = len(read_ledger(file)) if file.exists() else 0  # for other arms, earlier
     if wanted > drawn:
         world.write(file, rows)
+
+
+def make_world(args, seed: int):
+    """The texts of a small world, and a base model from random weights."""
+    folder = seed_folder(args, seed)
+    if not (folder / "start").exists():
+        sizes = {"chats": args.chats, "pairs": args.world_pairs, "tests": args.tests}
+        world.write_world(folder, seed, **sizes)
+    words = f"--batch-size 32 --micro-batch-size 16 --learning-rate 3e-3 --seed {seed}".split()
+    words += ["--config", folder / "start/config.json", "--tokenizer", folder / "start"]
+    words += ["--data", folder / "chats.jsonl", "--out", folder / "base", "--resume"]
+    words += ["--max-steps", args.base_steps, "--save-every", 200]
+    call(train, words, folder / "logs/base.log")
 
 
 def rows_replayed(args, replay: int, pairs: int) -> int:
@@ -354,40 +360,44 @@ def copy_ledger(folder: Path, old: str, new: str, rows: list):
 
 def write_tests(args, seed: int):
     """Sentences to translate, and the base's answers to all on which drift is measured."""
-    folder = test_folder(args, seed)
-    if args.world:
-        texts = {"test": seed_folder(args, seed) / "tasks/translation.jsonl"}
-        texts["valid"] = seed_folder(args, seed) / "valid.jsonl"
-        texts = {name: [file] for name, file in texts.items()}
-        questions = [seed_folder(args, seed) / "questions.jsonl"]
-    else:
-        texts = {"test": args.test, "valid": args.valid}
-        questions = args.drift
+    known = []  # pairs of the task whose prompts drift is measured on
     ways = set()
-    known = []
-    for kind, files in texts.items():
-        rows = read_pairs(files, args) if files else []
-        for way in dict.fromkeys((row["source_lang"], row["target_lang"]) for row in rows):
-            found = [row for row in rows if (row["source_lang"], row["target_lang"]) == way]
-            count = args.tests if kind == "test" else args.tests // 2
-            world.write(folder / f"{kind}-{'-'.join(way)}.jsonl", found[:count])
-            ways.add(way)
-            known = found[-args.general :]  # not those that are measured, where there are more
-    for file in questions:
-        rows = data.read_rows([file], prompts=True)[: args.general]
-        rows = [{"id": i, "messages": row["messages"]} for i, row in enumerate(rows)]
-        write_answers(args, seed, f"general-{Path(file).stem}", rows)
+    for kind, files in translation_files(args, seed).items():
+        by_way = {}
+        for row in read_pairs(files, args):
+            by_way.setdefault((row["source_lang"], row["target_lang"]), []).append(row)
+        count = args.tests if kind == "test" else args.tests // 2
+        known = []
+        for way, rows in by_way.items():
+            file = test_folder(args, seed) / f"{kind}-{'-'.join(way)}.jsonl"
+            world.write(file, rows[:count])
+            # the last ones: where there are enough, these are not translated
+            known += rows[-max(1, args.general // len(by_way)) :]
+        ways |= set(by_way)
+    for file in args.drift or [seed_folder(args, seed) / "questions.jsonl"]:
+        asked = data.read_rows([file], prompts=True)[: args.general]
+        rows = [{"id": i, "messages": row["messages"]} for i, row in enumerate(asked)]
+        write_answers(args, seed, f"general-{file.stem}", rows)
     write_answers(args, seed, "task", known)
     turned = []
     for row in known:
         way = (row["target_lang"], row["source_lang"])
+        pair = {"source": row["reference"], "reference": row["source"]}
         if way not in ways and not args.world:
-            pair = {"source": row["reference"], "reference": row["source"]}
             turned.append(pair | {"source_lang": way[0], "target_lang": way[1]})
     if turned:
         write_answers(args, seed, "reverse", turned)
     if args.human:
         write_human(args, seed)
+
+
+def translation_files(args, seed: int) -> dict[str, list]:
+    """Pairs to translate, by what they serve for."""
+    if args.world:
+        folder = seed_folder(args, seed)
+        return {"test": [folder / "tasks/translation.jsonl"], "valid": [folder / "valid.jsonl"]}
+    files = {"test": args.test, "valid": args.valid}
+    return {kind: found for kind, found in files.items() if found}
 
 
 def write_answers(args, seed: int, name: str, rows: list):

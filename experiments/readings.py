@@ -28,7 +28,7 @@ MARGINS = {"human": 0.02, "choice": 3.0, "margin": 0.1, "skills/neither": 3.0}
 TRAINED = ("skills/rationales", "skills/replay")
 LEVELS = (0.25, 0.5, 0.75, 0.9, 1.0)  # shares of vanilla's gain at which curves are read
 TESTED_LEVEL = 0.75
-CONTROLS = ("base", "vanilla", "no EOS", "rationales alone", "soft rationales alone")
+CONTROLS = ("no EOS", "rationales alone", "soft rationales alone")
 TITLES = {
     "chrf++": "chrF++",
     "bleu": "BLEU",
@@ -370,7 +370,8 @@ def choose(study: Study, vanilla: Key) -> Key | None:
     """The arm that drifts least among those with enough of the gain."""
     fit = {}
     for key in study.end_keys():
-        if key.arm not in CONTROLS and study.seeds_of(key, vanilla):
+        plain = key.arm == "vanilla" and key.part == 1
+        if not plain and key.arm not in CONTROLS and study.seeds_of(key, vanilla):
             found = read_moonshot(study, key, vanilla)
             if found.gain_share >= SCREENED_GAIN:
                 fit[key] = found.drift_share

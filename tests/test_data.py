@@ -534,6 +534,15 @@ def test_eos_ends_what_ended_and_nothing_that_was_cut(folder, tmp_path, name):
         assert example.rationale == []
 
 
+def test_a_pair_may_have_a_field_finish_of_its_own_and_ends_with_eos(folder, tmp_path):
+    t = Tokenizer(folder)
+    rows = [PAIRS[0] | {"finish": "length", "status": "draft"}]
+    [row] = read_rows([write_jsonl(tmp_path / "a.jsonl", rows)])
+    example = Encoder(t).example(row)
+    assert example.reference == [*t.answer(row["reference"]), t.end_id]
+    assert example.rationale == []
+
+
 def test_a_rationale_that_is_left_out_says_why(folder, tmp_path):
     t = Tokenizer(folder)
     row = ledger(t, tmp_path, status="copy")

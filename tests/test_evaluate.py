@@ -785,6 +785,12 @@ FILES = {
         '{"translation": {"de": "a", "en": "b"}}\n',
         "x.jsonl:1",
     ),
+    "two languages": (
+        "--translation",
+        "x.jsonl",
+        "".join(json.dumps(PAIRS[0] | {"target_lang": name}) + "\n" for name in ("en", "fr")),
+        "x.jsonl",
+    ),
     "no ledger": ("--drift", "x.jsonl", '{"prompt": "a", "response": "b"}\n', "x.jsonl:1: "),
 }
 

@@ -956,6 +956,22 @@ def test_resuming_compares_what_the_update_depends_on_and_not_where_it_lies(
     assert gap(again, straight) == 0
 
 
+def test_a_run_of_random_weights_is_resumed_with_the_same_config_alone(
+    at, tmp_path, monkeypatch, capsys
+):
+    config = tmp_path / "config.json"
+    write_config(tmp_path)
+    start = ["--config", config, "--tokenizer", at.folder, "--data", at.pairs, *TRAIN]
+    whole = run(tmp_path / "whole", *start)
+    out = tmp_path / "out"
+    break_off(out, 3, "SIGTERM twice", *start)
+    write_config(tmp_path, rope_theta=20000.0)
+    command = [*start, "--resume", "--out", out]
+    assert "start_hash was" in error_of(train, command, monkeypatch, capsys)
+    write_config(tmp_path)
+    assert gap(run(out, *start, "--resume"), whole) == 0
+
+
 def test_a_leftover_of_args_json_blocks_nothing(at, straight, tmp_path):
     (tmp_path / "args.json.tmp").write_text('{"mod')
     ended = break_off(tmp_path, 2, "SIGTERM twice", *at.command)
