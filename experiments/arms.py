@@ -142,27 +142,16 @@ def call(script, words: list, log: Path, ranks: int = 0):
         torch.cuda.empty_cache()
 
 
-def perform(tasks: list, workers: int):
-    """Calls each of the tasks, several beside each other. What fails is told at the end."""
-    failed = 0
-    start = time.time()
-    for line, fine in outcomes(tasks, workers):
-        print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
-        failed += not fine
-    if failed:
-        sys.exit(f"error: {failed} of these failed; the same command tries them again")
-
-
-def outcomes(tasks: list, workers: int):
-    """How each task went, as they end."""
-    if workers == 1:
-        yield from map(attempt, tasks)
+@contextlib.contextmanager
+def open_workers(count: int):
+    """Processes that perform tasks beside each other; None is this process itself."""
+    if count == 1:
+        yield None
         return
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=end_with_parent) as pool:
-        for done in as_completed([pool.submit(attempt, task) for task in tasks]):
-            yield done.result()
+    with ProcessPoolExecutor(count, context, initializer=end_with_parent) as workers:
+        yield workers
 
 
 def end_with_parent():
@@ -173,6 +162,22 @@ def end_with_parent():
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def perform(tasks: list, workers: ProcessPoolExecutor | None):
+    """Calls each of the tasks, several beside each other. What fails is told at the end."""
+    failed = 0
+    start = time.time()
+    if workers:
+        ended = as_completed([workers.submit(attempt, task) for task in tasks])
+        outcomes = (done.result() for done in ended)
+    else:
+        outcomes = map(attempt, tasks)
+    for line, fine in outcomes:
+        print(f"[{time.time() - start:5.0f} s] {line}", flush=True)
+        failed += not fine
+    if failed:
+        sys.exit(f"error: {failed} of these failed; the same command tries them again")
 
 
 def attempt(task: partial) -> tuple[str, bool]:
@@ -642,37 +647,37 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def prepare_seeds(args):
-    perform([partial(prepare, args, seed) for seed in args.seeds], args.workers)
+def prepare_seeds(args, workers):
+    perform([partial(prepare, args, seed) for seed in args.seeds], workers)
 
 
-def write_ledgers(args):
+def write_ledgers(args, workers):
     """All that the base writes, for training and for the drift measure."""
     tasks = []
     for seed in args.seeds:
         tasks += [partial(write_ledger, args, seed, name) for name in ledgers_of(args)]
     tasks += [partial(write_tests, args, seed) for seed in seeds_of_tests(args)]
-    perform(tasks, args.workers)
+    perform(tasks, workers)
     for seed in args.seeds:
         derive(args, seed)
 
 
-def run_arms(args):
+def run_arms(args, workers):
     """The base first: what it can do decides which choices count as its own."""
-    tasks = [partial(measure_base, args, seed) for seed in seeds_of_tests(args)]
-    perform(tasks, args.workers)
+    perform([partial(measure_base, args, seed) for seed in seeds_of_tests(args)], workers)
     tasks = []
     for rate in args.rates:
         for name in args.arms:
             tasks += [partial(run_arm, args, seed, rate, name) for seed in args.seeds]
-    perform(tasks, args.workers)
+    perform(tasks, workers)
 
 
 def main(args: argparse.Namespace):
     settle(args)
-    prepare_seeds(args)
-    write_ledgers(args)
-    run_arms(args)
+    with open_workers(args.workers) as workers:
+        prepare_seeds(args, workers)
+        write_ledgers(args, workers)
+        run_arms(args, workers)
 
 
 def parser() -> argparse.ArgumentParser:
