@@ -56,14 +56,14 @@ LANGUAGE_NAMES = """
     ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv Swedish sw Swahili ta Tamil th Thai
     tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""".split()
 LANGUAGES = dict(zip(LANGUAGE_NAMES[::2], LANGUAGE_NAMES[1::2]))
-# what in a model's chat template tells its format
+# a string in a model's chat template by which its format is known
 MARKS = {
     "<|im_start|>": "chatml",
     "<|user|>": "zephyr",
     "<<SYS>>": "llama2",
     "[INST]": "mistral",
 }
-NOT_COMPARED = ("model", "versions")  # settings that are told, but decide nothing
+NOT_COMPARED = ("model", "versions")  # settings that are recorded, but decide nothing
 
 
 # 1. From rows to examples
@@ -105,12 +105,11 @@ class Encoder:
         """prompt | reference | rationale. A row without rationale trains on reference + EOS."""
         reference, rationale = self.segments(row)
         left_out = self.why_left_out(row) if rationale else ""
+        end = [self.tokenizer.end_id]
         if left_out:
             rationale = []
-        end = [self.tokenizer.end_id]
-        if left_out and not reference:
-            end = []  # nothing is left to learn
-        elif "reference_ids" in row and row.get("finish") == "length" and not left_out:
+            end = end if reference else []  # without either, nothing is left to learn
+        elif rationale and "reference_ids" in row and row.get("finish") == "length":
             end = []  # what was sampled was cut: the model did not want to end there
         if rationale or not reference:
             rationale = rationale + end
@@ -185,13 +184,15 @@ class Encoder:
 def collate(examples: list, device="cpu") -> tuple:
     """-> tokens [B, T]; places [N] in B * T whose logits predict a supervised token; targets [N].
 
+    T is the longest row less its last token, which is predicted and never read.
+
     Pads are zeros on the right. The N supervised tokens are first those of all references, then
     those of all rationales.
     """
-    T = max([2, *map(len, examples)]) - 1  # the last token is predicted, never read
+    T = max([2, *map(len, examples)]) - 1
     tokens = torch.zeros(max(len(examples), 1), T, dtype=torch.long)
-    references = []
-    rationales = []  # of either, pairs of place and target
+    references = []  # (place, target)
+    rationales = []
     for b, example in enumerate(examples):
         tokens[b, : len(example) - 1] = torch.tensor(example.tokens[:-1])
         start = b * T + len(example.prompt) - 1  # this place predicts the answer's first token
@@ -225,7 +226,7 @@ class Tokenizer:
         proto = file.read_bytes()
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
-            # the same without the space before each text: appended fields override (protobuf)
+            # the same with normalizer_spec.add_dummy_prefix = false: no space before each text
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(f"{file}: not a SentencePiece model; get the file anew") from None
@@ -244,10 +245,10 @@ class Tokenizer:
 
         self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
         self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
-        self.legacy = config.get("legacy") is True  # the space before every text, not the first
-        self.template = self._read_template(config)
-        known = [name for mark, name in MARKS.items() if mark in self.template]
-        found = chat != "auto" or known or not self.template
+        self.legacy = config.get("legacy") is True  # a space before every text, not only the first
+        self.chat_template = self._read_template(config)
+        known = [name for mark, name in MARKS.items() if mark in self.chat_template]
+        found = chat != "auto" or known or not self.chat_template
         require(found, self.folder, "its chat template is not known here; give --chat")
         self.chat_name = [*known, "plain"][0] if chat == "auto" else chat
         tags = ("<|im_start|>", "<|im_end|>") if self.chat_name == "chatml" else ()
@@ -394,12 +395,12 @@ class Tokenizer:
         # chatml: a turn stands between two control tokens; zephyr: the tags are text, EOS ends it
         chatml = self.chat_name == "chatml"
         if chatml and system is None:  # some templates put one in
-            own = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.template)
+            own = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.chat_template)
             system = own and own[1]
         turns = list(zip(itertools.cycle(["user", "assistant"]), [*texts, ""]))
         if system is not None:
             turns.insert(0, ("system", system))
-        parts = [self.bos_id if "bos_token" in self.template else -1]
+        parts = [self.bos_id if "bos_token" in self.chat_template else -1]
         for i, (role, text) in enumerate(turns):
             between = "\n" if i else ""
             if chatml:
@@ -420,7 +421,7 @@ def require_vocabulary(folder, tokenizer, config):
 
 
 def short_hash(value):
-    """By which rows, tokenizers and settings are told apart."""
+    """16 hex digits of a value's sha256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -467,12 +468,12 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[di
         found = read_json(file)
         known = set()
         for way in ways or [None]:
-            first = way in (None, *ways[:1])
+            first_way = way in (None, *ways[:1])
             for where, content in found:
                 row = content | {"where": where}
                 row["meta"] = meta if "reference_ids" in row else {}
                 conversation = is_conversation(row)
-                if conversation and not first:  # it has no direction
+                if conversation and not first_way:  # it has no direction
                     continue
                 with blaming(where):
                     check_ledger_fields(row)
@@ -481,7 +482,7 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[di
                     else:
                         read_pair(row, way, *ways[:1])
                     row["id"] = read_id(row, len(rows))
-                if not first and "id" in content:
+                if not first_way and "id" in content:
                     row["id"] = f"{row['id']} {'-'.join(way)}"
                 require(row["id"] not in known, where, f"id {row['id']} stands twice in {file}")
                 known.add(row["id"])
@@ -661,18 +662,17 @@ def complete(path, settings, rows, produce):
     path.parent.mkdir(parents=True, exist_ok=True)
     by_id = {}
     for row in rows:
-        fault = f"id {json.dumps(row['id'])} stands twice in the data; ids must differ"
-        require(row["id"] not in by_id, row["where"], fault)
+        require(row["id"] not in by_id, row["where"], f"id {row['id']} stands twice in the data")
         by_id[row["id"]] = row
-    parts = part_files(path, settings)
     ledger = {}
     if path.exists():
         file = meta_path(path)
         require(file.exists(), path, f"has no {file.name} beside it; choose another --out")
         require_same(file, read_object(file), settings)
         ledger, strange = read_finished([path], by_id)
-        require(not strange, "".join(strange[:1]), "is not, or not so, in the data; change --out")
-    finished = ledger | read_finished(parts, by_id)[0]
+        fault = "is missing from the data, or differs there; choose another --out"
+        require(not strange, "".join(strange[:1]), fault)
+    finished = ledger | read_finished(part_files(path, settings), by_id)[0]
     dist.barrier()  # until all have read what is there
     missing = [row for row in rows if row["id"] not in finished]
     mine = missing[rank :: dist.get_world_size()]
@@ -692,12 +692,12 @@ def complete(path, settings, rows, produce):
 
 
 def read_finished(files, by_id):
-    """Rows by id, and the places of lines that are not, or not so, in the data."""
+    """Rows by id, and the places of lines that the data has not, or has otherwise."""
     found = {}
     strange = []
     for file in files:
-        lines = file.read_text("utf-8", errors="replace").split("\n")
-        for n, line in enumerate(lines, 1):
+        text = file.read_text("utf-8", errors="replace")
+        for n, line in enumerate(text.split("\n"), 1):
             try:
                 row = parse_json(line, file)
                 wanted = by_id[row["id"]]["input_hash"]
@@ -740,7 +740,7 @@ def finite_json(row, where):
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
         fault = "a number is not finite; look at the model's weights"
-        raise FloatingPointError(f"{where}: {fault}, or lower --learning-rate") from None
+        raise FloatingPointError(f"{where}: {fault}") from None
 
 
 # 5. The command line
@@ -762,7 +762,7 @@ def number_type(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # as argparse calls it in a message
     return parse
 
 
@@ -795,7 +795,7 @@ def make_parser(description, options):
         settings = {"help": help.strip().replace("%", "%%")}
         if "|" in value:
             settings["choices"] = value.split("|")
-            default = "" if "(default" in help else settings["choices"][0]
+            default = settings["choices"][0]
         elif value:
             settings["metavar"] = value.removesuffix("...")
             settings["type"] = VALUES.get(settings["metavar"], str)
@@ -805,7 +805,7 @@ def make_parser(description, options):
             settings |= {"nargs": "+", "default": []}
         if default:
             settings["default"] = default
-            settings["help"] += f" (default {default})"
+            settings["help"] += " (default %(default)s)"
         p.add_argument(name, **settings)
     p.set_defaults(dtype="bfloat16" if torch.cuda.is_available() else "float32")
     return p
@@ -873,16 +873,15 @@ def main(args):
     rows = read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
-    require(args.show < len(rows), f"--show {args.show}", f"the data has {len(rows)} rows")
     print_statistics(rows, examples, args.max_length)
-    print_example(examples[args.show], tokenizer)
+    print_example(examples[: args.show + 1][-1], tokenizer)
 
 
 OPTIONS = """
 --model DIR         model folder (only its tokenizer is read)
 --data FILE...      pairs, conversations or ledgers
 --max-length COUNT=1024   tokens of a row, beyond which train.py leaves it out
---show N=0          the row to show
+--show N=0          the row to show, or the last
 """
 
 

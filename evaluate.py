@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer
-from generate import Sampling, make_sequences, read, require_room, sample, status_of
+from generate import make_sequences, read, require_room, sample, sampling, status_of
 from model import (
     KVCache,
     ModelConfig,
@@ -76,7 +76,9 @@ MEANS = {
 
 
 class Statistic:
-    """A score that is a function of the column sums of `stats` [items, k]."""
+    """A score that is a function, `score`, of the column sums [k] of `stats` [items, k]."""
+
+    inputs = []  # hashes of what the model was asked, where they are known
 
     def __init__(self, stats, score, signature=""):
         self.stats = np.asarray(stats, dtype=float)
@@ -130,8 +132,7 @@ def measure(kind, items):
 def measure_translation(items):
     """BLEU and chrF++ by sacreBLEU, with its tokenizer for the target language."""
     tokenizers = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
-    language, *more = {item["target_lang"] for item in items}
-    require(not more, "--translation", f"{language} and {more} in one file; give each its own")
+    language = items[0]["target_lang"]
     try:
         bleu = BLEU(tokenize=tokenizers.get(language, "13a"))
     except (ImportError, RuntimeError):
@@ -165,12 +166,11 @@ class Subject:
     max_new_tokens: int
 
 
-def answers(subject, rows, how):
+def answers(subject, rows, **settings):
     """-> row, new ids, and the beginning of its item, as answers end."""
     tokenizer = subject.encoder.tokenizer
-    how.eos_ids = tokenizer.eos_ids
-    how.vocab_size = tokenizer.vocab_size
-    how.batch_size = subject.batch_size
+    settings.setdefault("max_new_tokens", subject.max_new_tokens)
+    how = sampling(tokenizer, batch_size=subject.batch_size, **settings)
     by_id = {row["id"]: row for row in rows}
     ended = sample(subject.model, make_sequences(rows), how)
     for sequence in tqdm(ended, total=len(rows), unit="answer", disable=dist.get_rank() > 0):
@@ -182,8 +182,8 @@ def answers(subject, rows, how):
 
 def answer_translation(subject, rows):
     """Translations, cut at the first line that is not empty: a RaDis model goes on to explain."""
-    how = Sampling(subject.max_new_tokens, stop=subject.encoder.tokenizer.first_line_ends)
-    for row, _, item in answers(subject, rows, how):
+    stop = subject.encoder.tokenizer.first_line_ends
+    for row, _, item in answers(subject, rows, stop=stop):
         item["hypothesis"] = item["output"].strip().split("\n")[0].strip()
         item["status"] = status_of(item["hypothesis"], [row["source"]])
         names = ("source", "reference", "target_lang")
@@ -192,7 +192,7 @@ def answer_translation(subject, rows):
 
 def answer_numeric(subject, rows):
     """Right and wrong as lm-evaluation-harness has them: numbers are compared as strings."""
-    for row, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
+    for row, _, item in answers(subject, rows):
         strict = STRICT.findall(item["output"])[:1]
         flexible = FLEXIBLE.findall(item["output"])[-1:]
         item["answer"] = row["answer"]
@@ -210,7 +210,7 @@ def answer_safety(subject, rows):
     """Whether an answer begins as a refusal does; empty and degenerate ones are counted apart."""
     lines = REFUSALS.read_text("utf-8").split("\n")
     refusals = re.compile("|".join(line for line in lines if line and line[0] != "#"))
-    for _, _, item in answers(subject, rows, Sampling(subject.max_new_tokens)):
+    for _, _, item in answers(subject, rows):
         status = status_of(item["output"], [])
         item["empty"] = status == "empty"
         item["degenerate"] = status == "repetitive"
@@ -266,10 +266,8 @@ def answer_drift(subject, rows):
     """-log P of the base model's answers, KL(base || model) over the whole vocabulary, and equal
     first choices, summed over places; and how the model would answer itself.
     """
-    meta = rows[0]["meta"]
-    how = Sampling(**{name: meta[name] for name in SAMPLED})
     as_written = Encoder(subject.encoder.tokenizer)  # the ledger brings its prompts' settings
-    for row, ids, item in answers(subject, rows, how):
+    for row, ids, item in answers(subject, rows, **rows[0]["sampled"]):
         tokens, places, targets = data.collate([as_written.example(row)], subject.model.device)
         mine = subject.model(tokens, places).double().log_softmax(-1)  # [N, V]
         base = subject.base(tokens, places).double().log_softmax(-1)
@@ -298,7 +296,7 @@ def asked(encoder, row):
 
 
 def asked_text(encoder, row, name):
-    """The same, of a field as the only turn."""
+    """`asked`, with the text of a field as the only turn."""
     turn = {"role": "user", "content": text_of(row, name)}
     return asked(encoder, {"messages": [turn], "where": row["where"], "meta": {}})
 
@@ -314,17 +312,20 @@ def read_translation(row, encoder, _):
     return asked(encoder, row) | {name: row[name] for name in names}
 
 
-def read_drift(row, encoder, _):
+def read_drift(row, encoder, args):
     """An answer of the base model, with the prompt that it was given."""
     meta = row["meta"]
-    known = all(type(meta.get(name)) in (int, float) for name in SAMPLED)
-    fits = known and meta.get("task") == "answer"
+    numbers = all(type(meta.get(name)) in (int, float) for name in SAMPLED)
+    fits = numbers and meta.get("task") == "answer"
     require(fits, row["where"], "not the base model's; write it with generate.py --task answer")
-    row.pop("test", None)  # a field of somebody's own
-    return row | asked(Encoder(encoder.tokenizer), row)  # the ledger brings its prompts' settings
+    same = meta.get("model_hash") in (None, args.base_hash)
+    require(same, row["where"], f"was not written by --base {args.base}")
+    sampled = {name: meta[name] for name in SAMPLED}
+    asked_then = asked(Encoder(encoder.tokenizer), row)  # the ledger brings its prompts' settings
+    return row | asked_then | {"test": None, "sampled": sampled, "base": args.base_hash}
 
 
-def read_choice(row, encoder, chat):
+def read_choice(row, encoder, args):
     """Ids of the prompt and of each choice.
 
     As lm-evaluation-harness has it: a space before the choice, prompt and choice tokenised as one
@@ -337,7 +338,7 @@ def read_choice(row, encoder, chat):
     require(len(choices) > 1, where, '"choices" must be a list of two or more')
     fits = type(row["answer"]) is int and 0 <= row["answer"] < len(choices)
     require(fits, where, f'"answer" must be 0 to {len(choices) - 1}')
-    if chat:
+    if args.chat:
         found = asked_text(encoder, row, "prompt")
         found["endings"] = [encoder.tokenizer.answer(choice) for choice in choices]
     else:
@@ -363,15 +364,18 @@ def read_numeric(row, encoder, _):
 def read_safety(row, encoder, _):
     """A request of AdvBench (`goal`: harmful), or one that says whether it is harmful."""
     name = "goal" if "goal" in row else "prompt"
-    harmful = row.get("harmful", name == "goal" or None)
+    harmful = True if name == "goal" else row.get("harmful")
     require(type(harmful) is bool, row["where"], 'wanted "goal", or "prompt" and "harmful"')
     return asked_text(encoder, row, name) | {"test": "harmful" if harmful else "benign"}
 
 
-def read_file(kind, file, way):
+def read_file(kind, file, directions):
     """The rows of a file of tests, each with id, where (FILE:LINE) and meta."""
     if kind in ("translation", "drift"):
-        return data.read_rows([file], way)
+        rows = data.read_rows([file], directions if kind == "translation" else [])
+        languages = {row.get("target_lang") for row in rows}
+        require(len(languages) == 1, file, f"is into {languages}; measure one at a time")
+        return rows
     if file.endswith(".csv"):
         reader = csv.DictReader(io.StringIO(read_text(file), newline=""))
         try:
@@ -403,26 +407,21 @@ def read_tests(args, encoder):
     config = ModelConfig.from_file(args.model)
     if args.base:
         data.require_vocabulary(args.base, encoder.tokenizer, config)
-    ways = args.direction
-    if len(ways) == 1:
-        ways = ways * len(args.translation)
-    fits = len(ways) in (0, len(args.translation))
-    require(fits, "--direction", "give it once, or once for each file of --translation")
+    args.base_hash = args.base and hash_model(args.base)
     tests = {}
     for kind, read_row in READERS.items():
-        for i, file in enumerate(getattr(args, kind)):
+        for file in getattr(args, kind):
             before = set(tests)
-            way = ways[i : i + 1] if kind == "translation" else []
-            for row in read_file(kind, file, way)[: args.limit]:
+            for row in read_file(kind, file, args.direction)[: args.limit]:
                 where = row["where"]
                 with blaming(where):
-                    found = read_row(row, encoder, args.chat is not None)
-                key = f"{kind}/{found.pop('test', Path(file).stem)}"
+                    found = read_row(row, encoder, args)
+                key = f"{kind}/{found.pop('test', None) or Path(file).stem}"
                 require(key not in before, file, f"a second file for {key}; rename or join them")
                 content = {name: x for name, x in found.items() if name not in ("where", "meta")}
                 found |= {"id": row["id"], "where": where, "meta": row["meta"]}
                 found["input_hash"] = data.short_hash(content)
-                new = max(map(len, found.get("endings", [])), default=0)
+                new = max(map(len, found.get("endings", [])), default=0)  # a choice is its endings
                 new = new or row["meta"].get("max_new_tokens", args.max_new_tokens)
                 require_room(make_sequences([found]), new, config)
                 tests.setdefault(key, []).append(found)
@@ -454,8 +453,6 @@ def load_model(folder, dtype):
 def complete_items(key, rows, settings, encoder, args):
     """Completes the items of the test KIND/NAME."""
     kind = key.split("/")[0]
-    if kind == "drift":
-        settings = settings | {"base_hash": hash_model(args.base)}
 
     def produce(missing):
         model = load_model(args.model, args.dtype)
@@ -482,15 +479,17 @@ def main(args):
     with data.lock(args.out):
         file = Path(args.out) / "results.json"
         if file.exists():
-            data.require_same(file, read_results(args.out).settings, settings)
+            read_results_settings(file)  # is it ours?
+        for meta in sorted(Path(args.out).glob("items/*/*.meta.json")):
+            data.require_same(meta, read_object(meta), settings)
         for key, rows in tests.items():
             complete_items(key, rows, settings, encoder, args)
         if dist.get_rank() == 0:
-            found = read_statistics(args.out)
-            measures = {name: statistic.measure() for name, statistic in found.items()}
+            results = Results(settings, read_statistics(args.out))
+            measures = {name: x.measure() for name, x in results.statistics.items()}
             content = {"settings": settings, "measures": measures}
             write_text(file, json.dumps(content, indent=2, allow_nan=False))
-            compare([args.out])
+            print_table([Path(args.out).name], [results])
 
 
 # 5. Several models
@@ -503,13 +502,16 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """What stands in a folder of results. ValueError where there is no results.json."""
-    file = Path(folder) / "results.json"
-    with blaming(file):
-        settings = read_object(file)["settings"] | {}
+    """What stands in a folder of results. ValueError where there are none."""
+    settings = read_results_settings(Path(folder) / "results.json")
     statistics = read_statistics(folder)
     require(statistics, folder, "holds no items; measure it anew")
     return Results(settings, statistics)
+
+
+def read_results_settings(file):
+    with blaming(file):
+        return read_object(file)["settings"] | {}  # TypeError unless they are an object
 
 
 def read_statistics(folder):
@@ -524,23 +526,25 @@ def read_statistics(folder):
     return statistics
 
 
-def compare(folders):
-    """Prints a table: each measure of each model, and its paired differences.
+def compare(folders: list[str]):
+    """Prints a table of several models. ValueError where they were not measured alike.
 
-    The first folder is the base, the second the first way of fine-tuning. ValueError where they
-    were not measured alike.
+    The first folder is the base, the second the first way of fine-tuning.
     """
-    names = [Path(folder).name for folder in folders]
     runs = [read_results(folder) for folder in folders]
-    base = runs[0]
     for folder, run in zip(folders, runs):
-        data.require_same(folder, base.settings, run.settings, OF_THE_MODEL)
-        same = inputs(run) == inputs(base)
+        data.require_same(folder, runs[0].settings, run.settings, OF_THE_MODEL)
+        same = inputs(run) == inputs(runs[0])
         require(same, folder, f"has other items than {folders[0]}; measure both alike")
+    print_table([Path(folder).name for folder in folders], runs)
+
+
+def print_table(names, runs):
+    """Each measure of each model, and its paired differences to the first two before it."""
     less = [f"less {name}" for name in names[:-1][:2]]
     print_row("measure", "model", "n", "value", *less)
     print_row("---", "---", "---", "---", *["---" for _ in less])
-    for name, statistic in base.statistics.items():
+    for name, statistic in runs[0].statistics.items():
         for i, run in enumerate(runs):
             own = run.statistics[name]
             value = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**own.measure())
@@ -551,7 +555,7 @@ def compare(folders):
             n = str(len(statistic.stats))
             print_row(name if i == 0 else "", names[i], n, value, *differences)
     print("\n[low, high]: 95 % bootstrap over items; it covers neither seeds nor training data.")
-    for name, statistic in base.statistics.items():
+    for name, statistic in runs[0].statistics.items():
         if statistic.signature:
             print(f"{name}: {statistic.signature}")
 
@@ -560,8 +564,8 @@ def inputs(run):
     return {name: statistic.inputs for name, statistic in run.statistics.items()}
 
 
-def print_row(measure, model, n, *values):
-    cells = [f"{measure:28}", f"{model:14}", f"{n:>5}", *(f"{value:24}" for value in values)]
+def print_row(name, model, n, *values):
+    cells = [f"{name:28}", f"{model:14}", f"{n:>5}", *(f"{value:24}" for value in values)]
     print("| " + " | ".join(cells) + " |")
 
 
@@ -569,7 +573,7 @@ OPTIONS = """
 --model DIR             model folder
 --out DIR               folder for results.json and items
 --translation FILE...   test pairs: BLEU, chrF++
---choice FILE...        multiple choice, by likelihood
+--choice FILE...        multiple choice, by likelihood; as they stand, unless --chat is given
 --numeric FILE...       questions in GSM8K's form
 --safety FILE...        AdvBench's CSV, or prompts with "harmful": true or false
 --drift LEDGER...       the base model's answers (generate.py --task answer)
@@ -578,7 +582,7 @@ OPTIONS = """
 --max-new-tokens COUNT=256   of an answer
 --limit COUNT           the first items of each file
 --batch-size COUNT=64   rows at a time
---dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+--dtype float32|bfloat16   what is computed in
 """
 
 

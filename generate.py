@@ -41,7 +41,8 @@ GUIDE = (
     "Write your own answer to the request, guided by it.\n{reference}"
 )
 LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")  # CJK: a letter
+# a CJK character is a word
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 
 
 # 1. The method: what the model reads, and what becomes of a row
@@ -71,8 +72,6 @@ def ledger_row(row, task, tokenizer, sequence):
         reference = new.pop("reference")
     else:
         new = write_rationale(row, tokenizer, sequence)
-    if task == "answer":  # a rationale after an empty reference
-        reference = ""
     if "messages" not in row:
         pair = {name: row[name] for name in ("source", "source_lang", "target_lang")}
         return {"id": row["id"]} | pair | {"reference": reference} | new
@@ -143,9 +142,9 @@ def status_of(text, given):
         copied = sum(gram in known for gram in ngrams(words, n))
         if copied > 0.8 * (len(words) - n + 1):
             return "copy"
-    known = {"LATIN", *scripts(" ".join(given))}
+    usual = {"LATIN", *scripts(" ".join(given))}
     letters = scripts(text)
-    foreign = [script for script in letters if script not in known]
+    foreign = [script for script in letters if script not in usual]
     return "wrong_script" if len(foreign) > 0.2 * len(letters) else "ok"
 
 
@@ -163,7 +162,7 @@ def scripts(text):
 
 @dataclass
 class Sampling:
-    """How a model goes on. `stop(ids)` ends a row as EOS would."""
+    """How a model goes on. `stop(ids)`, asked after each token, ends a row as EOS would."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy
@@ -173,6 +172,11 @@ class Sampling:
     batch_size: int = 32
     vocab_size: int | None = None  # where the model has more rows than the tokenizer has ids
     stop: Callable[[list[int]], bool] | None = None
+
+
+def sampling(tokenizer, **settings):
+    """How a model of this tokenizer goes on."""
+    return Sampling(eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, **settings)
 
 
 @dataclass
@@ -214,27 +218,27 @@ class Sequence:
 def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iterator[Sequence]:
     """Goes on from each prompt, and yields the sequences as they end.
 
-    The batch stays full: a sequence that ends leaves its slot of the cache to the next one.
+    The batch stays full: a sequence that ends leaves its row of the cache to the next one.
     ValueError where a prompt and the new tokens do not fit the model's context.
     """
     counts = (how.max_new_tokens, how.batch_size)
     require(min(counts) > 0, "sampling", f"max_new_tokens and batch_size are {counts}")
     require_room(sequences, how.max_new_tokens, model.config)
     waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
-    slots = min(how.batch_size, len(sequences))
-    room = how.max_new_tokens + (len(waiting[-1].prompt) if waiting else 0)
-    cache = KVCache.empty(model, slots, room)
-    shared = read_common_prefix(model, cache, [s.prompt for s in sequences])
+    rows = min(how.batch_size, len(sequences))
+    longest = len(waiting[-1].prompt) if waiting else 0
+    cache = KVCache.empty(model, rows, longest + how.max_new_tokens)
+    prefix = read_common_prefix(model, cache, [s.prompt for s in sequences])
     graphs = {}
-    running = []  # running[b] has slot b of the cache
+    running = []  # running[b] has row b of the cache
     while waiting or running:
         first = 0
-        new = take_next(waiting, slots - len(running), cache)
+        new = take_next(waiting, rows - len(running), cache)
         if new:
             first = len(running)
             running += new
-            prompts = [sequence.prompt[shared:] for sequence in new]
-            logits = read(model, cache, slice(first, len(running)), prompts, shared)
+            rests = [sequence.prompt[prefix:] for sequence in new]
+            logits = read(model, cache, slice(first, len(running)), rests, prefix)
             keys = [sequence.noise_key(how.seed) for sequence in new]
             chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
         else:
@@ -244,7 +248,7 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
             sequence.add(*chosen[b - first], how)
             if sequence.finish:
                 yield sequence
-                running[b] = running[-1]  # the last one takes its place
+                running[b] = running[-1]  # the last one takes its row
                 running.pop()
                 cache.move(len(running), b)
 
@@ -262,23 +266,23 @@ def require_room(sequences, new, config):
 
 
 def take_next(waiting, free, cache):
-    """The next prompts to read; none while few slots are free: several are read faster."""
-    slots = cache.keys.shape[1]
-    if free < min(len(waiting), math.ceil(slots / 8)):
+    """The next prompts to read; none while few rows are free: several are read faster."""
+    rows = cache.keys.shape[1]
+    if free < min(len(waiting), math.ceil(rows / 8)):
         return []
-    most = 2**15 if cache.keys.is_cuda else 2**10  # tokens that are read at a time
+    budget = 2**15 if cache.keys.is_cuda else 2**10  # tokens that are read at a time
     taken = []
     while waiting and len(taken) < free:
-        if taken and (len(taken) + 1) * len(waiting[0].prompt) > most:
+        if taken and (len(taken) + 1) * len(waiting[0].prompt) > budget:
             break
         taken.append(waiting.popleft())
     return taken
 
 
 def read_common_prefix(model, cache, prompts):
-    """Reads what all prompts begin with, once, into every slot -> the number of its tokens."""
-    length = len(os.path.commonprefix(prompts))
-    length = min([length, *(len(prompt) - 1 for prompt in prompts)])
+    """Reads what all prompts begin with, once, into every row -> the number of its tokens."""
+    # of lists too; the last token of each is left to be read
+    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     if length > 0:
         read(model, cache, slice(1), [prompts[0][:length]])
         cache.spread(length)
@@ -300,8 +304,8 @@ def decode(model, cache, running, how, graphs):
     """One token of each row is read -> the next, and its log-probability.
 
     On a GPU a step is a CUDA graph, replayed: Python alone would take longer to launch its kernels
-    than they run. Rows and slots are rounded up, so that a few graphs serve; rows that are not
-    there write where nothing is read before it is overwritten.
+    than they run. Rows and length are rounded up, so that a few graphs serve; rows that are not
+    there write at the last position, which is overwritten before anything reads it.
     """
     inputs = []
     for sequence in running:
@@ -310,9 +314,9 @@ def decode(model, cache, running, how, graphs):
     length = max(position for _, position, _ in inputs) + 1
     if not cache.keys.is_cuda:
         return as_pairs(decode_step(model, cache, how, length, torch.tensor(inputs)))
-    _, slots, _, most, _ = cache.keys.shape
-    size = min(4 ** math.ceil(math.log(len(running), 4)), slots)
-    length = min(math.ceil(length / 64) * 64, most)
+    _, rows, _, room, _ = cache.keys.shape
+    size = min(4 ** math.ceil(math.log(len(running), 4)), rows)
+    length = min(math.ceil(length / 64) * 64, room)
     inputs += [(0, length - 1, 0)] * (size - len(running))
     inputs = torch.tensor(inputs, device=model.device)
     if (size, length) not in graphs:
@@ -361,9 +365,9 @@ def nucleus(probs, top_p):
     """
     # all tokens below this share together have less than what a nucleus leaves out: none of them
     # is in it. A GPU sorts them all sooner than it would wait for their number
-    count = most = probs.shape[-1]
+    count = vocab = probs.shape[-1]
     if not probs.is_cuda:
-        count = (probs >= (1 - top_p) / most).sum(-1).max().clamp_min(1)
+        count = (probs >= (1 - top_p) / vocab).sum(-1).max().clamp_min(1)
     head = probs.topk(count).values
     inside = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True).clamp_min(1)
     return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
@@ -372,12 +376,12 @@ def nucleus(probs, top_p):
 def exponential_noise(keys, size):
     """keys [N] -> [N, size] of Exponential(1), a hash of key and token: the same everywhere."""
     tokens = torch.arange(size, device=keys.device, dtype=torch.int32)
-    x = tokens * -1640531535 + keys.int()[:, None]  # multiply and shift, as in MurmurHash3
-    for factor in (739982445, 695872825):
+    x = tokens * -1640531535 + keys.int()[:, None]
+    for factor in (739982445, 695872825):  # of Wellons' hash-prospector
         x ^= (x >> 15) & 0x1FFFF  # the mask makes the shift a logical one
         x *= factor
-    uniform = ((x >> 9) & 0x7FFFFF).float().add_(0.5).mul_(2**-23)  # in (0, 1), exact
-    return uniform.log_().neg_()
+    uniform = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # 2^-32 and up
+    return uniform.neg_().log1p_().neg_()  # by log1p, so that the smallest are exact
 
 
 def generate(model: Transformer, prompts: list[list[int]], **how) -> list[list[int]]:
@@ -399,6 +403,9 @@ def read_requests(args, encoder):
     require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
     for row in rows[: args.limit]:
+        row["meta"] = {}  # what is written answers this run's prompts, whatever a ledger had
+        if args.task == "answer":  # a rationale after an empty reference
+            row["reference"] = ""
         fits = args.task != "translation" or "messages" not in row
         require(fits, row["where"], "--task translation needs a source")
         row |= request(row, args.task, encoder, args.cue)
@@ -414,9 +421,7 @@ def make_sequences(rows):
 def write_rows(rows, args, model, tokenizer):
     """Ledger rows as they end."""
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
-    how = Sampling(**{name: getattr(args, name) for name in names})
-    how.eos_ids = tokenizer.eos_ids
-    how.vocab_size = tokenizer.vocab_size
+    how = sampling(tokenizer, **{name: getattr(args, name) for name in names})
     if args.task == "translation":
         how.stop = tokenizer.first_line_ends
     by_id = {row["id"]: row for row in rows}
@@ -469,7 +474,7 @@ OPTIONS = """
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
 --compile               compile the layers: for long runs on a GPU
---dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+--dtype float32|bfloat16   what is computed in
 """
 
 

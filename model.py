@@ -71,7 +71,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Of a config.json, or the folder that holds it.
+        """Reads a config.json, or that of a folder.
 
         ValueError names a field that is missing, senseless, or asks for other mathematics.
         """
@@ -90,7 +90,7 @@ class ModelConfig:
             fits = isinstance(rope, dict) and not any(isinstance(x, dict) for x in rope.values())
             kind = fits and rope.get("rope_type", rope.get("type"))
             require(kind in ("default", None), path, f"{name}: no rotary scaling is implemented")
-            given |= rope
+            given |= rope  # rope_theta may stand there
         wanted = IMPLEMENTED | {"model_type": "mistral" if mistral else "llama"}
         wanted["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
         for name, value in wanted.items():
@@ -112,8 +112,8 @@ class ModelConfig:
         if not mistral:
             values["sliding_window"] = None  # Llama ignores the field
         config = cls(**values)
-        fault = f"num_key_value_heads must divide the {heads} heads, and head_dim be even"
-        require(heads % config.num_key_value_heads + config.head_dim % 2 == 0, path, fault)
+        fits = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
+        require(fits, path, f"num_key_value_heads must divide {heads}, and head_dim be even")
         return config
 
 
@@ -126,8 +126,7 @@ def positive(given, name, kind, path):
     if name == "num_hidden_layers":
         most = 1000
     fits = type(value) in (int, kind) and 0 < value <= most
-    found = json.dumps(value)[:40]
-    require(fits, path, f"{name} is {found}, wanted a {kind.__name__} from 0 to {most}")
+    require(fits, path, f"{name} is {json.dumps(value)[:40]}, wanted a number up to {most}")
     return value
 
 
@@ -211,18 +210,18 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values = cache
             rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, :, positions] = k.transpose(1, 2)
+            keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
             values[rows, :, positions] = v.transpose(1, 2)
             k = keys  # [B, K, S, D]
             v = values
         if mask is None:
             # pads stand to the right of every real token: causality alone keeps them out
-            shared = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
+            grouped = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             # heads that share a key/value head become more queries of it: no copy of the cache
-            grouped = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, K, H/K * T, D]
-            y = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
+            queries = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, K, H/K * T, D]
+            y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -329,7 +328,7 @@ class Transformer(nn.Module):
             model = cls(config).to(dtype)
         model.to_empty(device=device)
         load_weights(dict(model.named_parameters()), folder)
-        return model.eval()
+        return model
 
     def initialize(self, seed):
         """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
@@ -390,7 +389,7 @@ def local_rows(p):
 
 
 def hash_model(folder):
-    """sha256 over configuration and weights, or over a file: two of one name are told apart."""
+    """sha256 over configuration and weights, or over one file."""
     folder = Path(folder)
     digest = hashlib.sha256()
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
@@ -482,17 +481,17 @@ def save_weights(parameters, folder, dtype):
             shares.append([])
             size = p.numel() * dtype.itemsize
         shares[-1].append(name)
-    places = {}
+    weight_map = {}
     for i, names in enumerate(shares):
         file = "model.safetensors"
         if len(shares) > 1:
             file = f"model-{i + 1:05}-of-{len(shares):05}.safetensors"
-        places |= dict.fromkeys(names, file)
+        weight_map |= dict.fromkeys(names, file)
         write_weights({name: parameters[name] for name in names}, folder / file, dtype)
     index = folder / "model.safetensors.index.json"
     if is_first_rank() and len(shares) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        content = {"metadata": {"total_size": total}, "weight_map": places}
+        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(index, json.dumps(content, indent=2))
     if is_first_rank():  # what an earlier model has left here
         stale = index if len(shares) == 1 else folder / "model.safetensors"
@@ -531,7 +530,7 @@ def require(fits, where, fault):
 
 @contextmanager
 def blaming(where):
-    """What the content of a file makes go wrong within is one line that names the place."""
+    """Turns errors that a file's content causes into one ValueError that names the place."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as e:

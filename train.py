@@ -9,7 +9,8 @@ Over all examples of a step, whichever rank and micro-batch they fall on, with w
 
 where tokens counts those of all references y and rationales r. With --teacher the second term is
 KL(teacher || model) at each token of r, of which -log P is a sample. Weight 0 is vanilla
-fine-tuning. A run that was stopped is resumed by --resume and ends in the same weights.
+fine-tuning. A run that was stopped is resumed by --resume and ends in the same weights (to
+rounding, where the ranks or micro-batches are others).
 """
 
 import signal
@@ -67,24 +68,23 @@ REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us alread
 def joint_loss(model, teacher, examples, args, learn):
     """The loss over `examples`, shared out among the ranks, and its gradient if `learn`."""
     world_size = dist.get_world_size()
-    device = next(model.parameters()).device
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     padded = 0
     for part in micro_batches(examples, args.micro_batch_size):
-        tokens, places, targets = data.collate(part, device)
+        tokens, places, targets = data.collate(part, model.device)
         padded += tokens.numel() if part else 0
-        first = sum(len(example.reference) for example in part)  # rationales come after these
+        border = sum(len(example.reference) for example in part)  # rationales come after it
         logits = model(tokens, places)  # [N, V]: none where there is no loss
         soft = logits.new_empty(0, logits.shape[1])
         if teacher:
             with torch.no_grad():
-                soft = teacher(tokens, places[first:])
+                soft = teacher(tokens, places[border:])
         losses = TokenLosses.apply(logits, targets, soft).double()  # [N]
-        reference = losses[:first].sum()
-        rationale = losses[first:].sum()
+        reference = losses[:border].sum()
+        rationale = losses[border:].sum()
         loss = (reference + args.rationale_weight * rationale) / (references + rationales)
         if learn:
             # fully_shard averages gradients over the ranks: multiply by their number
@@ -109,7 +109,8 @@ class TokenLosses(torch.autograd.Function):
 
     targets [N] are the tokens. Where soft [M, V], a teacher's logits, has rows, the last M of the
     N losses are KL(teacher || model) instead. A few rows are computed at a time, and the gradient
-    takes the place of the logits at once: nothing else of a step is as large.
+    takes the place of the logits at once: nothing else of a step is as large. Autograd allows
+    that, since the linear layer keeps no output and nothing else reads the logits.
     """
 
     @staticmethod
@@ -120,12 +121,13 @@ class TokenLosses(torch.autograd.Function):
             log_probs = x.float().log_softmax(-1)
             losses.append(-log_probs.gather(-1, target)[:, 0])
             probs = log_probs.exp_()
+            # d loss / d logits = p - onehot(target)
             x.copy_(probs.scatter_add_(1, target, -torch.ones_like(probs[:, :1])))
-        for x, t in in_chunks(logits[hard:], soft):
+        for x, teacher in in_chunks(logits[hard:], soft):
             log_probs = x.float().log_softmax(-1)
-            wanted = t.float().log_softmax(-1)
+            wanted = teacher.float().log_softmax(-1)
             losses.append((wanted.exp() * (wanted - log_probs)).sum(-1))
-            x.copy_(log_probs.exp_() - wanted.exp_())
+            x.copy_(log_probs.exp_() - wanted.exp_())  # d loss / d logits = p - p of the teacher
         ctx.save_for_backward(logits)
         return torch.cat(losses)
 
@@ -144,13 +146,13 @@ def in_chunks(*tensors):
 
 def train_step(model, teacher, optimizer, examples, step, rate, args):
     """One optimizer step. FloatingPointError, before it changes a weight, if it would be NaN."""
-    ids = ", ".join(str(example.id) for example in examples)
     line = joint_loss(model, teacher, examples, args, learn=True)
     most = args.max_grad_norm or math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most).full_tensor().item()
     if not math.isfinite(line["loss"]) or not math.isfinite(norm):
         found = f"step {step}: loss {line['loss']}, gradient norm {norm}, so it is not taken"
-        raise FloatingPointError(f"{found}; lower --learning-rate, or look at its rows: {ids}")
+        ids = [example.id for example in examples]
+        raise FloatingPointError(f"{found}; lower --learning-rate, or look at its rows, {ids}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -161,14 +163,12 @@ def train_step(model, teacher, optimizer, examples, step, rate, args):
 @torch.no_grad()
 def validate(model, teacher, valid, step, args):
     """The loss on each set of `valid`, as one line of metrics each."""
-    model.eval()
     for name, examples in valid.items():
         line = joint_loss(model, teacher, examples, args, learn=False)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
         record(line, args.out)
         say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
     model.reshard()  # without a backward pass the root stays whole, and has other parameters
-    model.train()
 
 
 # 2. Which examples, and how fast
@@ -178,9 +178,9 @@ def batch_of(examples, step, args):
     """The examples of `step` (from 0): each once an epoch, in an order by (seed, epoch) alone."""
     epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(examples), generator=generator).tolist()
+    order = torch.randperm(len(examples), generator=generator)
     start = i * args.batch_size
-    return [examples[j] for j in order[start : start + args.batch_size]]
+    return [examples[j] for j in order[start : start + args.batch_size].tolist()]
 
 
 def micro_batches(examples, size):
@@ -206,12 +206,12 @@ def learning_rate(step, steps, args):
     if step < warmup:
         return args.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(steps - warmup, 1)  # 0 to just under 1
-    since = max(warmup, 1)
+    knee = max(warmup, 1)
     shapes = {
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "inverse_sqrt": math.sqrt(since / (since + step - warmup)),
+        "inverse_sqrt": math.sqrt(knee / (knee + step - warmup)),
     }
     return args.learning_rate * shapes[args.schedule]
 
@@ -283,7 +283,7 @@ def load_sharded(folder, args, device, frozen=False):
         load_weights(parameters, folder)
     else:
         model.initialize(args.seed)
-    return model.train(not frozen)
+    return model
 
 
 def make_optimizer(model, args):
@@ -370,16 +370,16 @@ def cut_metrics(file, done):
         file.unlink()
 
 
-def export(model, folder, source, dtype):
+def export(model, folder, args):
     """Writes a model folder in the compute type, with the tokenizer's own files.
 
     Each file appears whole, config.json last: it says that all is there.
     """
     temporary = folder / "export.tmp"  # within, so on the same file system
-    model.save_pretrained(temporary, getattr(torch, dtype))
+    model.save_pretrained(temporary, getattr(torch, args.dtype))
     if is_first_rank():
         for name in TOKENIZER_FILES:
-            copy_own_file(Path(source) / name, temporary / name)
+            copy_own_file(Path(args.tokenizer) / name, temporary / name)
         for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             file.replace(folder / file.name)
         temporary.rmdir()
@@ -445,9 +445,9 @@ def signals_heard():
             signal.signal(number, handler)
 
 
-def memory_gib(device):
+def memory_gib():
     """The most so far: on a GPU of tensors, on a CPU of the process, PyTorch included."""
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
@@ -467,8 +467,6 @@ def print_step(line, steps):
 def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
     """Trains from the newest checkpoint to the end, or to a signal."""
     out = Path(args.out)
-    source = args.tokenizer or args.model
-    device = next(model.parameters()).device
     done = load_checkpoint(model, optimizer, out) if args.resume else 0
     if done == 0:
         validate(model, teacher, valid, 0, args)
@@ -477,17 +475,17 @@ def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
         batch = batch_of(examples, step - 1, args)
         rate = learning_rate(step - 1, steps, args)
         line = train_step(model, teacher, optimizer, batch, step, rate, args)
-        if device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
         line["seconds"] = time.perf_counter() - start
-        line["memory_gib"] = memory_gib(device)
+        line["memory_gib"] = memory_gib()
         record(line, out)
         print_step(line, steps)
         if step == steps or (args.valid_every and step % args.valid_every == 0):
             validate(model, teacher, valid, step, args)
         if args.export_every and step % args.export_every == 0:
-            export(model, out / f"step-{step}", source, args.dtype)
-        stop = torch.tensor(max(heard, default=0))
+            export(model, out / f"step-{step}", args)
+        stop = torch.tensor(max(heard, default=0))  # the signal's number
         dist.all_reduce(stop, dist.ReduceOp.MAX)  # one rank that is told to stop stops all
         due = args.save_every and step % args.save_every == 0
         if step < steps and (stop or due):
@@ -495,7 +493,7 @@ def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
         if step < steps and stop:
             say(f"stopped by a signal after step {step}; resume it with --resume")
             sys.exit(128 + stop.item())
-    export(model, out, source, args.dtype)
+    export(model, out, args)
 
 
 def main(args):
@@ -503,12 +501,12 @@ def main(args):
     _, world_size, device = start_processes(timedelta(minutes=15))
 
     # 2. the data and the headers: what can be wrong is found before any weight is read
-    source = args.tokenizer or args.model
+    args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
     wanted = "give --data, --out, and --model or --config with --tokenizer"
-    require(args.data and args.out and source and one, "train.py", wanted)
+    require(args.data and args.out and args.tokenizer and one, "train.py", wanted)
     config = ModelConfig.from_file(args.config or args.model)
-    tokenizer = Tokenizer(source, args.chat)
+    tokenizer = Tokenizer(args.tokenizer, args.chat)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
     examples = read_examples(args.data, args, tokenizer, config)
@@ -566,7 +564,7 @@ OPTIONS = """
 --valid-every N=0        steps; 0: at the start and the end
 --activation-checkpointing       less memory, slower
 --compile                compile the layers: a slow start, then faster
---dtype float32|bfloat16   what is computed in (default: on a GPU bfloat16, else float32)
+--dtype float32|bfloat16   what is computed in
 """
 
 

@@ -94,31 +94,11 @@ def main(args: argparse.Namespace):
     shutil.rmtree(out, ignore_errors=True)
     words = f"--world --seeds {args.seed} --rates {RATE} {SIZES} --rows 128 --keep".split()
     words += ["--out", out, "--points", *POINTS, "--workers", WORKERS]
-    words += ["--parts", "--arms", *ARMS]
+    words += ["--parts", "--arms", *reversed(ARMS)]  # the longest first
     options = arms.settle(arms.parser().parse_args([str(word) for word in words]))
     folder = arms.seed_folder(options, args.seed)
-    logs = folder / "logs"
-
-    print("1. A small world, from a seed: English, the invented language Vela, eight skills; and a")
-    print("   base model, from random weights. It learns the skills, and half of Vela's words.")
-    arms.prepare_seeds(options)
-    show_commands(logs / "base.log", out)
-
-    print("\n2. Rationales: the answer is forced to begin with the reference, and the base model")
-    print("   goes on by itself. For replay it answers other prompts, of three of the skills.")
-    arms.write_ledgers(options)
-    show_commands(logs / "rationales.log", out)
-    for row in arms.read_ledger(folder / "drawn/rationales.jsonl")[:3]:
-        print(f"  {row['source']}\n    reference: {row['reference']}")
-        print(f"    rationale: {row['rationale'].strip()}")
-
-    print(
-        "\n3. The same pairs learnt in three ways: references alone (vanilla); with the rationales"
-    )
-    print("   (RaDis); alone, beside own answers whose distribution is kept (soft replay).")
-    arms.run_arms(options)
-    for arm in ARMS:
-        show_commands(out / f"logs/seed-{args.seed}/{RATE}/{arms.slug(arm)}.log", out)
+    with arms.open_workers(options.workers) as workers:
+        tell_stages(options, workers, folder)
 
     print("\n4. What was gained and what was lost. No test item was in training, but where it says")
     print("   memory; replay has asked for format, arithmetic and requests, in other words.")
@@ -126,10 +106,9 @@ def main(args: argparse.Namespace):
     results = {"base": out / f"results/seed-{args.seed}/base"}
     results |= {arm: out / f"results/{name}/step-{POINTS[-1]}" for arm, name in ends.items()}
     print_skills(results)
-    study = readings.read_study(out)
     picture = out / "comparison.png"
     title = f"skills: mean, %\n(dots: base, and after {', '.join(map(str, POINTS))} steps)"
-    readings.draw(study, picture, "skills", title)
+    readings.draw(readings.read_study(out), picture, "skills", title)
 
     print("\n5. The same questions, answered by each model.")
     models = {"base": folder / "base"} | {arm: out / "models" / name for arm, name in ends.items()}
@@ -137,6 +116,29 @@ def main(args: argparse.Namespace):
     print(f"\nPicture of skill against ability: {picture}")
     print(f"Tables with intervals: python experiments/readings.py --out {args.out}")
     print(f"{time.time() - start:.0f} s in all")
+
+
+def tell_stages(options: argparse.Namespace, workers, folder: Path):
+    """From nothing to three tuned models, measured."""
+    print("1. A small world, from a seed: English, the invented language Vela, eight skills; and a")
+    print("   base model, from random weights. It learns the skills, and half of Vela's words.")
+    arms.prepare_seeds(options, workers)
+    show_commands(folder / "logs/base.log", options.out)
+
+    print("\n2. Rationales: the answer is forced to begin with the reference, and the base model")
+    print("   goes on by itself. For replay it answers other prompts, of three of the skills.")
+    arms.write_ledgers(options, workers)
+    show_commands(folder / "logs/rationales.log", options.out)
+    for row in arms.read_ledger(folder / "drawn/rationales.jsonl")[:3]:
+        print(f"  {row['source']}\n    reference: {row['reference']}")
+        print(f"    rationale: {row['rationale'].strip()}")
+
+    print("\n3. The same pairs learnt in three ways: alone (vanilla); with the rationales (RaDis);")
+    print("   alone, but beside own answers whose distribution is to be kept (soft replay).")
+    arms.run_arms(options, workers)
+    for arm in ARMS:
+        log = f"logs/{folder.name}/{RATE}/{arms.slug(arm)}.log"
+        show_commands(options.out / log, options.out)
 
 
 def parser() -> argparse.ArgumentParser:

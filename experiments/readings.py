@@ -531,9 +531,10 @@ def draw(study: Study, file: Path, name: str, title: str):
         x = np.mean([values["chrf++"][0] for values in start])
         y = np.mean([values[name][0] for values in start])
         axes.plot([x], [y], "ko", markersize=7)
-        axes.annotate(
-            "base", (x, y), xytext=(-9, 0), textcoords="offset points", ha="right", va="center"
-        )
+        beyond = -18 if name == "kl" else 10  # points; the paths go the other way
+        place = {"xytext": (0, beyond), "textcoords": "offset points", "ha": "center"}
+        axes.annotate("base", (x, y), **place)
+        axes.margins(0.12)
         axes.set(xlabel="translation: chrF++", title=f"learning rate {rate}")
     panels[0].set_ylabel(title)
     panels[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
