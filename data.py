@@ -105,14 +105,13 @@ class Encoder:
         """prompt | reference | rationale. A row without rationale trains on reference + EOS."""
         reference, rationale = self.segments(row)
         left_out = self.why_left_out(row) if rationale else ""
-        end = [self.tokenizer.end_id]
         if left_out:
             rationale = []
-            end = end if reference else []  # without either, nothing is left to learn
-        elif rationale and "reference_ids" in row and row.get("finish") == "length":
-            end = []  # what was sampled was cut: the model did not want to end there
+        end = [self.tokenizer.end_id]
+        cut = "reference_ids" in row and row.get("finish") == "length"
         if rationale or not reference:
-            rationale = rationale + end
+            # what was cut did not want to end there; of what is left out nothing is to be learnt
+            rationale = rationale + ([] if cut or left_out else end)
         else:
             reference = reference + end
         return Example(row["id"], self.prompt(row), reference, rationale, left_out)

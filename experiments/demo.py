@@ -21,8 +21,8 @@ import generate
 
 ARMS = ("vanilla", "RaDis", "soft replay 1")
 RATE = "1e-3"
-POINTS = (50, 150, 300)  # steps; much happens early
-SIZES = "--chats 40000 --world-pairs 3200 --base-steps 1200 --tests 60"
+POINTS = (40, 120, 240)  # steps; much happens early
+SIZES = "--chats 40000 --world-pairs 3200 --base-steps 1100 --tests 60 --general 40"
 WORKERS = min(2, os.cpu_count() or 1)
 MEMORY = {name: f"{name} (memory)" for name in world.MEMORY}
 

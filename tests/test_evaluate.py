@@ -574,17 +574,16 @@ def test_a_results_file_that_is_none_is_one_line(at, tmp_path, monkeypatch, caps
     assert not (out / "items").exists()
 
 
-def test_each_translation_file_may_have_its_own_direction_and_a_limit(at, tmp_path):
+def test_a_translation_file_has_a_direction_and_a_limit(at, tmp_path):
     rows = []
     for pair in PAIRS:
         rows.append({"translation": {"de": pair["source"], "en": pair["reference"]}})
-    files = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name in ("a", "b")]
-    command = ["--model", at.base, "--translation", *files, "--direction", "de-en", "en-de"]
-    words = [str(word) for word in [*command, "--limit", 3]]
-    tests = evaluate.read_tests(evaluate.parser().parse_args(words), Encoder(Tokenizer(at.base)))
-    assert [row["source"] for row in tests["translation/a"]] == [p["source"] for p in PAIRS[:3]]
-    assert [row["reference"] for row in tests["translation/b"]] == [p["source"] for p in PAIRS[:3]]
-    assert tests["translation/b"][0]["target_lang"] == "de"
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    command = ["--model", at.base, "--translation", file, "--direction", "en-de", "--limit", 3]
+    args = evaluate.parser().parse_args([str(word) for word in command])
+    [found] = evaluate.read_tests(args, Encoder(Tokenizer(at.base))).values()
+    assert [row["reference"] for row in found] == [p["source"] for p in PAIRS[:3]]
+    assert found[0]["target_lang"] == "de"
 
 
 def test_of_two_processes_with_one_out_the_second_is_told_so(at, tmp_path, monkeypatch, capsys):
@@ -825,7 +824,7 @@ def test_a_bad_file_is_named_with_its_line_before_weights_are_read(
         ("--model base --out x --choice quiz.jsonl --base base", "--drift"),
         ("--model base --out x --choice quiz.jsonl twice/quiz.jsonl", "second file for"),
         ("--model base --out x --drift edited.jsonl --base base", "edited.meta.json"),
-        ("--model base --out x --translation pairs.jsonl --direction de-en en-de", "--direction"),
+        ("--model base --out x --translation pairs.jsonl --direction de-en en-de", "pairs.jsonl: is into"),
         ("--model base --out x --choice quiz.jsonl --limit 0", "--limit"),
         ("--model base --out x --choice quiz.jsonl --template x", "--template"),
         ("--compare nowhere", "nowhere"),
