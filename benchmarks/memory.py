@@ -202,7 +202,7 @@ def main(args: Namespace):
         part = full_part(args.micro_batch_size, length)
     longest = max(map(len, part))
     # on a CPU the process counts, with Python and PyTorch
-    base = 0 if device.type == "cuda" else int(train.memory_gib(device) * 2**30)
+    base = 0 if device.type == "cuda" else int(train.memory_gib() * 2**30)
     print(f"GiB a rank, {args.dtype}, micro-batches up to {len(part)} x {longest} tokens; the last")
     print("two columns: with --activation-checkpointing")
     table = memory_table(config, teacher, part, getattr(torch, args.dtype), base, RANKS)

@@ -71,7 +71,7 @@ def peer(args: argparse.Namespace) -> dict:
         optimizer.zero_grad()
         losses.append(total)
         seconds.append(time.perf_counter() - start)
-    return {"loss": losses[0], "seconds": seconds, "memory": train.memory_gib(device)}
+    return {"loss": losses[0], "seconds": seconds, "memory": train.memory_gib()}
 
 
 def measure(side: str, args: argparse.Namespace, place: Path, batches: Path) -> dict:

@@ -69,29 +69,28 @@ def test_what_is_replayed_in_the_world_is_not_measured_there(tmp_path):
 def test_a_shortened_demo_shows_forgetting_and_that_radis_and_replay_forget_less(
     tmp_path, monkeypatch, capsys
 ):
-    sizes = "--chats 3000 --world-pairs 960 --base-steps 380 --tests 30"
+    sizes = "--chats 3000 --world-pairs 640 --base-steps 320 --tests 20 --general 16"
     monkeypatch.setattr(demo, "SIZES", sizes)
-    monkeypatch.setattr(demo, "POINTS", (60,))
+    monkeypatch.setattr(demo, "POINTS", (40,))
+    monkeypatch.setattr(demo, "RATE", "2e-3")
     monkeypatch.setattr(demo, "WORKERS", 1)
     out = tmp_path / "run"
     demo.main(demo.parser().parse_args(["--out", str(out)]))
     said = capsys.readouterr().out
-    assert (
-        "$ python generate.py" in said and "What is" in said and (out / "comparison.png").exists()
-    )
+    assert "$ python generate.py" in said and "How old is" in said
+    assert (out / "comparison.png").exists()
     study = readings.read_study(out)
     ends = {key.arm: study.points[key][0].values for key in study.points}
     skill = {arm: values["chrf++"][0] for arm, values in ends.items()}
     kept = {arm: values["skills"][0] for arm, values in ends.items()}
     drift = {arm: values["kl"][0] for arm, values in ends.items()}
-    assert min(skill[arm] for arm in demo.ARMS) > skill["base"] + 3, skill
-    assert kept["base"] > 60 and kept["vanilla"] < kept["base"] - 8, kept
+    assert min(skill[arm] for arm in demo.ARMS) > skill["base"] + 2, skill
+    assert kept["vanilla"] < kept["base"] - 10 and drift["base"] == 0, kept
     for arm in ("RaDis", "soft replay 1"):
-        assert kept[arm] > kept["vanilla"] + 2 and drift[arm] < 0.7 * drift["vanilla"], (
+        assert kept[arm] > kept["vanilla"] + 6 and drift[arm] < 0.8 * drift["vanilla"], (
             kept,
             drift,
         )
-    assert drift["base"] == 0
 
 
 # the harness on a real model's files
