@@ -9,8 +9,10 @@ def matrix_weights(config) -> tuple[int, int]:
     """Weights that a token is multiplied by: of all layers, and of the head."""
     heads = config.num_attention_heads + config.num_key_value_heads
     attention = 2 * config.head_dim * heads
-    layer = config.hidden_size * (attention + 3 * config.intermediate_size)
-    return config.num_hidden_layers * layer, config.vocab_size * config.hidden_size
+    mlp = 3 * config.intermediate_size
+    layers = config.num_hidden_layers * config.hidden_size * (attention + mlp)
+    head = config.vocab_size * config.hidden_size
+    return layers, head
 
 
 def training_operations(config, lengths: list[int], loss_tokens: int) -> float:
@@ -20,9 +22,11 @@ def training_operations(config, lengths: list[int], loss_tokens: int) -> float:
     attention.
     """
     layers, head = matrix_weights(config)
-    width = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    width = config.num_attention_heads * config.head_dim
     squares = sum(T**2 for T in lengths)
-    return 6 * (layers * sum(lengths) + head * loss_tokens + width * squares)
+    products = layers * sum(lengths) + head * loss_tokens
+    attention = config.num_hidden_layers * width * squares
+    return 6 * (products + attention)
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -41,7 +45,8 @@ def matrix_seconds(model, rows: int) -> float:
         looked_up = "embed_tokens" in name and not model.config.tie_word_embeddings
         if p.dim() == 2 and not looked_up:
             weights.append(p)
-            inputs[p.shape[1]] = torch.ones(rows, p.shape[1], dtype=p.dtype, device=p.device)
+            size = p.shape[1]
+            inputs[size] = torch.ones(rows, size, dtype=p.dtype, device=p.device)
     names = {"weights": weights, "inputs": inputs, "linear": F.linear}
     step = "for w in weights: linear(inputs[w.shape[1]], w)"
     timer = Timer(step, globals=names, num_threads=torch.get_num_threads())

@@ -365,35 +365,36 @@ def copy_ledger(folder: Path, old: str, new: str, rows: list):
 
 def write_tests(args, seed: int):
     """Sentences to translate, and the base's answers to all on which drift is measured."""
-    known = []  # pairs of the task whose prompts drift is measured on
     ways = set()
     for kind, files in translation_files(args, seed).items():
         by_way = {}
         for row in read_pairs(files, args):
             by_way.setdefault((row["source_lang"], row["target_lang"]), []).append(row)
         count = args.tests if kind == "test" else args.tests // 2
-        known = []
+        # drift is measured on the last ones: where there are enough, these are not translated
+        last = {}
         for way, rows in by_way.items():
             file = test_folder(args, seed) / f"{kind}-{'-'.join(way)}.jsonl"
             world.write(file, rows[:count])
-            # the last ones: where there are enough, these are not translated
-            known += rows[-max(1, args.general // len(by_way)) :]
+            last[way] = rows[-max(1, args.general // len(by_way)) :]
         ways |= set(by_way)
+    for (source, target), rows in last.items():
+        write_answers(args, seed, f"task-{source}-{target}", rows)
+        if (target, source) not in ways and not args.world:
+            turned = [turn(row) for row in rows]
+            write_answers(args, seed, f"reverse-{target}-{source}", turned)
     for file in args.drift or [seed_folder(args, seed) / "questions.jsonl"]:
         asked = data.read_rows([file], prompts=True)[: args.general]
         rows = [{"id": i, "messages": row["messages"]} for i, row in enumerate(asked)]
         write_answers(args, seed, f"general-{file.stem}", rows)
-    write_answers(args, seed, "task", known)
-    turned = []
-    for row in known:
-        way = (row["target_lang"], row["source_lang"])
-        pair = {"source": row["reference"], "reference": row["source"]}
-        if way not in ways and not args.world:
-            turned.append(pair | {"source_lang": way[0], "target_lang": way[1]})
-    if turned:
-        write_answers(args, seed, "reverse", turned)
     if args.human:
         write_human(args, seed)
+
+
+def turn(row: dict) -> dict:
+    """The pair in the other direction."""
+    other = {"source": row["reference"], "reference": row["source"]}
+    return other | {"source_lang": row["target_lang"], "target_lang": row["source_lang"]}
 
 
 def translation_files(args, seed: int) -> dict[str, list]:

@@ -6,7 +6,7 @@
 No times are guessed: the operations are counted in an undisturbed run, and at the n-th of them the
 next run dies by SIGKILL, before it or after half of its bytes; or the disk is full from there on;
 or a signal arrives; or a second process starts with the same --out. Every run is a fork of this
-process, which has imported PyTorch but never used it: one that has can't be forked safely.
+process, which has imported PyTorch but never used it: one that has can't be forked safely. Linux.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -559,9 +558,10 @@ def can_mount(work: Path) -> bool:
 
 def write_inputs(folder: Path) -> int:
     """A tiny model, its base, and data for each script."""
+    conftest.write_tokenizer(folder / "model")
+    shutil.copytree(folder / "model", folder / "base")  # the same vocabulary
     for i, name in enumerate(("model", "base")):
         conftest.write_model(folder / name, seed=i, **SIZE)
-        conftest.write_tokenizer(folder / name)
     pairs = [pair | {"id": f"p{i}"} for i, pair in enumerate(conftest.PAIRS[:5])]
     work = folder / "work"
     work.mkdir()

@@ -87,10 +87,8 @@ def test_a_shortened_demo_shows_forgetting_and_that_radis_and_replay_forget_less
     assert min(skill[arm] for arm in demo.ARMS) > skill["base"] + 2, skill
     assert kept["vanilla"] < kept["base"] - 10 and drift["base"] == 0, kept
     for arm in ("RaDis", "soft replay 1"):
-        assert kept[arm] > kept["vanilla"] + 6 and drift[arm] < 0.8 * drift["vanilla"], (
-            kept,
-            drift,
-        )
+        assert kept[arm] > kept["vanilla"] + 6, kept
+        assert drift[arm] < 0.8 * drift["vanilla"], drift
 
 
 # the harness on a real model's files
@@ -151,7 +149,8 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
         assert study.points[key][0].values["kl"][0] > 0, key
     cost = {key.title: study.points[key][0].cost for key in study.end_keys()}
     assert cost["soft replay 3"]["taught"] > cost["vanilla"]["trained"] > 0
-    assert cost["vanilla"]["sampled"] == 0 < cost["soft replay 3"]["sampled"]
+    assert cost["vanilla"]["sampled"] == 0
+    assert cost["soft replay 3"]["sampled"] > 0
     assert not [*(here / "out/tiny/models").rglob("*.safetensors")], "models are not kept"
     readings.print_all(study, [0], [])
     capsys.readouterr()
@@ -253,15 +252,18 @@ def test_margins_are_of_what_the_base_can_do_measured_on_other_items(tmp_path):
 def point(chrf: float, kl: float, human: float = 3.0, noise: float = 0.0) -> Point:
     rng = np.random.default_rng(0)
     values = {}
-    for name, value in (("chrf++", chrf), ("kl", kl), ("human", human), ("valid", chrf)):
+    found = {"chrf++": chrf, "kl": kl, "human": human, "valid": chrf}
+    for name, value in found.items():
         values[name] = np.concatenate([[value], value + noise * rng.standard_normal(DRAWS)])
     return Point(values, {})
 
 
 def made_up(share: float, drift: float, human: float, noise: float = 0.0) -> Study:
     """Three seeds: base at 10, vanilla at 20 +- 1 and KL 0.2; an arm with shares of these."""
-    points = {Study.BASE: {}, Key("1e-4", "vanilla"): {}, Key("1e-4", "soft replay 3"): {}}
-    base, vanilla, arm = points
+    base = Study.BASE
+    vanilla = Key("1e-4", "vanilla")
+    arm = Key("1e-4", "soft replay 3")
+    points = {base: {}, vanilla: {}, arm: {}}
     for seed, gain in enumerate((9.0, 10.0, 11.0)):
         points[base][seed] = point(10, 0, 3.0, noise)
         points[vanilla][seed] = point(10 + gain, 0.02 * gain, 3.0, noise)
@@ -321,7 +323,9 @@ def test_intervals_over_seeds_are_students_and_holm_adjusts():
     quantiles = [readings.student_quantile(df) for df in (1, 2, 4, 9)]
     assert np.allclose(quantiles, [12.706, 4.303, 2.776, 2.262], atol=1e-3)
     found = readings.over_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, round(found.low, 3), round(found.p, 4)) == (2, -0.484, 0.0742)
+    assert found.mean == 2
+    assert round(found.low, 3) == -0.484
+    assert round(found.p, 4) == 0.0742
     assert np.allclose(readings.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
 
 
