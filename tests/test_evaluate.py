@@ -824,7 +824,7 @@ def test_a_bad_file_is_named_with_its_line_before_weights_are_read(
         ("--model base --out x --choice quiz.jsonl --base base", "--drift"),
         ("--model base --out x --choice quiz.jsonl twice/quiz.jsonl", "second file for"),
         ("--model base --out x --drift edited.jsonl --base base", "edited.meta.json"),
-        ("--model base --out x --translation pairs.jsonl --direction de-en en-de", "pairs.jsonl: is into"),
+        ("--model base --out x --translation pairs.jsonl --direction de-en en-de", "is into"),
         ("--model base --out x --choice quiz.jsonl --limit 0", "--limit"),
         ("--model base --out x --choice quiz.jsonl --template x", "--template"),
         ("--compare nowhere", "nowhere"),
