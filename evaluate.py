@@ -476,6 +476,7 @@ def main(args):
     settings = read_settings(args, encoder)
 
     # 2. the items, then the scores
+    load_model.cache_clear()  # a folder may hold other weights than in a call before
     with data.lock(args.out):
         file = Path(args.out) / "results.json"
         if file.exists():
@@ -526,7 +527,7 @@ def read_statistics(folder):
     return statistics
 
 
-def compare(folders: list[str]):
+def compare(folders):
     """Prints a table of several models. ValueError where they were not measured alike.
 
     The first folder is the base, the second the first way of fine-tuning.

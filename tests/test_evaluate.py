@@ -849,3 +849,16 @@ def test_the_readme_counts_the_lines_of_the_scripts():
         text = (ROOT / f"{name}.py").read_text("utf-8")
         lines[f"{name}.py"] = str(text.count("\n"))
     assert table == lines
+
+
+def test_a_folder_with_new_weights_is_read_anew_in_the_same_process(at, tmp_path):
+    model = tmp_path / "model"
+    found = []
+    for name, source in (("first", at.base), ("second", at.tuned)):
+        shutil.rmtree(model, ignore_errors=True)
+        shutil.copytree(source, model)
+        run("--model", model, "--out", tmp_path / name, "--choice", at.quiz)
+        run("--model", source, "--out", tmp_path / f"{name}-own", "--choice", at.quiz)
+        found.append(measures_of(tmp_path / name))
+        assert found[-1] == measures_of(tmp_path / f"{name}-own")
+    assert found[0] != found[1]
