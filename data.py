@@ -180,25 +180,46 @@ class Encoder:
         return [{"role": "user", "content": text}]
 
 
-def collate(examples: list, device="cpu") -> tuple:
-    """-> tokens [B, T]; places [N] in B * T whose logits predict a supervised token; targets [N].
+def share(rows: list[list[int]], device="cpu"):
+    """Rows of ids -> tokens [1, U] and `shared`, by which `Transformer.forward` reads each once.
 
-    T is the longest row less its last token, which is predicted and never read.
-
-    Pads are zeros on the right. The N supervised tokens are first those of all references, then
-    those of all rationales.
+    Rows that begin alike, as under one instruction, have that beginning in common. shared: `new`
+    [U], the places in B * T that no earlier row has, of which the tokens are; and `same` [B, T],
+    which of these each place repeats. T is the longest row. Pads, on the right, repeat the first.
     """
-    T = max([2, *map(len, examples)]) - 1
-    tokens = torch.zeros(max(len(examples), 1), T, dtype=torch.long)
+    T = max(map(len, rows))
+    tree = {}  # (which of U stands before, the token) -> which of U
+    new = []
+    same = torch.zeros(len(rows), T, dtype=torch.long)
+    for b, row in enumerate(rows):
+        branch = [-1]
+        for place, token in enumerate(row, b * T):
+            branch.append(tree.setdefault((branch[-1], token), len(tree)))
+            if len(tree) > len(new):
+                new.append(place)
+        same[b, : len(row)] = torch.tensor(branch[1:])
+    tokens = torch.tensor([[token for _, token in tree]], device=device)
+    return tokens, (torch.tensor(new, device=device), same.to(device))
+
+
+def collate(examples: list[Example], device="cpu"):
+    """-> tokens [1, U] and `shared`, as of `share`; places [N] in B * T whose logits predict a
+    supervised token; targets [N].
+
+    The last token of a row is predicted and never read. The N supervised tokens are first those
+    of all references, then those of all rationales.
+    """
+    rows = [example.tokens[:-1] for example in examples]
+    tokens, shared = share(rows or [[0]], device)
+    T = shared[1].shape[1]
     references = []  # (place, target)
     rationales = []
     for b, example in enumerate(examples):
-        tokens[b, : len(example) - 1] = torch.tensor(example.tokens[:-1])
         start = b * T + len(example.prompt) - 1  # this place predicts the answer's first token
         references += enumerate(example.reference, start)
         rationales += enumerate(example.rationale, start + len(example.reference))
     pairs = torch.tensor(references + rationales, dtype=torch.long).view(-1, 2).to(device)
-    return tokens.to(device), pairs[:, 0], pairs[:, 1]
+    return tokens, shared, pairs[:, 0], pairs[:, 1]
 
 
 def check_ids(ids, limit, where):

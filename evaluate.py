@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 import data
 from data import Encoder, Tokenizer
-from generate import make_sequences, read, require_room, sample, sampling, status_of
+from generate import make_sequences, require_room, sample, sampling, status_of
 from model import (
-    KVCache,
     ModelConfig,
     Transformer,
     blaming,
@@ -243,22 +242,12 @@ def answer_choice(subject, rows):
 
 
 def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
-    """log P(ending | prompt) of each. The prompt is read once, but for its last token."""
-    *start, last = prompt
-    longest = max(map(len, endings))
-    cache = KVCache.empty(model, len(endings), len(start) + longest)
-    if start:
-        read(model, cache, slice(1), [start])
-        cache.spread(len(start))
-    # the last token of an ending is predicted, never read
-    rows = [([last, *ending[:-1]] + [0] * longest)[:longest] for ending in endings]
-    positions = torch.arange(len(start), len(start) + longest, device=model.device)
-    tokens = torch.tensor(rows, device=model.device)
-    logits = model(tokens, None, cache, positions.expand(tokens.shape))  # [N, longest, V]
-    scores = []
-    for ending, own in zip(endings, logits.float().log_softmax(-1).cpu()):
-        scores.append(own[range(len(ending)), ending].double().sum().item())
-    return scores
+    """log P(ending | prompt) of each. The prompt is read once."""
+    examples = [data.Example("", prompt, ending, []) for ending in endings]
+    tokens, shared, places, targets = data.collate(examples, model.device)
+    logprobs = model(tokens, places, shared=shared).float().log_softmax(-1)  # [N, V]
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0].double()
+    return [part.sum().item() for part in chosen.split([*map(len, endings)])]
 
 
 @torch.inference_mode()
@@ -268,9 +257,10 @@ def answer_drift(subject, rows):
     """
     as_written = Encoder(subject.encoder.tokenizer)  # the ledger brings its prompts' settings
     for row, ids, item in answers(subject, rows, **rows[0]["sampled"]):
-        tokens, places, targets = data.collate([as_written.example(row)], subject.model.device)
-        mine = subject.model(tokens, places).double().log_softmax(-1)  # [N, V]
-        base = subject.base(tokens, places).double().log_softmax(-1)
+        example = as_written.example(row)
+        tokens, shared, places, targets = data.collate([example], subject.model.device)
+        mine = subject.model(tokens, places, shared=shared).double().log_softmax(-1)  # [N, V]
+        base = subject.base(tokens, places, shared=shared).double().log_softmax(-1)
         item["answer"] = row["rationale"]
         item["nll"] = -mine.gather(-1, targets[:, None]).sum().item()
         item["kl"] = (base.exp() * (base - mine)).sum().item()

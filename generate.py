@@ -16,7 +16,6 @@ if __name__ == "__main__":
 import hashlib
 import json
 import math
-import os
 import re
 import unicodedata
 from collections import deque
@@ -228,7 +227,6 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
     rows = min(how.batch_size, len(sequences))
     longest = len(waiting[-1].prompt) if waiting else 0
     cache = KVCache.empty(model, rows, longest + how.max_new_tokens)
-    prefix = read_common_prefix(model, cache, [s.prompt for s in sequences])
     graphs = {}
     running = []  # running[b] has row b of the cache
     while waiting or running:
@@ -237,8 +235,8 @@ def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iter
         if new:
             first = len(running)
             running += new
-            rests = [sequence.prompt[prefix:] for sequence in new]
-            logits = read(model, cache, slice(first, len(running)), rests, prefix)
+            prompts = [sequence.prompt for sequence in new]
+            logits = read(model, cache, slice(first, len(running)), prompts)
             keys = [sequence.noise_key(how.seed) for sequence in new]
             chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
         else:
@@ -270,7 +268,7 @@ def take_next(waiting, free, cache):
     rows = cache.keys.shape[1]
     if free < min(len(waiting), math.ceil(rows / 8)):
         return []
-    budget = 2**15 if cache.keys.is_cuda else 2**10  # tokens that are read at a time
+    budget = 2**15 if cache.keys.is_cuda else 2**12  # tokens that are read at a time
     taken = []
     while waiting and len(taken) < free:
         if taken and (len(taken) + 1) * len(waiting[0].prompt) > budget:
@@ -279,25 +277,13 @@ def take_next(waiting, free, cache):
     return taken
 
 
-def read_common_prefix(model, cache, prompts):
-    """Reads what all prompts begin with, once, into every row -> the number of its tokens."""
-    # of lists too; the last token of each is left to be read
-    length = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    if length > 0:
-        read(model, cache, slice(1), [prompts[0][:length]])
-        cache.spread(length)
-    return length
-
-
-def read(model, cache, rows, prompts, start=0):
-    """Reads prompts, from position `start` on, into these rows -> logits [N, V] after each."""
-    lengths = [len(prompt) for prompt in prompts]
-    T = max(lengths)
-    padded = torch.tensor([prompt + [0] * (T - len(prompt)) for prompt in prompts])
-    places = torch.tensor([b * T + n - 1 for b, n in enumerate(lengths)])
-    positions = torch.arange(start, start + T, device=model.device).expand(len(prompts), T)
-    part = cache.view(rows, start + T)
-    return model(padded.to(model.device), places.to(model.device), part, positions)
+def read(model, cache, rows, prompts):
+    """Reads prompts into these rows of the cache -> logits [N, V] after each."""
+    tokens, shared = data.share(prompts, model.device)
+    N, T = shared[1].shape
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    positions = torch.arange(N * T, device=model.device).view(N, T)
+    return model(tokens, positions[:, 0] + lengths - 1, cache.view(rows, T), positions % T, shared)
 
 
 def decode(model, cache, running, how, graphs):

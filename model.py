@@ -149,11 +149,6 @@ class KVCache:
         """Some rows and the first `length` slots: attention need not see what no row reached."""
         return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
 
-    def spread(self, length: int):
-        """Copies the first `length` slots of the first row to all rows."""
-        for x in (self.keys, self.values):
-            x[:, 1:, :, :length] = x[:, :1, :, :length]
-
     def move(self, row: int, to: int):
         for x in (self.keys, self.values):
             x[:, to] = x[:, row]
@@ -200,16 +195,21 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None) -> Tensor:
-        """cache: this layer's keys and values, which take the new ones in at `positions`."""
-        B, T, _ = x.shape
-        shape = (B, T, -1, self.head_dim)
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None, shared=None) -> Tensor:
+        """cache: this layer's keys and values, which take the new ones in at `positions`.
+
+        shared: `new` and `same` of `data.share`; x [1, U, C] is then unrolled to rows.
+        """
+        shape = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
         k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
         v = self.v_proj(x).view(shape).transpose(1, 2)
+        if shared:
+            new, same = shared
+            q, k, v = (z[0][:, same].transpose(0, 1) for z in (q, k, v))  # [B, heads, T, D]
         if cache is not None:
             keys, values = cache
-            rows = torch.arange(B, device=x.device)[:, None]
+            rows = torch.arange(len(positions), device=x.device)[:, None]
             keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
             values[rows, :, positions] = v.transpose(1, 2)
             k = keys  # [B, K, S, D]
@@ -220,9 +220,12 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         else:
             # heads that share a key/value head become more queries of it: no copy of the cache
-            queries = q.reshape(B, k.shape[1], -1, self.head_dim)  # [B, K, H/K * T, D]
+            queries = q.reshape(len(q), k.shape[1], -1, self.head_dim)  # [B, K, H/K * T, D]
             y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = y.transpose(1, 2).flatten(2)  # [B, T, H * D]
+        if shared:
+            y = y.flatten(0, 1)[new][None]
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
@@ -244,8 +247,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+    def forward(self, x, cos, sin, mask=None, cache=None, positions=None, shared=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions, shared)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -270,26 +273,31 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.model["embed_tokens"].weight.dtype
 
-    def forward(self, tokens: Tensor, places=None, cache=None, positions=None) -> Tensor:
+    def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] of the flattened [B * T].
 
         Without a cache the attention is causal, and pads belong on the right. With one,
         `positions` [B, T] gives each token its slot, and it sees the slots up to its own: what
         lies beyond, pads included, is overwritten in time.
+
+        With `shared`, of `data.share`, tokens [1, U] are read once for all rows that begin with
+        them; attention alone sees the rows [B, T].
         """
+        new, same = shared or (None, tokens)
         if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # [1, T]
+            positions = torch.arange(same.shape[1], device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
-        cos, sin = rotary(self.config, positions)
         mask = self.attention_mask(positions, cache)
+        cos, sin = rotary(self.config, new[None] % same.shape[1] if shared else positions)
         x = self.model["embed_tokens"](tokens)  # [B, T, C]
         for i, layer in enumerate(self.model["layers"]):
+            own = cache and (cache.keys[i], cache.values[i])
             if self.activation_checkpointing:
-                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
-            elif cache is None:
-                x = layer(x, cos, sin, mask)
+                x = checkpoint(layer, x, cos, sin, mask, shared=shared, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, (cache.keys[i], cache.values[i]), positions)
+                x = layer(x, cos, sin, mask, own, positions, shared)
+        if shared:
+            x = x[0][same]  # [B, T, C]
         if places is not None:
             x = x.flatten(0, 1)[places]  # [N, C]
         x = self.model["norm"](x)

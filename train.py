@@ -71,17 +71,16 @@ def joint_loss(model, teacher, examples, args, learn):
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
-    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-    padded = 0
+    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     for part in micro_batches(examples, args.micro_batch_size):
-        tokens, places, targets = data.collate(part, model.device)
-        padded += tokens.numel() if part else 0
+        tokens, shared, places, targets = data.collate(part, model.device)
+        sums[3] += shared[1].numel() if part else 0
         border = sum(len(example.reference) for example in part)  # rationales come after it
-        logits = model(tokens, places)  # [N, V]: none where there is no loss
+        logits = model(tokens, places, shared=shared)  # [N, V]: none where there is no loss
         soft = logits.new_empty(0, logits.shape[1])
         if teacher:
             with torch.no_grad():
-                soft = teacher(tokens, places[border:])
+                soft = teacher(tokens, places[border:], shared=shared)
         losses = TokenLosses.apply(logits, targets, soft).double()  # [N]
         reference = losses[:border].sum()
         rationale = losses[border:].sum()
@@ -89,8 +88,8 @@ def joint_loss(model, teacher, examples, args, learn):
         if learn:
             # fully_shard averages gradients over the ranks: multiply by their number
             (loss * world_size).backward()
-        sums += torch.stack([loss, reference, rationale]).detach()
-    sums = torch.cat([sums.cpu(), torch.tensor([padded])])
+        sums[:3] += torch.stack([loss, reference, rationale]).detach()
+    sums = sums.cpu()
     dist.all_reduce(sums)
     loss, reference, rationale, padded = sums.tolist()
     return {

@@ -313,7 +313,8 @@ def their_step(s, model, forward, optimizer, batch: list[Example]) -> list[Examp
     size = s.micro // 2  # more: no room
     for first in range(0, len(batch), size):
         part = batch[first : first + size]
-        tokens, places, targets = collate(part, device())
+        tokens, (_, same), places, targets = collate(part, device())
+        tokens = tokens[0][same]  # [B, T]
         labels = torch.full_like(tokens, -100)
         labels.view(-1)[places] = targets
         # pads stand on the right, so causality keeps them out: a mask would only cost time

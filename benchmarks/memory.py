@@ -66,8 +66,8 @@ def kept_by_layers(config: ModelConfig, part: list[Example], dtype, recompute: b
         weights = {}
         for name, p in model.named_parameters():
             weights[name] = torch.empty(p.shape, dtype=dtype, requires_grad=True)
-        tokens, places, targets = data.collate(part)
-        logits = functional_call(model, weights, (tokens, places))
+        tokens, shared, places, targets = data.collate(part)
+        logits = functional_call(model, weights, (tokens, places), {"shared": shared})
         soft = logits.new_empty(0, logits.shape[1])
         losses = train.TokenLosses.apply(logits, targets, soft)
     own = {p.untyped_storage()._cdata for p in weights.values()}
@@ -132,7 +132,9 @@ def full_part(rows: int, length: int) -> list[Example]:
     reference = length // 8
     prompt = length - length // 2
     rationale = length - prompt - reference
-    return [Example(i, [1] * prompt, [1] * reference, [1] * rationale) for i in range(rows)]
+    rest = ([1] * reference, [1] * rationale)
+    # they begin apart, so that nothing is shared
+    return [Example(i, [i] + [1] * (prompt - 1), *rest) for i in range(rows)]
 
 
 def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
@@ -146,12 +148,12 @@ def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
         batch = train.batch_of(examples, step, args)
         parts += train.micro_batches(batch, args.micro_batch_size)
     tokens = sum(map(len, examples))
-    padded = sum(data.collate(part)[0].numel() + len(part) for part in parts)
+    read = sum(data.collate(part)[0].numel() for part in parts)
     supervised = sum(len(example.reference) + len(example.rationale) for example in examples)
     steps = args.max_steps or math.ceil(args.epochs * in_epoch)
     print(
-        f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {padded:,} with padding "
-        f"({padded / tokens - 1:.1%} more); {steps:,} steps"
+        f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {read:,} are computed "
+        f"({1 - read / tokens:.1%} fewer); {steps:,} steps"
     )
     return max(parts, key=lambda part: len(part) * max(map(len, part)))
 

@@ -101,6 +101,7 @@ REAL = {
     "tests": 512,
     "new_tokens": 64,
     "answer_tokens": 128,
+    "lengths": False,
     "cue": "\\n",
 }
 WORLD = {
@@ -111,6 +112,7 @@ WORLD = {
     "tests": 100,
     "new_tokens": 32,
     "answer_tokens": 48,
+    "lengths": True,
     "cue": "",
     "template": world.TEMPLATE,
     "chat": "llama2",
@@ -409,11 +411,16 @@ def translation_files(args, seed: int) -> dict[str, list]:
 def write_answers(args, seed: int, name: str, rows: list):
     """The base's answers to prompts that no arm trains on, as a ledger for the drift measure."""
     folder = test_folder(args, seed)
+    answers = folder / f"answers/{name}.jsonl"
     world.write(folder / f"asked/{name}.jsonl", rows)
     words = ["--model", base_model(args, seed), "--data", folder / f"asked/{name}.jsonl"]
-    words += ["--task", "answer", "--out", folder / f"drift/{name}.jsonl"]
+    words += ["--task", "answer", "--out", answers]
     words += ["--max-new-tokens", args.answer_tokens, *sampling_words(args), *template_words(args)]
     call(generate, words, folder / f"logs/{name}.log", args.ranks)
+    meta = read_object(data.meta_path(answers))
+    if not args.lengths:  # evaluate.py answers each prompt anew, to see how long the answers are
+        meta["max_new_tokens"] = 1
+    write_measured(folder, name, read_ledger(answers), meta)
 
 
 def write_human(args, seed: int):
@@ -427,19 +434,23 @@ def write_human(args, seed: int):
         new["rationale_ids"] = ids[: args.answer_tokens]
         new["rationale"] = tokenizer.decode(new["rationale_ids"])
         rows.append(new | {"finish": "length" if cut else "eos", "status": "ok"})
-    file = test_folder(args, seed) / "drift/human.jsonl"
+    meta = {"task": "answer", "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    meta |= {"tokenizer_hash": tokenizer.hash, "chat": tokenizer.chat_name, "max_new_tokens": 1}
+    write_measured(test_folder(args, seed), "human", rows, meta)
+
+
+def write_measured(folder: Path, name: str, rows: list, meta: dict):
+    """A ledger for the drift measure."""
+    file = folder / f"drift/{name}.jsonl"
     world.write(file, rows)
-    # the model's own answers are measured too, which is of no use here: one token of them
-    meta = {"task": "answer", "max_new_tokens": 1, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    meta |= {"tokenizer_hash": tokenizer.hash, "chat": tokenizer.chat_name}
     write_text(data.meta_path(file), json.dumps(meta))
 
 
-def test_words(args, seed: int) -> list:
+def test_words(args, seed: int, valid: bool) -> list:
     """What evaluate.py is told to measure."""
     folder = test_folder(args, seed)
     words = ["--translation", *sorted(folder.glob("test-*.jsonl"))]
-    words += sorted(folder.glob("valid-*.jsonl"))
+    words += sorted(folder.glob("valid-*.jsonl")) if valid else []
     words += ["--drift", *sorted(folder.glob("drift/*.jsonl")), "--base", base_model(args, seed)]
     for kind, files in choice_files(args, seed).items():
         words += [f"--{kind}", *files] if files else []
@@ -456,13 +467,16 @@ def choice_files(args, seed: int) -> dict[str, list]:
     return {kind: [folder / f"{name}.jsonl" for name in found] for kind, found in names.items()}
 
 
-def measure(args, seed: int, model: Path, name: str, cost: dict):
-    """Measures a model into DIR/points/NAME.npz, unless that is there."""
+def measure(args, seed: int, model: Path, name: str, cost: dict, valid: bool = False):
+    """Measures a model into DIR/points/NAME.npz, unless that is there.
+
+    valid: with the sentences by which the best learning rate is found.
+    """
     point = args.out / "points" / f"{name}.npz"
     if point.exists():
         return
     out = args.out / "results" / name
-    words = ["--model", model, "--out", out, *test_words(args, seed)]
+    words = ["--model", model, "--out", out, *test_words(args, seed, valid)]
     call(evaluate, words, args.out / f"logs/{name}.log", args.ranks)
     found = {}
     for measure_name, statistic in evaluate.read_results(str(out)).statistics.items():
@@ -546,7 +560,7 @@ def run_arm(args, seed: int, rate: str, name: str):
     cost = costs(args, seed, ARMS[name], out)
     for step in args.points[:-1]:
         measure(args, seed, out / f"step-{step}", f"{key}/step-{step}", cost)
-    measure(args, seed, out, f"{key}/{last}", cost)
+    measure(args, seed, out, f"{key}/{last}", cost, valid=name == "vanilla")
     for part in args.parts:
         between = out / f"at-{part}"
         if not (args.out / f"points/{key}/{last}-at-{part}.npz").exists():
@@ -710,6 +724,7 @@ def parser() -> argparse.ArgumentParser:
     add("--micro-batch-size", type=int, default=16, help="rows at a time (default 16)")
     add("--tests", type=int, help="sentences to translate (default 512; world 100)")
     add("--general", type=int, default=80, help="drift prompts of each file (default 80)")
+    add("--lengths", action=argparse.BooleanOptionalAction, help="of answers (default: world)")
     add("--new-tokens", type=int, help="of a rationale (default 64; world 32)")
     add("--answer-tokens", type=int, help="of an answer (default 128; world 48)")
     add("--cue", help="forced after the reference (default '\\n'; world none)")

