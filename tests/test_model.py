@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import model as model_module
+from data import share
 from generate import generate
 from model import KVCache, Transformer, save_weights
 
@@ -101,6 +102,45 @@ def test_selected_logits_are_the_full_ones_and_padding_on_the_right_changes_none
     padded = tokens * (torch.arange(10) < 6)
     assert_close(model(padded)[:, :6], full[:, :6], **CLOSE)
     assert model(tokens, places[:0]).shape == (0, 480)
+
+
+# five rows of a common beginning, two of them of one longer, one of another, one twice
+FAMILY = [
+    [7, 8, 9, 10, 11, 12],
+    [7, 8, 9, 10, 13],
+    [7, 8, 20, 21, 22, 23, 24, 25, 26],
+    [30, 8, 9, 10],
+    [7, 8, 20, 21, 22, 23, 24, 25, 26],
+]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_rows_share_is_read_once_and_logits_and_gradients_are_those_of_rows_apart(
+    tmp_path, name, checkpointing
+):
+    model = Transformer.from_pretrained(write_model(tmp_path, **WINDOWS[name])).double()
+    tokens, shared = share(FAMILY)
+    new, same = shared
+    assert tokens.shape == (1, 6 + 1 + 7 + 4)
+    assert len(new) == tokens.shape[1]
+    for row, places in zip(FAMILY, same, strict=True):
+        assert tokens[0, places][: len(row)].tolist() == row
+        assert not places[len(row) :].any()
+    apart = []
+    for row in FAMILY:
+        apart.append(model(torch.tensor([row]))[0])
+    wanted = torch.cat(apart)
+    (wanted * wanted.detach().sin()).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.activation_checkpointing = checkpointing
+    places = [b * 9 + t for b, row in enumerate(FAMILY) for t in range(len(row))]
+    logits = model(tokens, torch.tensor(places), shared=shared)
+    assert_close(logits, wanted, atol=1e-10, rtol=0)
+    (logits * logits.detach().sin()).sum().backward()
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        assert_close(p.grad, gradient, atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", WINDOWS)
