@@ -181,11 +181,12 @@ class Encoder:
 
 
 def share(rows: list[list[int]], device="cpu"):
-    """Rows of ids -> tokens [1, U] and `shared`, by which `Transformer.forward` reads each once.
+    """Rows of ids -> tokens [1, U], and `shared`, by which `Transformer.forward` reads each once.
 
-    Rows that begin alike, as under one instruction, have that beginning in common. shared: `new`
-    [U], the places in B * T that no earlier row has, of which the tokens are; and `same` [B, T],
-    which of these each place repeats. T is the longest row. Pads, on the right, repeat the first.
+    Rows that begin alike, as under one instruction, have that beginning in common: of the rows
+    A B C and A B D the tokens are A B C D. shared: `new` [U], the places in B * T where these
+    stand first, here 0 1 2 5; and `same` [B, T], which of the U stands at each place, here 0 1 2
+    and 0 1 3. T is the longest row; pads, on the right, repeat the first of the tokens.
     """
     T = max(map(len, rows))
     tree = {}  # (which of U stands before, the token) -> which of U

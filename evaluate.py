@@ -242,7 +242,7 @@ def answer_choice(subject, rows):
 
 
 def score_choices(model: Transformer, prompt: list[int], endings: list[list[int]]) -> list[float]:
-    """log P(ending | prompt) of each. The prompt is read once."""
+    """log P(ending | prompt) of each. The prompt is read once, but by attention."""
     examples = [data.Example("", prompt, ending, []) for ending in endings]
     tokens, shared, places, targets = data.collate(examples, model.device)
     logprobs = model(tokens, places, shared=shared).float().log_softmax(-1)  # [N, V]

@@ -268,7 +268,7 @@ def take_next(waiting, free, cache):
     rows = cache.keys.shape[1]
     if free < min(len(waiting), math.ceil(rows / 8)):
         return []
-    budget = 2**15 if cache.keys.is_cuda else 2**12  # tokens that are read at a time
+    budget = 2**15 if cache.keys.is_cuda else 2**12  # places that are read at a time
     taken = []
     while waiting and len(taken) < free:
         if taken and (len(taken) + 1) * len(waiting[0].prompt) > budget:
@@ -282,8 +282,8 @@ def read(model, cache, rows, prompts):
     tokens, shared = data.share(prompts, model.device)
     N, T = shared[1].shape
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    positions = torch.arange(N * T, device=model.device).view(N, T)
-    return model(tokens, positions[:, 0] + lengths - 1, cache.view(rows, T), positions % T, shared)
+    places = torch.arange(N * T, device=model.device).view(N, T)
+    return model(tokens, places[:, 0] + lengths - 1, cache.view(rows, T), places % T, shared)
 
 
 def decode(model, cache, running, how, graphs):

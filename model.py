@@ -200,16 +200,20 @@ class Attention(nn.Module):
 
         shared: `new` and `same` of `data.share`; x [1, U, C] is then unrolled to rows.
         """
-        shape = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(self.k_proj(x).view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
-        v = self.v_proj(x).view(shape).transpose(1, 2)
+        q = self.q_proj(x)
+        k = self.k_proj(x)
+        v = self.v_proj(x)
         if shared:
             new, same = shared
-            q, k, v = (z[0][:, same].transpose(0, 1) for z in (q, k, v))  # [B, heads, T, D]
+            # unlike z[0][same], its backward pass sums in one order on any number of threads
+            q, k, v = (F.embedding(same, z[0]) for z in (q, k, v))  # [B, T, heads * D]
+        shape = (*q.shape[:2], -1, self.head_dim)
+        q = rotate(q.view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
+        k = rotate(k.view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
+        v = v.view(shape).transpose(1, 2)
         if cache is not None:
             keys, values = cache
-            rows = torch.arange(len(positions), device=x.device)[:, None]
+            rows = torch.arange(len(k), device=x.device)[:, None]
             keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
             values[rows, :, positions] = v.transpose(1, 2)
             k = keys  # [B, K, S, D]
@@ -274,22 +278,22 @@ class Transformer(nn.Module):
         return self.model["embed_tokens"].weight.dtype
 
     def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
-        """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] of the flattened [B * T].
+        """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] in B * T.
 
         Without a cache the attention is causal, and pads belong on the right. With one,
         `positions` [B, T] gives each token its slot, and it sees the slots up to its own: what
         lies beyond, pads included, is overwritten in time.
 
         With `shared`, of `data.share`, tokens [1, U] are read once for all rows that begin with
-        them; attention alone sees the rows [B, T].
+        them; attention alone sees the rows, and its `same` [B, T] has their shape.
         """
-        new, same = shared or (None, tokens)
+        same = shared[1] if shared else tokens  # [B, T]
         if positions is None:
             positions = torch.arange(same.shape[1], device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
+        cos, sin = rotary(self.config, positions)
         mask = self.attention_mask(positions, cache)
-        cos, sin = rotary(self.config, new[None] % same.shape[1] if shared else positions)
-        x = self.model["embed_tokens"](tokens)  # [B, T, C]
+        x = self.model["embed_tokens"](tokens)  # [B, T, C], or [1, U, C]
         for i, layer in enumerate(self.model["layers"]):
             own = cache and (cache.keys[i], cache.values[i])
             if self.activation_checkpointing:
@@ -297,7 +301,7 @@ class Transformer(nn.Module):
             else:
                 x = layer(x, cos, sin, mask, own, positions, shared)
         if shared:
-            x = x[0][same]  # [B, T, C]
+            x = F.embedding(same, x[0])  # [B, T, C]
         if places is not None:
             x = x.flatten(0, 1)[places]  # [N, C]
         x = self.model["norm"](x)

@@ -74,7 +74,7 @@ def joint_loss(model, teacher, examples, args, learn):
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
     for part in micro_batches(examples, args.micro_batch_size):
         tokens, shared, places, targets = data.collate(part, model.device)
-        sums[3] += shared[1].numel() if part else 0
+        sums[3] += shared[1].numel() if part else 0  # places that attention sees, pads included
         border = sum(len(example.reference) for example in part)  # rationales come after it
         logits = model(tokens, places, shared=shared)  # [N, V]: none where there is no loss
         soft = logits.new_empty(0, logits.shape[1])

@@ -126,11 +126,11 @@ def test_the_memory_forecast_counts_every_weight_once_and_a_teacher_on_top(tmp_p
     assert grown == pytest.approx(taught["teacher"], abs=0.03)
 
 
-def test_the_memory_forecast_says_what_padding_the_data_costs(tmp_path, folder, pairs):
+def test_the_memory_forecast_says_how_many_tokens_are_computed(tmp_path, folder, pairs):
     options = ["--micro-batch-size", 2, "--batch-size", 4, "--epochs", 2]
     done = run("memory.py", "--model", folder, "--data", pairs, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "with padding" in done.stdout
+    assert " fewer: what rows share counts once" in done.stdout
     assert "4 steps" in done.stdout
     trained = ["--model", folder, "--data", pairs, "--out", tmp_path / "out", *options]
     script = FOLDER.parent / "train.py"

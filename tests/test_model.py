@@ -143,6 +143,22 @@ def test_what_rows_share_is_read_once_and_logits_and_gradients_are_those_of_rows
         assert_close(p.grad, gradient, atol=1e-10, rtol=1e-8)
 
 
+def test_gradients_of_what_rows_share_are_the_same_bits_on_two_threads(folder):
+    model = Transformer.from_pretrained(folder)
+    common = random_tokens(40, seed=1).tolist()
+    tokens, shared = share([[*common, *random_tokens(24, seed=n).tolist()] for n in range(16)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        model(tokens, shared=shared).square().mean().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, found[0], found[1]))
+    assert all(map(torch.equal, found[0], found[2]))
+
+
 @pytest.mark.parametrize("name", WINDOWS)
 def test_greedy_answers_of_a_ragged_batch_equal_transformers_token_for_token(tmp_path, name):
     folder = write_model(tmp_path, **WINDOWS[name])
