@@ -116,7 +116,7 @@ class Study:
 
 def read_study(out: Path) -> Study:
     """All points of an experiment; the last step of an arm is its end."""
-    names = json.loads((out / "settings.json").read_text())
+    settings = json.loads((out / "settings.json").read_text())
     arms = known_arms()
     points = {}
     for file in sorted(out.glob("points/seed-*/**/*.npz")):
@@ -127,7 +127,7 @@ def read_study(out: Path) -> Study:
             rate, arm, point = rest
             step, _, part = point.removeprefix("step-").partition("-at-")
             step = int(step)
-            last = step == names["points"][-1]
+            last = step == settings["points"][-1]
             key = Key(rate, arms.get(arm, arm), float(part or 1), 0 if last else step)
         points.setdefault(key, {})[seed] = read_point(file)
     shared = out / "points/base.npz"
@@ -136,6 +136,10 @@ def read_study(out: Path) -> Study:
         points[Study.BASE] = dict.fromkeys(seeds, read_point(shared))
     if not points.get(Study.BASE):
         sys.exit(f"error: {out}: nothing measured yet; run arms.py")
+    if not settings.get("lengths", True):  # one token of each answer was asked for
+        for by_seed in points.values():
+            for point in by_seed.values():
+                point.values.pop("length", None)
     order = [*arms.values()]
 
     def place(key: Key) -> tuple:

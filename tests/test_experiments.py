@@ -142,11 +142,14 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
         "no EOS",
     }
     base = study.points[Study.BASE][0].values
-    assert {"chrf++", "valid", "kl", "kl task", "human", "choice/choice"} <= base.keys()
+    assert {"chrf++", "kl", "kl task", "human", "choice/choice"} <= base.keys()
+    assert "length" not in base, "no answer was asked for anew"
     assert base["kl"][0] == 0 and base["human"][0] > 0
     assert "kl reverse" not in base, "both ways are learnt"
     for key in study.end_keys():
         assert study.points[key][0].values["kl"][0] > 0, key
+    with_valid = {key.title for key in study.end_keys() if "valid" in study.points[key][0].values}
+    assert with_valid == {"vanilla"}, "the rate is vanilla's best"
     cost = {key.title: study.points[key][0].cost for key in study.end_keys()}
     assert cost["soft replay 3"]["taught"] > cost["vanilla"]["trained"] > 0
     assert cost["vanilla"]["sampled"] == 0
