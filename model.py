@@ -15,7 +15,9 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -154,6 +156,16 @@ class KVCache:
             x[:, to] = x[:, row]
 
 
+class Layout(NamedTuple):
+    """How the tokens of one pass lie, the same for every layer."""
+
+    cos: Tensor  # [B, 1, T, D]
+    sin: Tensor
+    mask: Tensor | None  # [B, 1, H/K * T, S], added to the scores; None: causality alone
+    positions: Tensor  # [B, T], slots of the cache
+    shared: tuple | None  # `new` and `same` of `data.share`
+
+
 def rotary(config: ModelConfig, positions: Tensor):
     """cos and sin [B, 1, T, D] for `positions` [B, T].
 
@@ -195,11 +207,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None, shared=None) -> Tensor:
-        """cache: this layer's keys and values, which take the new ones in at `positions`.
+    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
+        """cache: this layer's keys and values, which take the new ones in.
 
-        shared: `new` and `same` of `data.share`; x [1, U, C] is then unrolled to rows.
+        x is [B, T, C]; or [1, U, C] where tokens are shared, and is then unrolled to rows.
         """
+        cos, sin, mask, positions, shared = layout
         q = self.q_proj(x)
         k = self.k_proj(x)
         v = self.v_proj(x)
@@ -251,8 +264,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None, shared=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions, shared)
+    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -292,14 +305,13 @@ class Transformer(nn.Module):
             positions = torch.arange(same.shape[1], device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
         cos, sin = rotary(self.config, positions)
-        mask = self.attention_mask(positions, cache)
+        layout = Layout(cos, sin, self.attention_mask(positions, cache), positions, shared)
         x = self.model["embed_tokens"](tokens)  # [B, T, C], or [1, U, C]
         for i, layer in enumerate(self.model["layers"]):
-            own = cache and (cache.keys[i], cache.values[i])
+            run = layer
             if self.activation_checkpointing:
-                x = checkpoint(layer, x, cos, sin, mask, shared=shared, use_reentrant=False)
-            else:
-                x = layer(x, cos, sin, mask, own, positions, shared)
+                run = partial(checkpoint, layer, use_reentrant=False)
+            x = run(x, layout, cache and (cache.keys[i], cache.values[i]))
         if shared:
             x = F.embedding(same, x[0])  # [B, T, C]
         if places is not None:
@@ -310,7 +322,7 @@ class Transformer(nn.Module):
         return self.lm_head(x)
 
     def attention_mask(self, positions, cache):
-        """What is added to the scores [B, 1, H/K * T, S]; None where causality alone will do."""
+        """What is added to the scores; None where causality alone will do."""
         config = self.config
         window = config.sliding_window
         if cache is not None:

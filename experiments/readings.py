@@ -558,13 +558,13 @@ def print_all(study: Study, screen: list[int], confirm: list[int]):
     screened = study.only(screen)
     vanilla = best_vanilla(screened)
     seeds = " ".join(map(str, screened.seeds_of()))
-    print(f"Vanilla at its best: rate {vanilla.rate}. Screening seeds: {seeds}.")
+    print(f"Vanilla at its best: rate {vanilla.rate}. Seeds: {seeds}.")
     chosen = choose(screened, vanilla)
     confirmed = study.only(confirm)
     if confirm and chosen and confirmed.points and confirmed.seeds_of(chosen, vanilla):
         print_moonshot("The arm that was chosen, on other seeds", confirmed, vanilla, [chosen])
     candidates = screened.end_keys()
-    print_moonshot("Every arm, on the screening seeds", screened, vanilla, candidates)
+    print_moonshot(f"Every arm, on seeds {seeds}", screened, vanilla, candidates)
     if chosen:
         print(f"\nChosen there: {chosen.title}, rate {chosen.rate}.")
     print_ends(screened)
