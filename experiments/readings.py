@@ -458,9 +458,26 @@ def print_ends(study: Study):
     print_table("At the end of training (intervals over items)", header, rows)
 
 
+def print_seeds(study: Study):
+    """What the intervals over seeds are made of."""
+    seeds = study.seeds_of()
+    rows = []
+    for key in [study.BASE, *study.end_keys()]:
+        cells = [key.rate, key.title]
+        for seed in seeds:
+            point = study.points[key].get(seed)
+            values = [point.values[name][0] for name in ("chrf++", "kl")] if point else []
+            cells.append(", ".join(f"{x:.{n}f}" for x, n in zip(values, (1, 3))))
+        rows.append(cells)
+    header = ["rate", "arm", *(f"seed {seed}" for seed in seeds)]
+    print_table("Seed by seed at the end of training: chrF++, KL", header, rows)
+
+
 def print_kept(study: Study):
     """Losses against the base. No arm trains on these, but where the name says so."""
     names = kept_measures(study)
+    if not names:
+        return
     header = ["rate", "arm", "seeds"]
     rows = []
     for key in study.end_keys():
@@ -568,8 +585,13 @@ def print_all(study: Study, screen: list[int], confirm: list[int]):
     if chosen:
         print(f"\nChosen there: {chosen.title}, rate {chosen.rate}.")
     print_ends(screened)
+    print_seeds(screened)
     print_kept(screened)
-    for along in ("training", "weights"):
+    between = {
+        "training": any(key.step for key in screened.points),
+        "weights": any(key.part < 1 for key in screened.points),
+    }
+    for along in (name for name, there in between.items() if there):
         for name in ("kl", *TRAINED, "skills/neither"):
             if name in study.measures():
                 print_curves(screened, vanilla, name, along)

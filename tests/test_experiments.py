@@ -156,7 +156,10 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
     assert cost["soft replay 3"]["sampled"] > 0
     assert not [*(here / "out/tiny/models").rglob("*.safetensors")], "models are not kept"
     readings.print_all(study, [0], [])
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    vanilla = study.points[readings.best_vanilla(study)][0].values
+    assert f"| vanilla | {vanilla['chrf++'][0]:.1f}, {vanilla['kl'][0]:.3f} |" in printed
+    assert "along weights" in printed
     seven_b.main(seven_b.parse([*words, "--forecast"]))
     assert "GPU hours" in capsys.readouterr().out
 
