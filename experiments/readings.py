@@ -473,6 +473,26 @@ def print_seeds(study: Study):
     print_table("Seed by seed at the end of training: chrF++, KL", header, rows)
 
 
+def print_difference(study: Study, titles: list[str]):
+    """One arm less another, at their ends: over the seeds and the items that both have."""
+    pair = []
+    for title in titles:
+        found = [key for key in study.end_keys() if key.title == title]
+        if not found:
+            sys.exit(f"error: --less: nothing is called {title!r}; the tables have the names")
+        pair.append(found[0])
+    arm, other = pair
+    seeds = study.seeds_of(arm, other)
+    rows = []
+    for name in TITLES:
+        if seeds and name in study.measures():
+            change = study.stack(arm, name, seeds) - study.stack(other, name, seeds)
+            intervals = (over_seeds(change[:, 0]), over_items(change))
+            rows.append([TITLES[name], *(x.text(3) for x in intervals)])
+    title = f"{arm.title} less {other.title}, seeds {' '.join(map(str, seeds))}"
+    print_table(title, ["measure", "over seeds", "over items"], rows)
+
+
 def print_kept(study: Study):
     """Losses against the base. No arm trains on these, but where the name says so."""
     names = kept_measures(study)
@@ -601,6 +621,8 @@ def main(args: argparse.Namespace):
     study = read_study(args.out)
     screen = args.screen or [s for s in study.seeds_of() if s not in args.confirm]
     print_all(study, screen, args.confirm)
+    if args.less:
+        print_difference(study, args.less)
     if args.plot:
         draw(study.only(screen), args.plot, "kl", "drift: KL(base || model), nats a token")
 
@@ -611,6 +633,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="the folder of arms.py")
     add("--screen", type=int, nargs="+", default=[], help="seeds to choose on (default: all)")
     add("--confirm", type=int, nargs="+", default=[], help="seeds to test what was chosen on")
+    add("--less", nargs=2, metavar=("ARM", "OTHER"), help="their paired difference, too")
     add("--plot", type=Path, metavar="FILE.png", help="chrF++ against drift (matplotlib)")
     return p
 

@@ -160,6 +160,9 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
     vanilla = study.points[readings.best_vanilla(study)][0].values
     assert f"| vanilla | {vanilla['chrf++'][0]:.1f}, {vanilla['kl'][0]:.3f} |" in printed
     assert "along weights" in printed
+    readings.print_difference(study, ["vanilla", "vanilla, at 0.6"])
+    nearer = study.points[Key(readings.best_vanilla(study).rate, "vanilla", 0.6)][0].values
+    assert f"| KL | {vanilla['kl'][0] - nearer['kl'][0]:.3f} [nan" in capsys.readouterr().out
     seven_b.main(seven_b.parse([*words, "--forecast"]))
     assert "GPU hours" in capsys.readouterr().out
 
