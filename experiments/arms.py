@@ -43,7 +43,7 @@ import evaluate  # noqa: E402
 import generate  # noqa: E402
 import train  # noqa: E402
 from data import Encoder, Tokenizer, require  # noqa: E402
-from model import Transformer, read_object, write_text  # noqa: E402
+from model import Transformer, hash_model, read_object, write_text  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -525,10 +525,12 @@ def measure_choice_file(file: Path, out: Path, base: Path) -> dict:
 def save_point(file: Path, values: dict, cost: dict):
     """values: each measure and its bootstrap draws, [1 + draws]."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    table = np.array([*values.values()], dtype=np.float32)
+    table = np.array([*values.values()])
+    # how far each draw is from the value needs but three digits
+    parts = {"values": table[:, 0], "draws": (table[:, 1:] - table[:, :1]).astype(np.float16)}
     temporary = file.with_suffix(".tmp")
     with open(temporary, "wb") as f:
-        np.savez_compressed(f, names=[*values], values=table, cost=json.dumps(cost))
+        np.savez_compressed(f, names=[*values], **parts, cost=json.dumps(cost))
     temporary.rename(file)
 
 
@@ -641,11 +643,16 @@ def check_settings(args):
     settings = {}
     for name, value in vars(args).items():
         if name not in FREE:
-            settings[name] = json.loads(json.dumps(value, default=str))
+            settings[name] = json.loads(json.dumps(value, default=name_and_hash))
     file = args.out / "settings.json"
     if file.exists():
         data.require_same(file, read_object(file), settings)
     write_text(file, json.dumps(settings, indent=2))
+
+
+def name_and_hash(path: Path) -> str:
+    """A file or a model folder is what it holds, wherever it lies."""
+    return f"{path.name} {hash_model(path)}"
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:

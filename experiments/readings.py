@@ -158,7 +158,9 @@ def known_arms() -> dict[str, str]:
 
 def read_point(file: Path) -> Point:
     content = np.load(file)
-    values = zip(content["names"].tolist(), content["values"].astype(float))
+    value = content["values"][:, None]
+    table = np.concatenate([value, value + content["draws"]], 1)
+    values = zip(content["names"].tolist(), table)
     return Point(headline(dict(values)), json.loads(str(content["cost"])))
 
 

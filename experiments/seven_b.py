@@ -30,7 +30,7 @@ RATES = {"llama": ["1e-5", "2e-5"], "mistral": ["5e-6", "1e-5"]}
 PLAN = """--points 220 440 880 --batch-size 128 --answers 16 --micro-batch-size 8 --tests 512
     --new-tokens 128 --answer-tokens 256 --rows 128 --dtype bfloat16""".split()
 # of one H100. The share of its peak that training gets is assumed, the rate of sampling was
-# measured with random weights (BENCHMARKS.md)
+# measured with random weights (benchmarks/README.md)
 PEAK_FLOPS = 989e12
 TRAINING_SHARE = 0.4
 READING_SHARE = 0.5

@@ -179,6 +179,19 @@ def test_what_is_finished_is_kept_and_another_experiment_is_refused(rehearsal):
         seven_b.main(seven_b.parse([*words, "--tests", "4"]))
 
 
+def test_a_file_of_an_experiment_may_lie_elsewhere_but_not_hold_something_else(rehearsal, tmp_path):
+    here, words = rehearsal
+    files = seven_b.write_pairs(here / "alma", here / "out/pairs")
+    moved = tmp_path / "drift.jsonl"
+    shutil.copyfile(here / "drift.jsonl", moved)
+    rest = [*seven_b.parse(words).rest, "--drift", str(moved)]
+    model = shutil.copytree(here / "tiny", tmp_path / "tiny")
+    arms.settle(seven_b.settings_of(model, files, here / "out", rest))
+    write_jsonl(moved, [{"prompt": "Who is she?"}])
+    with pytest.raises(ValueError, match="drift was .*drift.jsonl"):
+        arms.settle(seven_b.settings_of(model, files, here / "out", rest))
+
+
 def test_the_control_without_eos_ends_in_reference_and_cue(rehearsal):
     here, _ = rehearsal
     file = here / "out/tiny/seed-0/drawn/bare.jsonl"
