@@ -586,7 +586,8 @@ def train_words(args, seed: int, rate: str, name: str, out: Path) -> list:
     batch = args.batch_size + arm.replay * args.answers
     between = math.gcd(*args.points[:-1])  # 0 where there is but one point
     words = ["--model", base_model(args, seed), "--data", *data_files(args, seed, arm)]
-    words += ["--out", out, "--resume", "--save-every", 0, "--export-every", between]
+    words += ["--out", out, "--resume", "--export-every", between]
+    words += ["--save-every", math.ceil(steps(args) / 4)]
     words += ["--batch-size", batch, "--micro-batch-size", args.micro_batch_size]
     words += ["--max-steps", steps(args), "--warmup-steps", math.ceil(steps(args) / 10)]
     words += ["--learning-rate", rate, "--dtype", args.dtype, "--seed", seed]

@@ -623,8 +623,8 @@ def main(args: argparse.Namespace):
     study = read_study(args.out)
     screen = args.screen or [s for s in study.seeds_of() if s not in args.confirm]
     print_all(study, screen, args.confirm)
-    if args.less:
-        print_difference(study, args.less)
+    for titles in args.less:
+        print_difference(study, titles)
     if args.plot:
         draw(study.only(screen), args.plot, "kl", "drift: KL(base || model), nats a token")
 
@@ -635,7 +635,8 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="the folder of arms.py")
     add("--screen", type=int, nargs="+", default=[], help="seeds to choose on (default: all)")
     add("--confirm", type=int, nargs="+", default=[], help="seeds to test what was chosen on")
-    add("--less", nargs=2, metavar=("ARM", "OTHER"), help="their paired difference, too")
+    less = {"nargs": 2, "metavar": ("ARM", "OTHER"), "action": "append", "default": []}
+    add("--less", **less, help="their paired difference, too; may be given several times")
     add("--plot", type=Path, metavar="FILE.png", help="chrF++ against drift (matplotlib)")
     return p
 
