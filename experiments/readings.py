@@ -209,6 +209,8 @@ class Interval:
     p: float = float("nan")
 
     def text(self, digits: int) -> str:
+        if np.isnan(self.low):  # of one seed there is none
+            return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
 
@@ -384,8 +386,8 @@ def choose(study: Study, vanilla: Key) -> Key | None:
     return min(fit, key=fit.get) if fit else None
 
 
-def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
-    """-> chrF++ and another measure [points] of an arm's curve, the base first.
+def curve(study: Study, key: Key, along: str) -> list[Key]:
+    """The points of an arm's curve, the base first.
 
     along "training": its exports. along "weights": its end, and between it and the base.
     """
@@ -395,6 +397,12 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
         wanted = other.part == 1 if along == "training" else other.step == 0
         if same and wanted:
             keys.append(other)
+    return keys
+
+
+def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
+    """-> chrF++ and another measure [points] along an arm's curve."""
+    keys = curve(study, key, along)
     points = [study.points[k][seed].values for k in keys if seed in study.points[k]]
     return tuple(np.array([values[n][0] for values in points]) for n in ("chrf++", name))
 
@@ -523,8 +531,8 @@ def print_curves(study: Study, vanilla: Key, name: str, along: str):
     tests = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, vanilla)
-        if key.part != 1 or not seeds:
-            continue
+        if key.part != 1 or not seeds or len(curve(study, key, along)) < 3:
+            continue  # a base and an end are no curve
         both = []
         for k in (key, vanilla):
             curves = [path(study, k, seed, along, name) for seed in seeds]

@@ -1,6 +1,8 @@
 """The experiments: the small world, a shortened demo, the harness, and how its curves are read."""
 
 import json
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +14,8 @@ from conftest import LINES, read_jsonl, write_jsonl
 from data import Encoder, Tokenizer, read_rows
 from model import Transformer
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
 
 import arms  # noqa: E402
 import demo  # noqa: E402
@@ -162,7 +165,7 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
     assert "along weights" in printed
     readings.print_difference(study, ["vanilla", "vanilla, at 0.6"])
     nearer = study.points[Key(readings.best_vanilla(study).rate, "vanilla", 0.6)][0].values
-    assert f"| KL | {vanilla['kl'][0] - nearer['kl'][0]:.3f} [nan" in capsys.readouterr().out
+    assert f"| KL | {vanilla['kl'][0] - nearer['kl'][0]:.3f} | " in capsys.readouterr().out
     seven_b.main(seven_b.parse([*words, "--forecast"]))
     assert "GPU hours" in capsys.readouterr().out
 
@@ -349,6 +352,19 @@ def test_intervals_over_seeds_are_students_and_holm_adjusts():
     assert round(found.low, 3) == -0.484
     assert round(found.p, 4) == 0.0742
     assert np.allclose(readings.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+
+
+def test_tables_of_the_results_are_what_readings_prints_of_the_points_that_are_kept(capsys):
+    results = (EXPERIMENTS / "RESULTS.md").read_text("utf-8")
+    commands = re.findall(r"readings\.py (--out experiments/.*(?:\\\n.*)*)", results)
+    assert commands
+    for command in commands:
+        words = command.replace("\\\n", " ").replace("experiments/", f"{EXPERIMENTS}/")
+        readings.main(readings.parser().parse_args(shlex.split(words)))
+        tables = [x for x in capsys.readouterr().out.split("\n\n") if x.startswith("|")]
+        assert len(tables) > 2
+        for table in tables:
+            assert f"\n\n{table.strip()}\n\n" in results, table
 
 
 # files for others
