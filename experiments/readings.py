@@ -531,8 +531,8 @@ def print_curves(study: Study, vanilla: Key, name: str, along: str):
     tests = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, vanilla)
-        if key.part != 1 or not seeds or len(curve(study, key, along)) < 3:
-            continue  # a base and an end are no curve
+        if key.part != 1 or not seeds or len(curve(study, key, along)) < 4:
+            continue  # one point between base and end makes no curve
         both = []
         for k in (key, vanilla):
             curves = [path(study, k, seed, along, name) for seed in seeds]
@@ -554,7 +554,8 @@ def print_curves(study: Study, vanilla: Key, name: str, along: str):
     header += [f"{100 * share:.0f} % ({x:.1f})" for share, x in zip(LEVELS, levels)]
     header += [f"less vanilla's at {100 * TESTED_LEVEL:.0f} %", "p (Holm)"]
     title = f"{TITLES.get(name, name)} at equal chrF++, along {along}"
-    print_table(f"{title} (shares of vanilla's gain)", header, rows)
+    if rows:
+        print_table(f"{title} (shares of vanilla's gain)", header, rows)
 
 
 # 5. The picture
@@ -617,11 +618,7 @@ def print_all(study: Study, screen: list[int], confirm: list[int]):
     print_ends(screened)
     print_seeds(screened)
     print_kept(screened)
-    between = {
-        "training": any(key.step for key in screened.points),
-        "weights": any(key.part < 1 for key in screened.points),
-    }
-    for along in (name for name, there in between.items() if there):
+    for along in ("training", "weights"):
         for name in ("kl", *TRAINED, "skills/neither"):
             if name in study.measures():
                 print_curves(screened, vanilla, name, along)

@@ -123,7 +123,7 @@ def rehearsal(folder, tmp_path_factory):
     write_jsonl(here / "choice.jsonl", rows)
     shutil.copytree(folder, here / "tiny")
     words = ["--models", here / "tiny", "--alma", write_alma(here / "alma"), "--out", here / "out"]
-    words += "--points 1 2 --batch-size 8 --tests 3 --rates 1e-3 --seeds 0 --parts 0.6".split()
+    words += "--points 1 2 --batch-size 8 --tests 3 --rates 1e-3 --seeds 0 --parts 0.4 0.6".split()
     words += "--new-tokens 6 --answer-tokens 8 --rows 8 --dtype float32 --general 2".split()
     words += ["--prompts", here / "prompts.jsonl", "--drift", here / "drift.jsonl"]
     words += ["--human", here / "human.jsonl", "--choice", here / "choice.jsonl"]
