@@ -407,6 +407,23 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
     return tuple(np.array([values[n][0] for values in points]) for n in ("chrf++", name))
 
 
+def beyond_the_line(study: Study, key: Key, vanilla: Key, seeds: list[int]) -> np.ndarray:
+    """chrF++ less vanilla's at equal drift, on the way between its weights and the base's.
+
+    [seeds, 1 + draws]. Drift grows about as the square of the way, so its root is interpolated.
+    """
+    line = [study.stack(k, "kl", seeds) ** 0.5 for k in curve(study, vanilla, "weights")]
+    scores = [study.stack(k, "chrf++", seeds) for k in curve(study, vanilla, "weights")]
+    wanted = study.stack(key, "kl", seeds) ** 0.5
+    found = study.stack(key, "chrf++", seeds)
+    order = np.argsort(np.mean(line, axis=(1, 2)))
+    x = np.stack([line[i] for i in order])  # [points, seeds, 1 + draws]
+    y = np.stack([scores[i] for i in order])
+    for place in np.ndindex(wanted.shape):
+        found[place] -= np.interp(wanted[place], x[:, *place], y[:, *place])
+    return found
+
+
 def level_grid(study: Study, vanilla: Key) -> np.ndarray:
     """Levels of chrF++, the same for all arms and seeds."""
     seeds = study.seeds_of(vanilla)
@@ -501,6 +518,22 @@ def print_difference(study: Study, titles: list[str]):
             rows.append([TITLES[name], *(x.text(3) for x in intervals)])
     title = f"{arm.title} less {other.title}, seeds {' '.join(map(str, seeds))}"
     print_table(title, ["measure", "over seeds", "over items"], rows)
+
+
+def print_line(study: Study, vanilla: Key):
+    """What an arm gives beyond a step back, which costs nothing."""
+    keys = curve(study, vanilla, "weights")
+    rows = []
+    for key in study.end_keys():
+        seeds = study.seeds_of(key, *keys)
+        if key.arm != "vanilla" and seeds and len(keys) >= 4:
+            found = beyond_the_line(study, key, vanilla, seeds)
+            intervals = (over_seeds(found[:, 0]), over_items(found))
+            cells = [key.rate, key.title, str(len(seeds))]
+            rows.append([*cells, *(interval.text(2) for interval in intervals)])
+    if rows:
+        header = ["rate", "arm", "seeds", "chrF++, over seeds", "over items"]
+        print_table("Less vanilla on its way back to the base, at equal drift", header, rows)
 
 
 def print_kept(study: Study):
@@ -617,6 +650,7 @@ def print_all(study: Study, screen: list[int], confirm: list[int]):
         print(f"\nChosen there: {chosen.title}, rate {chosen.rate}.")
     print_ends(screened)
     print_seeds(screened)
+    print_line(screened, vanilla)
     print_kept(screened)
     for along in ("training", "weights"):
         for name in ("kl", *TRAINED, "skills/neither"):

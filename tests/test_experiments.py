@@ -29,6 +29,7 @@ from world import CHOICE, MEMORY, NUMERIC, REPLAYED, write_world  # noqa: E402
 import evaluate  # noqa: E402
 
 DRAWS = 50
+GAINS = [(0, 9.0), (1, 10.0), (2, 11.0)]  # vanilla's in chrF++, by seed
 
 
 # the small world
@@ -289,7 +290,7 @@ def made_up(share: float, drift: float, human: float, noise: float = 0.0) -> Stu
     vanilla = Key("1e-4", "vanilla")
     arm = Key("1e-4", "soft replay 3")
     points = {base: {}, vanilla: {}, arm: {}}
-    for seed, gain in enumerate((9.0, 10.0, 11.0)):
+    for seed, gain in GAINS:
         points[base][seed] = point(10, 0, 3.0, noise)
         points[vanilla][seed] = point(10 + gain, 0.02 * gain, 3.0, noise)
         points[arm][seed] = point(10 + share * gain, drift * 0.02 * gain, human, noise)
@@ -342,6 +343,16 @@ def test_curves_are_read_at_levels_by_a_monotone_fit():
     found = readings.read_curve(x, y, levels)
     assert np.allclose(found[:4], [0, 0.15, 0.3, 0.6]) and np.isnan(found[4])
     assert readings.monotone([3, 1, 2, 5]).tolist() == [2, 2, 2, 5]
+
+
+def test_arms_are_compared_with_vanillas_way_back_at_equal_drift():
+    study = made_up(0.98, 0.36, 3.0)  # of drift as much as vanilla at 0.6
+    for part in (0.2, 0.4, 0.8):
+        points = {seed: point(10 + part * gain, part**2 * 0.02 * gain) for seed, gain in GAINS}
+        study.points[Key("1e-4", "vanilla", part)] = points
+    arm, vanilla = Key("1e-4", "soft replay 3"), Key("1e-4", "vanilla")
+    found = readings.beyond_the_line(study, arm, vanilla, [0, 1, 2])
+    assert np.allclose(found, [[0.38 * gain] * (1 + DRAWS) for _, gain in GAINS])
 
 
 def test_intervals_over_seeds_are_students_and_holm_adjusts():
