@@ -450,13 +450,14 @@ def digits_of(name: str) -> int:
 
 def moonshot_row(study: Study, key: Key, vanilla: Key) -> list[str]:
     found = read_moonshot(study, key, vanilla)
-    worse = beyond_margin(losses(study, key))
+    kept = losses(study, key)
+    worse = beyond_margin(kept)
     cells = [key.rate, key.title, str(len(study.seeds_of(key, vanilla)))]
     cells += [f"{100 * found.gain_share:.0f} %", f"{100 * found.drift_share:.0f} %"]
     cells += [interval.text(2) for interval in found.a]
     cells += [interval.text(3) for interval in found.b]
-    cells.append(", ".join(worse) or "none")
-    return [*cells, "yes" if found.reached and not worse else "no"]
+    cells.append(", ".join(worse) or ("none" if kept else "not measured"))
+    return [*cells, "yes" if found.reached and kept and not worse else "no"]
 
 
 def print_moonshot(title: str, study: Study, vanilla: Key, keys: list[Key]):
