@@ -526,11 +526,12 @@ def save_point(file: Path, values: dict, cost: dict):
     """values: each measure and its bootstrap draws, [1 + draws]."""
     file.parent.mkdir(parents=True, exist_ok=True)
     table = np.array([*values.values()])
-    # how far each draw is from the value needs but three digits
-    parts = {"values": table[:, 0], "draws": (table[:, 1:] - table[:, :1]).astype(np.float16)}
+    # of a draw's distance from the value three digits are enough
+    distances = (table[:, 1:] - table[:, :1]).astype(np.float16)
+    arrays = {"names": [*values], "values": table[:, 0], "draws": distances}
     temporary = file.with_suffix(".tmp")
     with open(temporary, "wb") as f:
-        np.savez_compressed(f, names=[*values], **parts, cost=json.dumps(cost))
+        np.savez_compressed(f, **arrays, cost=json.dumps(cost))
     temporary.rename(file)
 
 
@@ -644,20 +645,36 @@ def check_settings(args):
     settings = {}
     for name, value in vars(args).items():
         if name not in FREE:
-            settings[name] = json.loads(json.dumps(value, default=name_and_hash))
+            settings[name] = json.loads(json.dumps(value, default=known_by))
     file = args.out / "settings.json"
     if file.exists():
-        data.require_same(file, read_object(file), settings)
+        data.require_same(file, read_object(file), settings, free=())
     write_text(file, json.dumps(settings, indent=2))
 
 
-def name_and_hash(path: Path) -> str:
-    """A file or a model folder is what it holds, wherever it lies."""
-    return f"{path.name} {hash_model(path)}"
+def known_by(path: Path) -> str:
+    """A model by what it holds, a file also by its name, which its measures bear."""
+    return hash_model(path) if path.is_dir() else f"{path.name} {hash_model(path)}"
+
+
+def check_texts(args):
+    """ValueError where DIR's points are of other texts: another processor may sample others."""
+    file = args.out / "texts.json"
+    known = read_object(file) if file.exists() else {}
+    found = {}
+    for seed in seeds_of_tests(args):
+        folder = test_folder(args, seed)
+        for part in sorted([*folder.glob("*.jsonl"), *folder.glob("drift/*.jsonl")]):
+            texts = []
+            for row in read_ledger(part):
+                texts.append([row.get(name) for name in ("source", "reference", "rationale")])
+            found[str(part.relative_to(args.out))] = data.short_hash(texts)
+    data.require_same(file, found | known, found, free=())
+    write_text(file, json.dumps(found | known, indent=2))
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills in what was not given. ValueError where something is missing or contradicts DIR."""
+    """Fills in what was not given. ValueError where something is missing."""
     for name, value in (WORLD if args.world else REAL).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -666,7 +683,6 @@ def settle(args: argparse.Namespace) -> argparse.Namespace:
             require(getattr(args, name), "arms.py", f"give --world, or --{name}")
     several = len(args.rates) > 1 and not args.world
     require(args.valid or not several, "--rates", "the best of several is found by --valid")
-    check_settings(args)
     return args
 
 
@@ -687,6 +703,7 @@ def write_ledgers(args, workers):
 
 def run_arms(args, workers):
     """The base first: what it can do decides which choices count as its own."""
+    check_texts(args)
     perform([partial(measure_base, args, seed) for seed in seeds_of_tests(args)], workers)
     tasks = []
     for rate in args.rates:
@@ -697,6 +714,7 @@ def run_arms(args, workers):
 
 def main(args: argparse.Namespace):
     settle(args)
+    check_settings(args)
     with open_workers(args.workers) as workers:
         prepare_seeds(args, workers)
         write_ledgers(args, workers)

@@ -96,6 +96,7 @@ def main(args: argparse.Namespace):
     words += ["--out", out, "--points", *POINTS, "--workers", WORKERS]
     words += ["--parts", "--arms", *reversed(ARMS)]  # the longest first
     options = arms.settle(arms.parser().parse_args([str(word) for word in words]))
+    arms.check_settings(options)
     folder = arms.seed_folder(options, args.seed)
     with arms.open_workers(options.workers) as workers:
         tell_stages(options, workers, folder)

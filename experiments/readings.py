@@ -158,6 +158,8 @@ def known_arms() -> dict[str, str]:
 
 def read_point(file: Path) -> Point:
     content = np.load(file)
+    if "draws" not in content:
+        sys.exit(f"error: {file}: written by an earlier state of arms.py; measure it anew")
     value = content["values"][:, None]
     table = np.concatenate([value, value + content["draws"]], 1)
     values = zip(content["names"].tolist(), table)
@@ -209,6 +211,8 @@ class Interval:
     p: float = float("nan")
 
     def text(self, digits: int) -> str:
+        if np.isnan(self.mean):
+            return "-"
         if np.isnan(self.low):  # of one seed there is none
             return f"{self.mean:.{digits}f}"
         return f"{self.mean:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
@@ -408,20 +412,22 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
 
 
 def beyond_the_line(study: Study, key: Key, vanilla: Key, seeds: list[int]) -> np.ndarray:
-    """chrF++ less vanilla's at equal drift, on the way between its weights and the base's.
+    """chrF++ less vanilla's at equal drift, on the way from the base's weights to its own.
 
-    [seeds, 1 + draws]. Drift grows about as the square of the way, so its root is interpolated.
+    [seeds, 1 + draws]; NaN where vanilla is not measured on both sides of that drift. Between two
+    points chrF++ is taken to be linear in the root of the drift, which is about linear in the way.
     """
-    line = [study.stack(k, "kl", seeds) ** 0.5 for k in curve(study, vanilla, "weights")]
-    scores = [study.stack(k, "chrf++", seeds) for k in curve(study, vanilla, "weights")]
-    wanted = study.stack(key, "kl", seeds) ** 0.5
-    found = study.stack(key, "chrf++", seeds)
-    order = np.argsort(np.mean(line, axis=(1, 2)))
-    x = np.stack([line[i] for i in order])  # [points, seeds, 1 + draws]
-    y = np.stack([scores[i] for i in order])
-    for place in np.ndindex(wanted.shape):
-        found[place] -= np.interp(wanted[place], x[:, *place], y[:, *place])
-    return found
+    keys = sorted(curve(study, vanilla, "weights")[1:], key=lambda point: point.part)
+    x = np.stack([study.stack(point, "kl", seeds) ** 0.5 for point in keys])
+    y = np.stack([study.stack(point, "chrf++", seeds) for point in keys])
+    drift = study.stack(key, "kl", seeds) ** 0.5
+    score = study.stack(key, "chrf++", seeds)
+    expected = np.empty_like(score)
+    for seed, draw in np.ndindex(score.shape):
+        ends = {"left": np.nan, "right": np.nan}
+        at = drift[seed, draw]
+        expected[seed, draw] = np.interp(at, x[:, seed, draw], y[:, seed, draw], **ends)
+    return score - expected
 
 
 def level_grid(study: Study, vanilla: Key) -> np.ndarray:
@@ -457,7 +463,10 @@ def moonshot_row(study: Study, key: Key, vanilla: Key) -> list[str]:
     cells += [interval.text(2) for interval in found.a]
     cells += [interval.text(3) for interval in found.b]
     cells.append(", ".join(worse) or ("none" if kept else "not measured"))
-    return [*cells, "yes" if found.reached and kept and not worse else "no"]
+    reached = "no"
+    if found.reached and not worse:
+        reached = "yes" if kept else "but for what was not measured"
+    return [*cells, reached]
 
 
 def print_moonshot(title: str, study: Study, vanilla: Key, keys: list[Key]):
@@ -501,19 +510,21 @@ def print_seeds(study: Study):
     print_table("Seed by seed at the end of training: chrF++, KL", header, rows)
 
 
-def print_difference(study: Study, titles: list[str]):
+def print_difference(study: Study, vanilla: Key, titles: list[str]):
     """One arm less another, at their ends: over the seeds and the items that both have."""
     pair = []
     for title in titles:
-        found = [key for key in study.end_keys() if key.title == title]
+        found = [key for key in study.end_keys() if key.title == title and key.rate == vanilla.rate]
         if not found:
-            sys.exit(f"error: --less: nothing is called {title!r}; the tables have the names")
-        pair.append(found[0])
+            sys.exit(f"error: --less: nothing is called {title!r} at the rate {vanilla.rate}")
+        pair += found
     arm, other = pair
     seeds = study.seeds_of(arm, other)
+    if not seeds:
+        sys.exit(f"error: --less: {arm.title} and {other.title} have no seed in common")
     rows = []
     for name in TITLES:
-        if seeds and name in study.measures():
+        if name in study.measures():
             change = study.stack(arm, name, seeds) - study.stack(other, name, seeds)
             intervals = (over_seeds(change[:, 0]), over_items(change))
             rows.append([TITLES[name], *(x.text(3) for x in intervals)])
@@ -523,13 +534,14 @@ def print_difference(study: Study, titles: list[str]):
 
 def print_line(study: Study, vanilla: Key):
     """What an arm gives beyond a step back, which costs nothing."""
-    keys = curve(study, vanilla, "weights")
     rows = []
     for key in study.end_keys():
-        seeds = study.seeds_of(key, *keys)
-        if key.arm != "vanilla" and seeds and len(keys) >= 4:
-            found = beyond_the_line(study, key, vanilla, seeds)
-            intervals = (over_seeds(found[:, 0]), over_items(found))
+        seeds = study.seeds_of(key, *curve(study, vanilla, "weights"))
+        if key.arm == "vanilla" or not seeds:
+            continue
+        found = beyond_the_line(study, key, vanilla, seeds)
+        intervals = (over_seeds(found[:, 0]), over_items(found))
+        if not np.isnan(found[:, 0]).any():
             cells = [key.rate, key.title, str(len(seeds))]
             rows.append([*cells, *(interval.text(2) for interval in intervals)])
     if rows:
@@ -565,7 +577,8 @@ def print_curves(study: Study, vanilla: Key, name: str, along: str):
     tests = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, vanilla)
-        if key.part != 1 or not seeds or len(curve(study, key, along)) < 4:
+        points = min(len(curve(study, k, along)) for k in (key, vanilla))
+        if key.part != 1 or not seeds or points < 4:
             continue  # one point between base and end makes no curve
         both = []
         for k in (key, vanilla):
@@ -664,7 +677,7 @@ def main(args: argparse.Namespace):
     screen = args.screen or [s for s in study.seeds_of() if s not in args.confirm]
     print_all(study, screen, args.confirm)
     for titles in args.less:
-        print_difference(study, titles)
+        print_difference(study, best_vanilla(study.only(screen)), titles)
     if args.plot:
         draw(study.only(screen), args.plot, "kl", "drift: KL(base || model), nats a token")
 

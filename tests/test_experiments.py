@@ -164,8 +164,9 @@ def test_the_7b_experiment_is_rehearsed_on_a_tiny_model(rehearsal, capsys):
     vanilla = study.points[readings.best_vanilla(study)][0].values
     assert f"| vanilla | {vanilla['chrf++'][0]:.1f}, {vanilla['kl'][0]:.3f} |" in printed
     assert "along weights" in printed
-    readings.print_difference(study, ["vanilla", "vanilla, at 0.6"])
-    nearer = study.points[Key(readings.best_vanilla(study).rate, "vanilla", 0.6)][0].values
+    best = readings.best_vanilla(study)
+    readings.print_difference(study, best, ["vanilla", "vanilla, at 0.6"])
+    nearer = study.points[Key(best.rate, "vanilla", 0.6)][0].values
     assert f"| KL | {vanilla['kl'][0] - nearer['kl'][0]:.3f} | " in capsys.readouterr().out
     seven_b.main(seven_b.parse([*words, "--forecast"]))
     assert "GPU hours" in capsys.readouterr().out
@@ -183,17 +184,35 @@ def test_what_is_finished_is_kept_and_another_experiment_is_refused(rehearsal):
         seven_b.main(seven_b.parse([*words, "--tests", "4"]))
 
 
-def test_a_file_of_an_experiment_may_lie_elsewhere_but_not_hold_something_else(rehearsal, tmp_path):
+def test_files_of_an_experiment_may_lie_elsewhere_but_not_hold_something_else(rehearsal, tmp_path):
     here, words = rehearsal
     files = seven_b.write_pairs(here / "alma", here / "out/pairs")
-    moved = tmp_path / "drift.jsonl"
-    shutil.copyfile(here / "drift.jsonl", moved)
+    moved = Path(shutil.copy(here / "drift.jsonl", tmp_path))
     rest = [*seven_b.parse(words).rest, "--drift", str(moved)]
     model = shutil.copytree(here / "tiny", tmp_path / "tiny")
-    arms.settle(seven_b.settings_of(model, files, here / "out", rest))
+
+    def check():
+        args = arms.settle(seven_b.settings_of(model, files, here / "out", rest))
+        arms.check_settings(args)
+        return args
+
+    args = check()
+    arms.check_texts(args)
+    measured = here / "out/tiny/tests/drift/general-drift.jsonl"
+    before = measured.read_text("utf-8")
+    rows = read_jsonl(measured)
+    write_jsonl(measured, [rows[0] | {"rationale": "another sample"}, *rows[1:]])
+    with pytest.raises(ValueError, match=r"texts.json: tests/drift/general-drift.jsonl was"):
+        arms.check_texts(args)
+    measured.write_text(before, "utf-8")
     write_jsonl(moved, [{"prompt": "Who is she?"}])
     with pytest.raises(ValueError, match="drift was .*drift.jsonl"):
-        arms.settle(seven_b.settings_of(model, files, here / "out", rest))
+        check()
+    shutil.copy(here / "drift.jsonl", tmp_path)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 12345.0}))
+    with pytest.raises(ValueError, match="model was"):
+        check()
 
 
 def test_the_control_without_eos_ends_in_reference_and_cue(rehearsal):
@@ -345,14 +364,49 @@ def test_curves_are_read_at_levels_by_a_monotone_fit():
     assert readings.monotone([3, 1, 2, 5]).tolist() == [2, 2, 2, 5]
 
 
-def test_arms_are_compared_with_vanillas_way_back_at_equal_drift():
+def test_arms_are_compared_with_vanillas_way_back_at_equal_drift(capsys):
     study = made_up(0.98, 0.36, 3.0)  # of drift as much as vanilla at 0.6
+    arm, vanilla = Key("1e-4", "soft replay 3"), Key("1e-4", "vanilla")
     for part in (0.2, 0.4, 0.8):
         points = {seed: point(10 + part * gain, part**2 * 0.02 * gain) for seed, gain in GAINS}
         study.points[Key("1e-4", "vanilla", part)] = points
-    arm, vanilla = Key("1e-4", "soft replay 3"), Key("1e-4", "vanilla")
+    for by_seed in study.points.values():  # items that are drawn are the same for all
+        for values in by_seed.values():
+            values.values["chrf++"][1:] += np.arange(DRAWS)
     found = readings.beyond_the_line(study, arm, vanilla, [0, 1, 2])
     assert np.allclose(found, [[0.38 * gain] * (1 + DRAWS) for _, gain in GAINS])
+    readings.print_line(study, vanilla)
+    assert "| 1e-4 | soft replay 3 | 3 | 3.80 [2.86, 4.74] | 3.80 [3.80, 3.80] |" in (
+        capsys.readouterr().out
+    )
+    for drift in (0.03, 1.1):  # nothing is known of vanilla there
+        study.points[arm] = made_up(0.98, drift, 3.0).points[arm]
+        assert np.isnan(readings.beyond_the_line(study, arm, vanilla, [0, 1, 2])).all()
+    readings.print_line(study, vanilla)
+    assert not capsys.readouterr().out
+
+
+def test_what_was_not_measured_is_not_called_kept():
+    study = made_up(0.98, 0.05, 3.0)
+    for by_seed in study.points.values():
+        for values in by_seed.values():
+            del values.values["human"]
+    row = readings.moonshot_row(study, Key("1e-4", "soft replay 3"), readings.best_vanilla(study))
+    assert row[-2:] == ["not measured", "but for what was not measured"]
+
+
+def test_two_points_beside_base_and_end_make_a_curve(capsys):
+    study = made_up(0.98, 0.5, 3.0)
+    arm, vanilla = Key("1e-4", "soft replay 3"), Key("1e-4", "vanilla")
+    for step in (1, 2):
+        for key in (arm, vanilla):
+            readings.print_curves(study, vanilla, "kl", "training")
+            assert not capsys.readouterr().out, "of one point, or of one arm"
+            way = step / 3
+            points = {seed: point(10 + way * gain, way**2 * 0.01 * gain) for seed, gain in GAINS}
+            study.points[Key("1e-4", key.arm, 1.0, step)] = points
+    readings.print_curves(study, vanilla, "kl", "training")
+    assert capsys.readouterr().out.count("| 1e-4 |") == 2
 
 
 def test_intervals_over_seeds_are_students_and_holm_adjusts():
@@ -366,16 +420,14 @@ def test_intervals_over_seeds_are_students_and_holm_adjusts():
 
 
 def test_tables_of_the_results_are_what_readings_prints_of_the_points_that_are_kept(capsys):
-    results = (EXPERIMENTS / "RESULTS.md").read_text("utf-8")
-    commands = re.findall(r"readings\.py (--out experiments/.*(?:\\\n.*)*)", results)
-    assert commands
-    for command in commands:
-        words = command.replace("\\\n", " ").replace("experiments/", f"{EXPERIMENTS}/")
-        readings.main(readings.parser().parse_args(shlex.split(words)))
-        tables = [x for x in capsys.readouterr().out.split("\n\n") if x.startswith("|")]
-        assert len(tables) > 2
-        for table in tables:
-            assert f"\n\n{table.strip()}\n\n" in results, table
+    section = (EXPERIMENTS / "RESULTS.md").read_text("utf-8").split("\n## ")[1]
+    command = re.search(r"readings\.py (--out experiments/smollm2(?:.*\\\n)*.*)", section)[1]
+    words = command.replace("\\\n", " ").replace("experiments/", f"{EXPERIMENTS}/")
+    readings.main(readings.parser().parse_args(shlex.split(words)))
+    printed = []
+    for text in (capsys.readouterr().out, section):
+        printed.append([x.strip() for x in text.split("\n\n") if x.startswith("|")])
+    assert printed[0] == printed[1] and len(printed[0]) > 3
 
 
 # files for others
