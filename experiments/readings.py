@@ -601,7 +601,7 @@ def print_curves(study: Study, vanilla: Key, name: str, along: str):
     header += [f"{100 * share:.0f} % ({x:.1f})" for share, x in zip(LEVELS, levels)]
     header += [f"less vanilla's at {100 * TESTED_LEVEL:.0f} %", "p (Holm)"]
     title = f"{TITLES.get(name, name)} at equal chrF++, along {along}"
-    if rows:
+    if len(rows) > 1:
         print_table(f"{title} (shares of vanilla's gain)", header, rows)
 
 
