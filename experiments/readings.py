@@ -412,7 +412,7 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
 
 
 def beyond_the_line(study: Study, key: Key, vanilla: Key, seeds: list[int]) -> np.ndarray:
-    """chrF++ less vanilla's at equal drift, on the way from the base's weights to its own.
+    """chrF++ of an arm less vanilla's at equal drift, on vanilla's way back to the base.
 
     [seeds, 1 + draws]; NaN where vanilla is not measured on both sides of that drift. Between two
     points chrF++ is taken to be linear in the root of the drift, which is about linear in the way.
