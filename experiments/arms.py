@@ -101,7 +101,6 @@ REAL = {
     "tests": 512,
     "new_tokens": 64,
     "answer_tokens": 128,
-    "lengths": False,
     "cue": "\\n",
 }
 WORLD = {
@@ -112,7 +111,6 @@ WORLD = {
     "tests": 100,
     "new_tokens": 32,
     "answer_tokens": 48,
-    "lengths": True,
     "cue": "",
     "template": world.TEMPLATE,
     "chat": "llama2",
@@ -346,9 +344,16 @@ def derive(args, seed: int):
 
 
 def bare(row: dict, tokenizer: Tokenizer, cue: str) -> dict:
-    """A row whose answer is reference and cue, and does not end there."""
-    ids = tokenizer.continuation(row["reference"], row["reference_ids"], cue)
-    return row | {"rationale": cue, "rationale_ids": ids, "finish": "length", "status": "ok"}
+    """A row whose answer is the reference and how the model was made to go on, without an end.
+
+    Where there is no cue, it goes on with its own first token; where it had none, it ended there.
+    """
+    before = row["reference_ids"]
+    ids = tokenizer.continuation(row["reference"], before, cue) or row["rationale_ids"][:1]
+    if not ids:
+        return row
+    text = tokenizer.decode_after(before, ids)
+    return row | {"rationale": text, "rationale_ids": ids, "finish": "length", "status": "ok"}
 
 
 def read_ledger(file: Path) -> list[dict]:
@@ -418,7 +423,7 @@ def write_answers(args, seed: int, name: str, rows: list):
     words += ["--max-new-tokens", args.answer_tokens, *sampling_words(args), *template_words(args)]
     call(generate, words, folder / f"logs/{name}.log", args.ranks)
     meta = read_object(data.meta_path(answers))
-    if not args.lengths:  # evaluate.py answers each prompt anew, to see how long the answers are
+    if not name.startswith("general"):  # evaluate.py answers anew; only these lengths are read
         meta["max_new_tokens"] = 1
     write_measured(folder, name, read_ledger(answers), meta)
 
@@ -750,7 +755,6 @@ def parser() -> argparse.ArgumentParser:
     add("--micro-batch-size", type=int, default=16, help="rows at a time (default 16)")
     add("--tests", type=int, help="sentences to translate (default 512; world 100)")
     add("--general", type=int, default=80, help="drift prompts of each file (default 80)")
-    add("--lengths", action=argparse.BooleanOptionalAction, help="of answers (default: world)")
     add("--new-tokens", type=int, help="of a rationale (default 64; world 32)")
     add("--answer-tokens", type=int, help="of an answer (default 128; world 48)")
     add("--cue", help="forced after the reference (default '\\n'; world none)")

@@ -35,7 +35,7 @@ TITLES = {
     "kl": "KL",
     "kl task": "KL, task",
     "kl reverse": "KL, other direction",
-    "length": "length",
+    "length": "own answers, tokens",
     "human": "NLL, people's answers",
     "skills/rationales": "skills that rationales touch, %",
     "skills/replay": "skills that replay touches, %",
@@ -136,10 +136,6 @@ def read_study(out: Path) -> Study:
         points[Study.BASE] = dict.fromkeys(seeds, read_point(shared))
     if not points.get(Study.BASE):
         sys.exit(f"error: {out}: nothing measured yet; run arms.py")
-    if not settings.get("lengths", True):  # one token of each answer was asked for
-        for by_seed in points.values():
-            for point in by_seed.values():
-                point.values.pop("length", None)
     order = [*arms.values()]
 
     def place(key: Key) -> tuple:
@@ -411,23 +407,25 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
     return tuple(np.array([values[n][0] for values in points]) for n in ("chrf++", name))
 
 
-def beyond_the_line(study: Study, key: Key, vanilla: Key, seeds: list[int]) -> np.ndarray:
-    """chrF++ of an arm less vanilla's at equal drift, on vanilla's way back to the base.
+def beyond_the_line(study: Study, key: Key, vanilla: Key, name: str) -> np.ndarray:
+    """A measure of an arm less vanilla's at equal drift, on vanilla's way back to the base.
 
     [seeds, 1 + draws]; NaN where vanilla is not measured on both sides of that drift. Between two
-    points chrF++ is taken to be linear in the root of the drift, which is about linear in the way.
+    points the measure is taken to be linear in the root of the drift, which is about linear in the
+    way.
     """
     keys = sorted(curve(study, vanilla, "weights")[1:], key=lambda point: point.part)
+    seeds = study.seeds_of(key, *keys)
     x = np.stack([study.stack(point, "kl", seeds) ** 0.5 for point in keys])
-    y = np.stack([study.stack(point, "chrf++", seeds) for point in keys])
+    y = np.stack([study.stack(point, name, seeds) for point in keys])
     drift = study.stack(key, "kl", seeds) ** 0.5
-    score = study.stack(key, "chrf++", seeds)
-    expected = np.empty_like(score)
-    for seed, draw in np.ndindex(score.shape):
+    found = study.stack(key, name, seeds)
+    expected = np.empty_like(found)
+    for seed, draw in np.ndindex(found.shape):
         ends = {"left": np.nan, "right": np.nan}
         at = drift[seed, draw]
         expected[seed, draw] = np.interp(at, x[:, seed, draw], y[:, seed, draw], **ends)
-    return score - expected
+    return found - expected
 
 
 def level_grid(study: Study, vanilla: Key) -> np.ndarray:
@@ -534,18 +532,24 @@ def print_difference(study: Study, vanilla: Key, titles: list[str]):
 
 def print_line(study: Study, vanilla: Key):
     """What an arm gives beyond a step back, which costs nothing."""
+    names = {"chrf++": 2, "length": 1}  # digits
+    names = {name: digits for name, digits in names.items() if name in study.measures()}
     rows = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, *curve(study, vanilla, "weights"))
         if key.arm == "vanilla" or not seeds:
             continue
-        found = beyond_the_line(study, key, vanilla, seeds)
-        intervals = (over_seeds(found[:, 0]), over_items(found))
-        if not np.isnan(found[:, 0]).any():
-            cells = [key.rate, key.title, str(len(seeds))]
-            rows.append([*cells, *(interval.text(2) for interval in intervals)])
+        cells = [key.rate, key.title, str(len(seeds))]
+        for name, digits in names.items():
+            found = beyond_the_line(study, key, vanilla, name)
+            intervals = (over_seeds(found[:, 0]), over_items(found))
+            cells += [interval.text(digits) for interval in intervals]
+        if "-" not in cells:
+            rows.append(cells)
     if rows:
-        header = ["rate", "arm", "seeds", "chrF++, over seeds", "over items"]
+        header = ["rate", "arm", "seeds"]
+        for name in names:
+            header += [f"{TITLES[name]}, over seeds", "over items"]
         print_table("Less vanilla on its way back to the base, at equal drift", header, rows)
 
 

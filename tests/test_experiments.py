@@ -225,6 +225,22 @@ def test_the_control_without_eos_ends_in_reference_and_cue(rehearsal):
         assert tokenizer.end_id not in ids and tokenizer.decode(ids) == row["reference"] + "\n"
 
 
+def test_without_a_cue_the_control_goes_on_with_the_first_token_and_does_not_end(folder):
+    tokenizer = Tokenizer(folder)
+    reference = tokenizer.answer("a b")
+    whole = tokenizer.answer("a b\nand so on")
+    rationale = whole[len(reference) :]
+    row = {"id": 0, "source": "x", "source_lang": "de", "target_lang": "en", "reference": "a b"}
+    row |= {"reference_ids": reference, "rationale": "", "rationale_ids": [], "finish": "eos"}
+    meta = {"tokenizer_hash": tokenizer.hash, "chat": tokenizer.chat_name}
+    row |= {"meta": meta, "where": "", "status": "empty"}
+    ended = Encoder(tokenizer).example(arms.bare(row, tokenizer, ""))
+    assert ended.reference == [*reference, tokenizer.end_id] and not ended.rationale
+    row |= {"rationale": "\nand so on", "rationale_ids": rationale, "status": "ok"}
+    cut = Encoder(tokenizer).example(arms.bare(row, tokenizer, ""))
+    assert (cut.reference, cut.rationale) == (reference, rationale[:1])
+
+
 def test_weights_of_replay_compare_means_not_tokens(rehearsal):
     here, words = rehearsal
     args = seven_b.parse(words)
@@ -297,7 +313,7 @@ def test_margins_are_of_what_the_base_can_do_measured_on_other_items(tmp_path):
 def point(chrf: float, kl: float, human: float = 3.0, noise: float = 0.0) -> Point:
     rng = np.random.default_rng(0)
     values = {}
-    found = {"chrf++": chrf, "kl": kl, "human": human, "valid": chrf}
+    found = {"chrf++": chrf, "kl": kl, "human": human, "valid": chrf, "length": 9 - kl**0.5}
     for name, value in found.items():
         values[name] = np.concatenate([[value], value + noise * rng.standard_normal(DRAWS)])
     return Point(values, {})
@@ -373,15 +389,16 @@ def test_arms_are_compared_with_vanillas_way_back_at_equal_drift(capsys):
     for by_seed in study.points.values():  # items that are drawn are the same for all
         for values in by_seed.values():
             values.values["chrf++"][1:] += np.arange(DRAWS)
-    found = readings.beyond_the_line(study, arm, vanilla, [0, 1, 2])
+    for values in study.points[arm].values():
+        values.values["length"] += 24
+    found = readings.beyond_the_line(study, arm, vanilla, "chrf++")
     assert np.allclose(found, [[0.38 * gain] * (1 + DRAWS) for _, gain in GAINS])
     readings.print_line(study, vanilla)
-    assert "| 1e-4 | soft replay 3 | 3 | 3.80 [2.86, 4.74] | 3.80 [3.80, 3.80] |" in (
-        capsys.readouterr().out
-    )
+    row = "| 3.80 [2.86, 4.74] | 3.80 [3.80, 3.80] | 24.0 [24.0, 24.0] | 24.0 [24.0, 24.0] |"
+    assert row in capsys.readouterr().out
     for drift in (0.03, 1.1):  # nothing is known of vanilla there
         study.points[arm] = made_up(0.98, drift, 3.0).points[arm]
-        assert np.isnan(readings.beyond_the_line(study, arm, vanilla, [0, 1, 2])).all()
+        assert np.isnan(readings.beyond_the_line(study, arm, vanilla, "chrf++")).all()
     readings.print_line(study, vanilla)
     assert not capsys.readouterr().out
 
