@@ -344,9 +344,9 @@ def derive(args, seed: int):
 
 
 def bare(row: dict, tokenizer: Tokenizer, cue: str) -> dict:
-    """A row whose answer is the reference and how the model was made to go on, without an end.
+    """The reference and what follows it first, without an end.
 
-    Where there is no cue, it goes on with its own first token; where it had none, it ended there.
+    That is the cue, or the first token that the model wrote; where it wrote none, the row ends.
     """
     before = row["reference_ids"]
     ids = tokenizer.continuation(row["reference"], before, cue) or row["rationale_ids"][:1]
@@ -423,7 +423,7 @@ def write_answers(args, seed: int, name: str, rows: list):
     words += ["--max-new-tokens", args.answer_tokens, *sampling_words(args), *template_words(args)]
     call(generate, words, folder / f"logs/{name}.log", args.ranks)
     meta = read_object(data.meta_path(answers))
-    if not name.startswith("general"):  # evaluate.py answers anew; only these lengths are read
+    if not name.startswith("general"):  # how long the model's own answers are is read of those
         meta["max_new_tokens"] = 1
     write_measured(folder, name, read_ledger(answers), meta)
 
@@ -625,7 +625,7 @@ def costs(args, seed: int, arm: Arm, out: Path) -> dict:
     return {
         "trained": trained,
         "taught": trained if arm.soft else 0,
-        "sampled": 0 if arm.data == "bare" else sampled,
+        "sampled": 0 if arm.data == "bare" and args.cue else sampled,
         "seconds": sum(line["seconds"] for line in lines),
     }
 

@@ -117,6 +117,8 @@ class Study:
 def read_study(out: Path) -> Study:
     """All points of an experiment; the last step of an arm is its end."""
     settings = json.loads((out / "settings.json").read_text())
+    if not settings.get("lengths", True):  # its points say that every answer is one token long
+        sys.exit(f"error: {out}: written by an earlier state of arms.py; measure it anew")
     arms = known_arms()
     points = {}
     for file in sorted(out.glob("points/seed-*/**/*.npz")):
@@ -419,13 +421,13 @@ def beyond_the_line(study: Study, key: Key, vanilla: Key, name: str) -> np.ndarr
     x = np.stack([study.stack(point, "kl", seeds) ** 0.5 for point in keys])
     y = np.stack([study.stack(point, name, seeds) for point in keys])
     drift = study.stack(key, "kl", seeds) ** 0.5
-    found = study.stack(key, name, seeds)
-    expected = np.empty_like(found)
-    for seed, draw in np.ndindex(found.shape):
+    own = study.stack(key, name, seeds)
+    expected = np.empty_like(own)
+    for seed, draw in np.ndindex(own.shape):
         ends = {"left": np.nan, "right": np.nan}
         at = drift[seed, draw]
         expected[seed, draw] = np.interp(at, x[:, seed, draw], y[:, seed, draw], **ends)
-    return found - expected
+    return own - expected
 
 
 def level_grid(study: Study, vanilla: Key) -> np.ndarray:
@@ -532,24 +534,30 @@ def print_difference(study: Study, vanilla: Key, titles: list[str]):
 
 def print_line(study: Study, vanilla: Key):
     """What an arm gives beyond a step back, which costs nothing."""
-    names = {"chrf++": 2, "length": 1}  # digits
+    names = {"chrf++": 2, "kl task": 3, "length": 1}  # digits
     names = {name: digits for name, digits in names.items() if name in study.measures()}
     rows = []
+    tests = []
     for key in study.end_keys():
         seeds = study.seeds_of(key, *curve(study, vanilla, "weights"))
         if key.arm == "vanilla" or not seeds:
             continue
+        found = {name: beyond_the_line(study, key, vanilla, name) for name in names}
+        if np.isnan(found["chrf++"][:, 0]).any():
+            continue
         cells = [key.rate, key.title, str(len(seeds))]
         for name, digits in names.items():
-            found = beyond_the_line(study, key, vanilla, name)
-            intervals = (over_seeds(found[:, 0]), over_items(found))
+            intervals = (over_seeds(found[name][:, 0]), over_items(found[name]))
             cells += [interval.text(digits) for interval in intervals]
-        if "-" not in cells:
-            rows.append(cells)
+        tests.append(over_seeds(found["chrf++"][:, 0]).p)
+        rows.append(cells)
+    for row, p in zip(rows, holm(tests)):
+        row.append("" if np.isnan(p) else f"{p:.3f}")
     if rows:
         header = ["rate", "arm", "seeds"]
         for name in names:
             header += [f"{TITLES[name]}, over seeds", "over items"]
+        header.append("p of chrF++ (Holm)")
         print_table("Less vanilla on its way back to the base, at equal drift", header, rows)
 
 

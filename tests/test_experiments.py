@@ -394,13 +394,22 @@ def test_arms_are_compared_with_vanillas_way_back_at_equal_drift(capsys):
     found = readings.beyond_the_line(study, arm, vanilla, "chrf++")
     assert np.allclose(found, [[0.38 * gain] * (1 + DRAWS) for _, gain in GAINS])
     readings.print_line(study, vanilla)
-    row = "| 3.80 [2.86, 4.74] | 3.80 [3.80, 3.80] | 24.0 [24.0, 24.0] | 24.0 [24.0, 24.0] |"
+    row = (
+        "| 3.80 [2.86, 4.74] | 3.80 [3.80, 3.80] | 24.0 [24.0, 24.0] | 24.0 [24.0, 24.0] | 0.003 |"
+    )
     assert row in capsys.readouterr().out
     for drift in (0.03, 1.1):  # nothing is known of vanilla there
         study.points[arm] = made_up(0.98, drift, 3.0).points[arm]
         assert np.isnan(readings.beyond_the_line(study, arm, vanilla, "chrf++")).all()
     readings.print_line(study, vanilla)
     assert not capsys.readouterr().out
+
+
+def test_points_without_the_lengths_of_answers_are_refused(tmp_path):
+    old = {"points": [64], "lengths": False}
+    (tmp_path / "settings.json").write_text(json.dumps(old))
+    with pytest.raises(SystemExit, match="earlier state of arms.py"):
+        readings.read_study(tmp_path)
 
 
 def test_what_was_not_measured_is_not_called_kept():
