@@ -423,7 +423,7 @@ def write_answers(args, seed: int, name: str, rows: list):
     words += ["--max-new-tokens", args.answer_tokens, *sampling_words(args), *template_words(args)]
     call(generate, words, folder / f"logs/{name}.log", args.ranks)
     meta = read_object(data.meta_path(answers))
-    if not name.startswith("general"):  # how long the model's own answers are is read of those
+    if not name.startswith("general"):  # lengths of answers are read of general prompts alone
         meta["max_new_tokens"] = 1
     write_measured(folder, name, read_ledger(answers), meta)
 

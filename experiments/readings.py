@@ -412,9 +412,9 @@ def path(study: Study, key: Key, seed: int, along: str, name: str) -> tuple:
 def beyond_the_line(study: Study, key: Key, vanilla: Key, name: str) -> np.ndarray:
     """A measure of an arm less vanilla's at equal drift, on vanilla's way back to the base.
 
-    [seeds, 1 + draws]; NaN where vanilla is not measured on both sides of that drift. Between two
-    points the measure is taken to be linear in the root of the drift, which is about linear in the
-    way.
+    [seeds, 1 + draws], of the seeds that have all these points; NaN where vanilla is not measured
+    on both sides of that drift. Between two points the measure is taken to be linear in the root
+    of the drift, which is about linear in the way.
     """
     keys = sorted(curve(study, vanilla, "weights")[1:], key=lambda point: point.part)
     seeds = study.seeds_of(key, *keys)
@@ -533,7 +533,7 @@ def print_difference(study: Study, vanilla: Key, titles: list[str]):
 
 
 def print_line(study: Study, vanilla: Key):
-    """What an arm gives beyond a step back, which costs nothing."""
+    """What an arm gives beyond a step back, which costs nothing; Holm over all that is printed."""
     names = {"chrf++": 2, "kl task": 3, "length": 1}  # digits
     names = {name: digits for name, digits in names.items() if name in study.measures()}
     rows = []
@@ -549,7 +549,8 @@ def print_line(study: Study, vanilla: Key):
         for name, digits in names.items():
             intervals = (over_seeds(found[name][:, 0]), over_items(found[name]))
             cells += [interval.text(digits) for interval in intervals]
-        tests.append(over_seeds(found["chrf++"][:, 0]).p)
+            if name == "chrf++":
+                tests.append(intervals[0].p)
         rows.append(cells)
     for row, p in zip(rows, holm(tests)):
         row.append("" if np.isnan(p) else f"{p:.3f}")
