@@ -395,11 +395,12 @@ class Tokenizer:
             self.files["chat_template.jinja"] = self.template.encode()
 
         # ids that text never becomes, and that are not decoded: special tokens, and other added
-        # ones that the template writes or that end an answer
+        # ones that end an answer or that the template writes (words, digits and white space aside)
         self.control = set()
         for text, token in self.added.items():
             ends = token.id in (self.eos_id, *self.stop_ids)
-            if token.special or ends or text in (self.template or ""):
+            written = re.search(r"[^\w\s]\w", text) and text in (self.template or "")
+            if token.special or ends or written:
                 self.control.add(token.id)
         broken = [re.escape(x) for x in self.added if self.added[x].id in self.control]
         self.control_pattern = re.compile("(?=" + ("|".join(broken) or "(?!)") + ")")
