@@ -16,6 +16,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import argparse
+import bisect
 import fcntl
 import functools
 import hashlib
@@ -399,7 +400,8 @@ class Tokenizer:
         self.control = set()
         for text, token in self.added.items():
             ends = token.id in (self.eos_id, *self.stop_ids)
-            written = re.search(r"[^\w\s]\w", text) and text in (self.template or "")
+            mark = len(text) > 2 and re.search(r"[^\w\s]", text)
+            written = mark and text in (self.template or "")
             if token.special or ends or written:
                 self.control.add(token.id)
         broken = [re.escape(x) for x in self.added if self.added[x].id in self.control]
@@ -806,15 +808,12 @@ def read_json(path) -> list[tuple[str, dict]]:
     text = read_text(path)
     rows = []
     if text.lstrip().startswith("["):
-        values = parse_json(text, path)
-        line = 1
-        start = text.index("[") + 1
-        for value in values:  # decoded a second time, to know its line
-            row_start = re.compile(r"[\s,]*").match(text, start).end()
-            line += text.count("\n", 0 if line == 1 else start, row_start)
-            start = json.JSONDecoder().raw_decode(text, row_start)[1]
-            rows.append((f"{path}:{line}", value))
-            line += text.count("\n", row_start, start)
+        line_ends = [match.start() for match in re.finditer("\n", text)]
+        end = text.index("[") + 1
+        for row in parse_json(text, path):  # each is decoded once more, to know its line
+            start = re.compile(r"[\s,]*").match(text, end).end()
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+            rows.append((f"{path}:{bisect.bisect(line_ends, start) + 1}", row))
     else:
         lines = text.split("\n")
         pretty = lines[0].strip() == "{"
@@ -873,7 +872,8 @@ def check_languages(way, where):
     for language in way:
         known = known and isinstance(language, str) and language in LANGUAGES
     found = json.dumps(way)[:40]
-    require(known, where, f"two language codes are needed, such as de-en; found {found}")
+    fault = f"two languages are needed, such as --direction de-en; found {found}"
+    require(known, where, fault)
 
 
 def read_id(fields, where, place):
@@ -921,26 +921,23 @@ def read_pair(fields, where, way, ways) -> Row:
 def read_conversation(fields, where, prompts) -> Row:
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
     ledger = is_ledger(fields)
-    if "messages" in fields:
+    if fields.get("messages") is not None:
         messages = read_field(fields, "messages", list, where)
     else:
-        asked = fields
         if "turns" in fields and "prompt" not in fields:
-            asked = {"prompt": read_field(fields, "turns", list, where)[:1]}
-            asked["prompt"] = asked["prompt"][0] if asked["prompt"] else None
-        messages = [{"role": "user", "content": text_field(asked, "prompt", where)}]
+            first = read_field(fields, "turns", list, where)[:1]
+            fields = fields | {"prompt": first[0] if first else None}
+        messages = [{"role": "user", "content": text_field(fields, "prompt", where)}]
         if "response" in fields:
-            messages.append({"role": "assistant", "content": fields["response"]})
+            answer = text_field(fields, "response", where, ledger)
+            messages.append({"role": "assistant", "content": answer})
     turns = []
-    for i, message in enumerate(messages):
+    for message in messages:
         require(isinstance(message, dict), where, "a message must be an object")
         role = read_field(message, "role", str, where)
-        last = i == len(messages) - 1
-        # a system prompt may be empty, and so may the answer of a ledger: nothing was said
-        blank = role == "system" or (ledger and last)
-        name = "response" if last and "response" in fields else "content"
-        text = text_field({name: message.get("content")}, name, where, blank)
-        turns.append({"role": role, "content": text})
+        # a system prompt may be empty, and in a ledger an answer: the model said nothing
+        blank = role == "system" or (ledger and role == "assistant")
+        turns.append({"role": role, "content": text_field(message, "content", where, blank)})
     reference = ""
     if turns and turns[-1]["role"] == "assistant":
         reference = turns.pop()["content"]
