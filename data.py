@@ -334,6 +334,7 @@ MAX_RENDERED = 1_000_000  # characters
 GUARDS = [*map(chr, range(0xE000, 0xF900)), *map(chr, range(0xF0000, 0xFFFFE))]  # private use
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
+NO_TEMPLATE = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
 UNUSED_TOKENS = ("pad_token", "sep_token", "cls_token", "mask_token")  # need not be there
 REFUSED = ("split_special_tokens", "sp_model_kwargs")  # settings that change an encoding
 
@@ -599,17 +600,15 @@ class Tokenizer:
                 continue
             sp = self.sp if space else self.sp_within
             encoded = sp.encode(part.replace(guard, ""))
-            if not self.control.isdisjoint(
-                encoded
-            ):  # SentencePiece itself finds tokens in the text
+            if not self.control.isdisjoint(encoded):
+                # SentencePiece itself finds control tokens: encode what they are broken up into
                 encoded = []
                 for piece in part.split(guard):
-                    for id in sp.encode(piece):
-                        # one character can't be broken up: it is spelled in bytes
-                        spelled = id in self.control
-                        encoded += self.spell(sp.id_to_piece(id)) if spelled else [id]
+                    encoded += sp.encode(piece)
                     sp = self.sp_within
-            ids += encoded
+            for id in encoded:
+                # one character can't be broken up: it is spelled in bytes
+                ids += self.spell(id) if id in self.control else [id]
         return ids
 
     def list_tokens(self) -> dict[int, str]:
@@ -617,8 +616,8 @@ class Tokenizer:
         pieces = {id: self.sp.id_to_piece(id) for id in range(self.size)}
         return pieces | self.words
 
-    def spell(self, text):
-        return [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+    def spell(self, id):
+        return [self.sp.piece_to_id(f"<0x{x:02X}>") for x in self.sp.id_to_piece(id).encode()]
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control tokens are left out."""
@@ -679,33 +678,27 @@ class Tokenizer:
         check_turns(messages, where)
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-        guard = unused_character("".join(message["content"] for message in messages))
+        require(self.template is not None, self.folder, NO_TEMPLATE)
+        guard = unused_character(self.template + "".join(x["content"] for x in messages))
         broken = [x | {"content": self.break_up(x["content"], guard)} for x in messages]
         text = self.render(broken, where)
-        if broken[0]["role"] == "system":
-            fault = (
-                "the chat template drops the system prompt; leave it out, or give another --chat"
-            )
-            require(broken[0]["content"].strip() in text, where, fault)
+        if broken[0]["role"] == "system" and broken[0]["content"].strip() not in text:
+            other = self.render([{"role": "system", "content": guard}, *broken[1:]], where)
+            fault = "the chat template drops the system prompt; leave it out, or give --chat"
+            require(other != text, where, fault)
         return self.encode_parts(text, guard)
 
     def render(self, messages, where, add_generation_prompt=True) -> str:
         """The conversation as text, by the template."""
-        fault = f"has no chat template; give --chat {'|'.join(NAMES)} or a Jinja file"
-        require(self.template is not None, self.folder, fault)
+        require(self.template is not None, self.folder, NO_TEMPLATE)
+        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
         text = ""
         try:
-            for piece in compile_template(self.template).generate(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.variables,
-            ):
+            template = compile_template(self.template)
+            for piece in template.generate(values | self.variables, tools=None, documents=None):
                 text += piece
-                require(
-                    len(text) <= MAX_RENDERED, where, "its prompt has over a million characters"
-                )
+                fault = f"its prompt has more than {MAX_RENDERED:,} characters"
+                require(len(text) <= MAX_RENDERED, where, fault)
         except UserError:
             raise
         except Exception as e:  # whatever a template does wrong
@@ -735,7 +728,7 @@ def user_defined_pieces(proto):
             length += (proto[start] - 1) << 7
             start += 1
         start += length
-        if proto[:start].endswith(b"\x18\x04", start - 2):
+        if proto[start - 2 : start] == b"\x18\x04":
             ids.add(id)
 
 
@@ -746,9 +739,8 @@ def compile_template(source):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     version = tuple(map(int, jinja2.__version__.split(".")[:3]))
-    require(
-        version >= (3, 1, 6), "jinja2", "older than 3.1.6 it is not safe; pip install -U jinja2"
-    )
+    fault = "older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
+    require(version >= (3, 1, 6), "jinja2", fault)
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which only marks the assistant's text."""
