@@ -383,7 +383,7 @@ class Tokenizer:
             require(not config.get(name), where, fault)
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
-        self.added = self.read_added_tokens(config)  # text -> AddedToken
+        self.added = self.read_added_tokens(config, where)  # text -> AddedToken
         self.variables = self.read_named_tokens(config, where)  # of a template
         self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
         self.bos_id = self.named_id("bos_token")
@@ -394,6 +394,7 @@ class Tokenizer:
         self.template_hash = short_hash(self.template)
         self.chat_option = None if chat == "auto" else chat if chat in NAMES else self.template_hash
         if self.chat_option:
+            self.files.pop("additional_chat_templates/default.jinja", None)
             self.files["chat_template.jinja"] = self.template.encode()
 
         # ids that text never becomes, and that are not decoded: special tokens, and other added
@@ -436,64 +437,71 @@ class Tokenizer:
         self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
 
-    def read_added_tokens(self, config) -> dict[str, AddedToken]:
+    def read_added_tokens(self, config, where) -> dict[str, AddedToken]:
         """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
         sp = self.sp
         added = {}
         defined = user_defined_pieces(self.files["tokenizer.model"])
         for id in range(self.size):
-            if sp.is_control(id) or sp.is_unknown(id) or id in defined:
-                text = sp.id_to_piece(id).replace("▁", " ")
-                added[text] = AddedToken(id, special=id not in defined)
-        for where, id, fields in self.list_added_tokens(config):
-            check_ids([id], 2**31, where)
-            require(isinstance(fields, dict), where, "an added token must be an object")
-            text = read_field(fields, "content", str, where)
-            require(text, where, "an added token must not be empty")
+            piece = sp.id_to_piece(id)
+            if sp.is_control(id) or sp.is_unknown(id):
+                added[piece] = AddedToken(id)
+            elif id in defined and "▁" not in piece:  # SentencePiece finds those by itself
+                added[piece] = AddedToken(id, special=False)
+        listed = read_field(config, "added_tokens_decoder", dict, where, None)
+        if listed is None:  # older files count only then, as in transformers
+            listed = {}
+            for text, id in self.read_json("added_tokens.json").items():
+                listed[str(id)] = {"content": text}
+            for fields in read_field(
+                self.read_json("tokenizer.json"), "added_tokens", list, where, []
+            ):
+                require(isinstance(fields, dict), where, "an added token must be an object")
+                listed[str(fields.get("id"))] = fields
+        for number, fields in listed.items():
+            place = f"{where}: added token {number[:20]}"
+            number = re.fullmatch(r"[0-9]{1,9}", number)
+            require(number and isinstance(fields, dict), place, "must be an object with an id")
+            id = int(number[0])
+            text = read_field(fields, "content", str, place)
             if id < self.size:
                 piece = sp.id_to_piece(id)
-                fault = f"the added token {text!r} has the id of {piece!r} in tokenizer.model"
-                require(text == piece, where, fault)
+                require(text == piece, place, f"is {text!r}, but {piece!r} in tokenizer.model")
                 text = text.replace("▁", " ")
-                if text not in added:  # a piece like any other: it is text, whatever a file says
-                    continue
+                if text not in added and id not in defined:
+                    continue  # a piece like any other: it is text, whatever a file says
             known = added.get(text, AddedToken(id, special=False))
-            require(known.id == id, where, f"{text!r} has two ids; keep one")
+            require(text and known.id == id, place, f"{text!r} has two ids, or is empty")
             flags = {}
             for name in ("special", "lstrip", "rstrip", "single_word"):
-                flags[name] = read_field(fields, name, bool, where, False)
+                flags[name] = read_field(fields, name, bool, place, False)
             flags["special"] |= known.special
             added[text] = AddedToken(id, **flags)
         return added
 
-    def list_added_tokens(self, config):
-        """-> FILE, id and fields of each token that a file adds; files as in transformers."""
-        where = self.folder / "tokenizer_config.json"
-        if "added_tokens_decoder" in config:
-            for id, fields in read_field(config, "added_tokens_decoder", dict, where).items():
-                yield where, int(id) if re.fullmatch(r"[0-9]{1,9}", id) else id, fields
-            return
-        for text, id in self.read_json("added_tokens.json").items():
-            yield self.folder / "added_tokens.json", id, {"content": text}
-        where = self.folder / "tokenizer.json"
-        for fields in read_field(self.read_json("tokenizer.json"), "added_tokens", list, where, []):
-            yield where, fields.get("id") if isinstance(fields, dict) else None, fields
-
     def read_named_tokens(self, config, where) -> dict[str, str]:
-        """Special tokens by their names (bos_token ...), which become special in `added`."""
+        """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
         sp = self.sp
         defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         named = {name: sp.id_to_piece(id) for name, id in defaults.items() if id >= 0}
         for name, value in config.items():
             if name.endswith("_token") and not name.startswith("add_"):
-                text = value.get("content") if isinstance(value, dict) else value
-                named[name] = text
-        named = {name: text for name, text in named.items() if text is not None}
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        for i, value in enumerate(extra.values() if isinstance(extra, dict) else extra):
+                named[name] = value
+        for kind in (
+            "additional_special_tokens",
+            "extra_special_tokens",
+            "model_specific_special_tokens",
+        ):
+            extra = config.get(kind) or {}
+            if isinstance(extra, list):
+                extra = {f"{kind} {i}": value for i, value in enumerate(extra)}
+            require(isinstance(extra, dict), where, f"{kind} must be a list or an object")
+            named |= extra
+        texts = {}
+        for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
-            named[f"special token {i}"] = text
-        for name, text in named.items():
+            if text is None:
+                continue
             require(isinstance(text, str), where, f"{name} must be text")
             id = sp.piece_to_id(text)
             if text not in self.added and name not in UNUSED_TOKENS:
@@ -502,17 +510,19 @@ class Tokenizer:
                 self.added[text] = AddedToken(id)
             if text in self.added:
                 self.added[text] = replace(self.added[text], special=True)
-        return named
+            texts[name] = text
+        return texts
 
     def named_id(self, name) -> int | None:
         return self.added[self.variables[name]].id if name in self.variables else None
 
     def read_adds_bos(self, config, where) -> bool:
         """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
-        processor = self.read_json("tokenizer.json").get("post_processor")
-        if processor is not None:
-            return f'{{"id": "{self.variables["bos_token"]}"' in json.dumps(processor)
-        return read_field(config, "add_bos_token", bool, where, False)
+        if "tokenizer.json" not in self.files:
+            return read_field(config, "add_bos_token", bool, where, False)
+        text = json.dumps(self.read_json("tokenizer.json").get("post_processor"))
+        single = text.partition('"single": ')[2].partition('"pair": ')[0]
+        return f'"id": {json.dumps(self.variables["bos_token"])}' in single
 
     def read_stop_ids(self) -> list[int]:
         """EOS ids of generation_config.json; where it has none, those of config.json."""
@@ -537,18 +547,20 @@ class Tokenizer:
             fault = f"no such file, and no format; the formats are {', '.join(NAMES)}"
             require(Path(chat).is_file(), f"--chat {chat}", fault)
             return read_text(chat)
-        for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
-            if name in self.files:
-                return read_text(self.folder / name)
-        template = config.get("chat_template")
+        templates = {}  # files come before the settings, as in transformers
+        for name in self.files:
+            if name.endswith(".jinja"):
+                key = "default" if name == "chat_template.jinja" else Path(name).stem
+                templates[key] = read_text(self.folder / name)
+        template = templates or config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = [x for x in template if isinstance(x, dict) and x.get("name") == "default"]
-            template = named[0].get("template") if named else 0
-        fault = (
-            "chat_template must be text, or a list that has a default; choose one by --chat FILE"
-        )
-        where = self.folder / "tokenizer_config.json"
-        require(isinstance(template, str | None), where, fault)
+            named = [x for x in template if isinstance(x, dict)]
+            template = {str(x.get("name")): x.get("template") for x in named}
+        if isinstance(template, dict):
+            fault = "none of its chat templates is the default; give one by --chat FILE"
+            require("default" in template, self.folder, fault)
+            template = template["default"]
+        require(isinstance(template, str | None), self.folder, "chat_template must be text")
         return template or None
 
     @functools.cached_property
