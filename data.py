@@ -175,23 +175,20 @@ class Encoder:
 
         Raises UserError if the options given now would make another prompt.
         """
+        messages = self.messages(row)
+        if row.prompt_ids is None:
+            return self.tokenizer.chat(messages, where=row.where)
+        same = messages == Encoder(self.tokenizer).messages(row)
+        fault = "its prompt was made with another --template or --system; give that, or none"
+        require(same, row.where, fault)
         own = row.tokenizer == self.tokenizer.hash
-        given = [self.template, self.system, self.tokenizer.chat_option]
         unedited = own and self.holds_text(row)
-        if unedited and given == [None, None, None]:
+        if unedited and self.tokenizer.chat_option is None:
             return row.prompt_ids
-        for name, value in (("template", self.template), ("system", self.system)):
-            stored = getattr(row, name)
-            if row.prompt_ids is not None and value is not None:
-                default = TEMPLATE if name == "template" else None
-                same = value == (default if stored is None else stored)
-                fault = f"its prompt was made with another --{name}; give that one, or none"
-                require(same, row.where, fault)
-        prompt = self.tokenizer.chat(self.messages(row), where=row.where)
+        prompt = self.tokenizer.chat(messages, where=row.where)
         if own:
             same = prompt == row.prompt_ids if unedited else row.chat == self.tokenizer.chat_option
-            fault = "its prompt was made with another --chat; give that one, or none"
-            require(same, row.where, fault)
+            require(same, row.where, "its prompt was made with another --chat; give that, or none")
         return prompt
 
     def holds_text(self, row: Row) -> bool:
