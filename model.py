@@ -80,8 +80,7 @@ class ModelConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        with blaming(path):
-            return cls.from_fields(read_object(path), path)
+        return cls.from_fields(read_object(path), path)
 
     @classmethod
     def from_fields(cls, raw, path):
@@ -459,9 +458,10 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    with blaming(index):
-        places = read_object(index)["weight_map"]
-        return sorted({folder / Path(name).name for name in places.values()})
+    places = read_field(read_object(index), "weight_map", dict, index)
+    for file in places.values():
+        require(type(file) is str, index, f"weight_map names {json.dumps(file)[:40]}, not a file")
+    return sorted({folder / Path(name).name for name in places.values()})
 
 
 def read_header(file):
@@ -548,11 +548,21 @@ def write_weights(parameters, file, dtype):
     flush_to_disk(file)
 
 
-# Files, for all scripts
+# Errors and files, for all scripts
 
 
 class UserError(ValueError):
-    """A user's mistake: one line, `WHERE: what is wrong, what to do`."""
+    """A user's mistake, as one line: `WHERE: what is wrong, what was expected, how to fix it`."""
+
+
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def require(condition, where, fault):
@@ -561,73 +571,77 @@ def require(condition, where, fault):
         raise UserError(f"{where}: {fault}")
 
 
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+def read_field(fields: dict, name: str, kind: type, where, default=...):
+    """Returns fields[name] if it is of `kind`: a key of KINDS; float includes int, int not bool.
 
-
-def read_field(fields, name, kind, where, default=...):
+    A missing or null field is the default. Raises UserError if there is none.
+    """
     value = fields.get(name)
     if value is None:
         require(default is not ..., where, f'"{name}" is missing; it must be {KINDS[kind]}')
         return default
     kinds = (int, float) if kind is float else (kind,)
-    require(type(value) in kinds, where, f'"{name}" must be {KINDS[kind]}, found {json.dumps(value)[:40]}')
+    shown = json.dumps(value, ensure_ascii=False)[:40]
+    require(type(value) in kinds, where, f'"{name}" must be {KINDS[kind]}, found {shown}')
     return value
 
 
-@contextmanager
-def blaming(where):
-    """Turns errors that a file's content causes into one ValueError that names the place."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as e:
-        fault = f"not understood ({type(e).__name__}: {e}); the README has the forms of files"
-        raise UserError(f"{where}: {fault}") from None
-
-
-def read_text(path):
-    """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
+def read_text(path) -> str:
+    """Returns the text of a UTF-8 file. Raises UserError if it can't be read or is blank."""
     try:
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give a file that can be read") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        fault = f"not UTF-8 (byte 0x{content[e.start]:02x}); convert the file"
+        fault = f"byte 0x{content[e.start]:02x} is not UTF-8; convert the file to UTF-8"
         raise UserError(f"{path}:{line}: {fault}") from None
     require(text.strip(), path, "the file is empty")
     return text
 
 
-def parse_json(text, path, line=1):
-    """The value that `text`, which begins in this line of the file, holds."""
+def parse_json(text: str, path, line=1):
+    """Returns the value of a JSON text that begins in `line` of the file `path`."""
     try:
         value = json.loads(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair
         return value
     except (ValueError, RecursionError) as e:
         line += getattr(e, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
+        raise UserError(f"{path}:{line}: not valid JSON ({str(e)[:60]}); fix it") from None
 
 
-def read_object(path):
-    """The JSON object that is the whole file."""
+def read_object(path) -> dict:
+    """Returns the JSON object that a whole file holds."""
     value = parse_json(read_text(path), path)
-    require(isinstance(value, dict), f"{path}:1", "wanted a JSON object")
+    require(isinstance(value, dict), path, 'must hold a JSON object, {"name": value, ...}')
     return value
 
 
-def write_text(path, text):
-    """Writes a line-ended UTF-8 file that appears whole or not at all, and its folder."""
+def write_text(path: Path, text: str):
+    """Writes a UTF-8 file that appears whole or not at all, and creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    flush_to_disk(temporary)
+    with writing(path):
+        # a path that is not UTF-8, quoted in the text, gets question marks
+        temporary.write_text(text + "\n", "utf-8", "replace")
+        flush_to_disk(temporary)
     temporary.replace(path)
 
 
 def flush_to_disk(file):
     """Returns once the file's content is on the disk: a rename must not overtake it."""
-    with open(file, "rb+") as f:
+    with writing(file), open(file, "rb+") as f:
         os.fsync(f.fileno())
+
+
+@contextmanager
+def writing(path):
+    """Names the file in an OSError that does not, such as that of a full disk."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
