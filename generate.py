@@ -44,6 +44,7 @@ from model import (
     parse_json,
     read_field,
     read_object,
+    read_text,
     require,
     start_processes,
     write_text,
@@ -65,44 +66,7 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 # 1. The method: what the model reads, and what its continuation becomes
 
 
-@dataclass
-class Sequence:
-    """What the model reads, and how it continues."""
-
-    id: int | str
-    prompt: list[int]  # all that the model reads
-    where: str = ""  # FILE:LINE
-    ids: list[int] = field(default_factory=list)  # sampled, without EOS
-    logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
-    finish: str = ""  # "eos" or "length", once it has ended
-    key: int = 0  # of its noise
-    row: Row | None = None  # of the data
-
-    @property
-    def input_hash(self):
-        """Of all that the continuation of a row depends on, besides the settings."""
-        row = self.row
-        return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
-
-    def add(self, token, logprob, eos_ids, max_new_tokens, stop):
-        fault = "the model's logits are NaN or infinite; check its weights"
-        require(math.isfinite(logprob), self.where, fault)
-        self.logprobs.append(logprob)
-        if token in eos_ids:
-            self.finish = "eos"
-            return
-        self.ids.append(token)
-        if stop is not None and stop(self.ids):
-            self.finish = "eos"
-        elif len(self.ids) == max_new_tokens:
-            self.finish = "length"
-
-    def mean_logprob(self):
-        # rounded: further digits depend on the batch in which the row was computed
-        return round(sum(self.logprobs) / len(self.logprobs), 3)
-
-
-def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> Sequence:
+def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
     """Prefills the reference and the cue: the model's answer begins with them."""
     tokenizer = encoder.tokenizer
     reference = tokenizer.answer(row.reference)
@@ -112,7 +76,7 @@ def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> Sequence:
     return Sequence(row.id, encoder.prompt(row) + reference + cue_ids, row.where, row=row)
 
 
-def write_rationale(sequence: Sequence, encoder: Encoder) -> dict:
+def write_rationale(sequence, encoder):
     """All that follows the reference is the rationale: the cue, and what the model added."""
     row = sequence.row
     tokenizer = encoder.tokenizer
@@ -236,6 +200,43 @@ class Sampling:
 
 
 DEFAULTS = asdict(Sampling())
+
+
+@dataclass
+class Sequence:
+    """What the model reads, and how it continues."""
+
+    id: int | str
+    prompt: list[int]  # all that the model reads
+    where: str = ""  # FILE:LINE
+    ids: list[int] = field(default_factory=list)  # sampled, without EOS
+    logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
+    finish: str = ""  # "eos" or "length", once it has ended
+    key: int = 0  # of its noise
+    row: Row | None = None  # of the data
+
+    @property
+    def input_hash(self):
+        """Of all that the continuation of a row depends on, besides the settings."""
+        row = self.row
+        return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
+
+    def add(self, token, logprob, eos_ids, max_new_tokens, stop):
+        fault = "the model's logits are NaN or infinite; check its weights"
+        require(math.isfinite(logprob), self.where, fault)
+        self.logprobs.append(logprob)
+        if token in eos_ids:
+            self.finish = "eos"
+            return
+        self.ids.append(token)
+        if stop is not None and stop(self.ids):
+            self.finish = "eos"
+        elif len(self.ids) == max_new_tokens:
+            self.finish = "length"
+
+    def mean_logprob(self):
+        # rounded: further digits depend on the batch in which the row was computed
+        return round(sum(self.logprobs) / len(self.logprobs), 3)
 
 
 @torch.inference_mode()
@@ -493,27 +494,33 @@ def complete(path: Path, rows: list, produce: Callable, settings: dict | None = 
         missing = [[id for id in by_id if id not in finished]]
     dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
     mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
-    if mine:
-        with open(parts / f"rank{rank}-{uuid.uuid4().hex}.jsonl", "xb") as f:
-            for row in produce(mine):
-                known = by_id[row["id"]]
-                row["input_hash"] = known.input_hash
-                f.write(data.finite_json(row, known.where).encode() + b"\n")
-                f.flush()
+    part = parts / f"rank{rank}-{uuid.uuid4().hex}.jsonl"
+    for row in produce(mine) if mine else []:
+        known = by_id[row["id"]]
+        line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
+        with open(part, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
     dist.barrier()  # until all have written their part
     if rank == 0:
-        finished = read_finished(path, by_id, settings)
-        fault = "rows are missing though all ranks have ended; is this folder shared by them?"
-        require(len(finished) == len(by_id), parts, fault)
-        if settings is not None:
-            text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
-            replace_file(meta_path(path), text, parts)
-        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
-        for file in parts.glob("rank*.jsonl"):
-            file.unlink()
-        with contextlib.suppress(OSError):  # not empty: a run has claimed it
-            parts.rmdir()
+        publish(path, parts, by_id, settings)
     dist.barrier()
+
+
+def publish(path, parts, by_id, settings):
+    """Moves all rows from the parts to `path`."""
+    finished = read_finished(path, by_id, settings)
+    fault = "rows are missing though all ranks have ended; do they share this folder?"
+    require(len(finished) == len(by_id), parts, fault)
+    files = [*parts.glob("rank*.jsonl")]
+    if files and settings is not None:
+        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
+        replace_file(meta_path(path), text, parts)
+    if files:
+        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
+    for file in files:
+        file.unlink()
+    with contextlib.suppress(OSError):  # not empty: a run has claimed it
+        parts.rmdir()
 
 
 def parts_folder(path):
@@ -532,7 +539,8 @@ def read_meta(ledger: Path) -> dict:
 
 def read_finished(path, by_id, settings):
     """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
-    files = [*parts_folder(path).glob("rank*.jsonl")]
+    parts = parts_folder(path).glob("rank*.jsonl")
+    texts = {file: file.read_text("utf-8", errors="replace") for file in parts}
     meta = meta_path(path)
     exists = os.path.lexists(path)
     if settings is not None and (exists or os.path.lexists(meta)):
@@ -541,10 +549,10 @@ def read_finished(path, by_id, settings):
         data.require_same(meta, DEFAULTS | read_object(meta), settings)
     if exists:
         require(path.is_file(), path, "is not a file; change --out")
-        files.append(path)  # the last: what was edited there counts
+        texts[path] = read_text(path)  # the last: what was edited there counts
     finished = {}
-    for file in files:
-        for n, line in enumerate(file.read_text("utf-8", errors="replace").split("\n"), 1):
+    for file, text in texts.items():
+        for n, line in enumerate(text.split("\n"), 1):
             id = id_of(line, by_id)
             fault = "the row is missing from the data, or differs there; change --out"
             require(id is not None or not line or file != path, f"{file}:{n}", fault)
@@ -560,6 +568,23 @@ def id_of(line, by_id):
         return row["id"] if row["input_hash"] == by_id[row["id"]].input_hash else None
     except (UserError, KeyError, TypeError):
         return None
+
+
+@contextlib.contextmanager
+def claim_parts(parts, settings):
+    """Holds the parts folder within the block. It is gone afterwards unless it has rows."""
+    first = dist.get_rank() == 0
+    try:
+        with data.claim(parts, "settings.json", settings, DEFAULTS):
+            try:
+                yield
+            finally:
+                if first and not any(parts.glob("rank*.jsonl")):
+                    (parts / "settings.json").unlink()
+    finally:
+        with contextlib.suppress(OSError):  # it has rows, or another run holds it
+            if first:
+                parts.rmdir()
 
 
 def replace_file(path, text, parts):
@@ -613,14 +638,9 @@ def main(args):
         for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
             yield ledger_row(sequence, encoder, args.task)
 
-    parts = parts_folder(out)
-    with data.claim(parts, "settings.json", settings, DEFAULTS):
+    with claim_parts(parts_folder(out), settings):
         complete(out, sequences, produce, settings)
-        if rank == 0:
-            (parts / "settings.json").unlink()
     if rank == 0:
-        with contextlib.suppress(OSError):  # another run may have claimed it by now
-            parts.rmdir()
         print(f"{out}: {len(sequences)} rows")
 
 
