@@ -417,7 +417,7 @@ def nucleus(probs, top_p):
     have top_p (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
     """
     count = probs.shape[-1]
-    if not probs.is_cuda:  # a GPU sorts all sooner than it would wait for this number
+    if probs.device.type == "cpu":  # a GPU sorts all sooner than it would wait for this number
         # tokens below (1 - top_p) / V have less than 1 - top_p together, so all are outside
         count = (probs >= (1 - top_p) / count).sum(-1).max().clamp_min(1)
     ordered = probs.topk(count).values
