@@ -1,22 +1,23 @@
-"""From files to token ids: what of a row is read, what is learnt, and where it is kept.
+"""From files to token ids: rows, prompts, and the tokens that carry loss.
 
     python data.py --model DIR --data train.de-en.json --direction de-en
 
-checks the data, counts it, and shows one example in colour. A training sequence is
+checks the data, prints its statistics and shows one example in color. A training sequence is
 
     prompt (no loss) | reference y | rationale r | EOS      L = -log P(y, r | I, x)
 
-where I is the instruction and x the source. The segments are kept apart as ids, never found again
-in the text: a tokenizer may merge across any boundary of strings.
+where I is the instruction and x the source. The segments are kept apart as ids and never searched
+for in the text: a tokenizer may merge across any boundary of strings.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -26,18 +27,21 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 
 from model import (
     ModelConfig,
-    blaming,
+    Shared,
+    UserError,
     parse_json,
+    read_field,
     read_object,
     read_text,
     require,
@@ -56,28 +60,50 @@ LANGUAGE_NAMES = """
     ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv Swedish sw Swahili ta Tamil th Thai
     tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""".split()
 LANGUAGES = dict(zip(LANGUAGE_NAMES[::2], LANGUAGE_NAMES[1::2]))
-# a string in a model's chat template by which its format is known
-MARKS = {
-    "<|im_start|>": "chatml",
-    "<|user|>": "zephyr",
-    "<<SYS>>": "llama2",
-    "[INST]": "mistral",
-}
-NOT_COMPARED = ("model", "versions")  # settings that are recorded, but decide nothing
 
 
 # 1. From rows to examples
 
 
 @dataclass
+class Row:
+    """One row of a data file: a pair or a conversation, and its rationale if it has one."""
+
+    id: int | str
+    where: str  # FILE:LINE
+    reference: str  # y: the translation, or the last answer of a conversation
+    source: str | None = None  # x, of a pair
+    source_lang: str | None = None
+    target_lang: str | None = None
+    messages: list[dict] | None = None  # the conversation before the answer, in place of x
+    rationale: str = ""
+    # of a ledger: the prompt to train on, and the very ids that were prefilled and sampled
+    prompt_ids: list[int] | None = None
+    reference_ids: list[int] | None = None
+    rationale_ids: list[int] | None = None
+    tokenizer: str | None = None  # hash of the tokenizer that the ids belong to
+    finish: str = "eos"  # "length" for a truncated rationale
+    status: str = "ok"
+    # the options that shaped the prompt, where they were given
+    chat: str | None = None
+    system: str | None = None
+    template: str | None = None
+
+
+PAIR_FIELDS = ("source", "source_lang", "target_lang")
+ID_FIELDS = ("prompt_ids", "reference_ids", "rationale_ids")
+PROMPT_FIELDS = ("chat", "system", "template")
+
+
+@dataclass
 class Example:
-    """Ids of one row. EOS stands at the end of the segment that it ends, and counts there."""
+    """Token ids of one row. EOS is at the end of the segment that it ends, and counts there."""
 
     id: int | str
     prompt: list[int]
     reference: list[int]
     rationale: list[int]
-    left_out: str = ""  # why the rationale is left out, if it is
+    dropped: str = ""  # why the rationale is not used, if it is not
 
     @property
     def tokens(self):
@@ -89,246 +115,526 @@ class Example:
 
 @dataclass
 class Encoder:
-    """Turns rows into prompts and examples, under one instruction template and system prompt.
-
-    A ledger brings its own; others that are given are refused, since its rationales would then
-    answer a prompt that the model never saw.
-    """
+    """Turns rows into prompts and examples, under one instruction template and system prompt."""
 
     tokenizer: "Tokenizer"
-    template: str | None = None
-    system: str | None = None
-    coverage: float = 1.0  # share of the rows that keep their rationale
-    only_ok: bool = False  # leave out the rationales of another status
+    template: str | None = None  # None: that of the row, else TEMPLATE
+    system: str | None = None  # None: that of the row, else what the chat template has
+    coverage: float = 1.0  # share of the rows whose rationale is used
+    only_ok: bool = False  # drop rationales whose status is not "ok"
 
-    def example(self, row):
-        """prompt | reference | rationale. A row without rationale trains on reference + EOS."""
-        reference, rationale = self.segments(row)
-        left_out = self.why_left_out(row) if rationale else ""
-        if left_out:
-            rationale = []
+    def example(self, row: Row) -> Example:
+        """prompt | reference | rationale, with EOS wherever the model is to stop."""
+        reference, rationale = self.answer_ids(row)
+        dropped = self.why_dropped(row) if rationale else ""
         end = [self.tokenizer.end_id]
-        cut = "reference_ids" in row and row.get("finish") == "length"
+        if dropped:
+            rationale = []
         if rationale or not reference:
-            # what was cut did not want to end there; of what is left out nothing is to be learnt
-            rationale = rationale + ([] if cut or left_out else end)
+            # the rationale ends the answer; one that was truncated did not stop where it ends
+            answered = row.reference_ids is None or row.finish == "eos"
+            if answered and not dropped:
+                rationale = rationale + end
         else:
+            # the reference alone is the answer
             reference = reference + end
-        return Example(row["id"], self.prompt(row), reference, rationale, left_out)
+        return Example(row.id, self.prompt(row), reference, rationale, dropped)
 
-    def why_left_out(self, row):
-        """The reason to train without this row's rationale; empty if there is none."""
-        if self.only_ok and row.get("status", "ok") != "ok":
-            return f"status {row['status']}"
+    def why_dropped(self, row: Row) -> str:
+        """The reason to train without this row's rationale, or an empty text."""
+        if self.only_ok and row.status != "ok":
+            return f"status {row.status}"
         # in [0, 1) and from the id alone: a larger coverage contains a smaller one
-        digest = hashlib.sha256(str(row["id"]).encode()).digest()
+        digest = hashlib.sha256(str(row.id).encode()).digest()
         if int.from_bytes(digest[:7]) / 2**56 >= self.coverage:
             return "outside coverage"
         return ""
 
-    def segments(self, row):
-        """Ids of reference and rationale: the ledger's own, or the text's where they differ.
-
-        They differ if the ledger is of another tokenizer, or if a row was edited by hand.
-        """
+    def answer_ids(self, row: Row):
+        """Ids of reference and rationale: a ledger's own, where they decode to its text."""
         tokenizer = self.tokenizer
-        text = row["reference"]
-        rationale_text = row["rationale"]
-        reference = row.get("reference_ids", [])
-        rationale = row.get("rationale_ids", [])
-        if row["meta"].get("tokenizer_hash") != tokenizer.hash:
-            reference = tokenizer.answer(text)
-            return reference, tokenizer.continuation(text, reference, rationale_text)
-        check_ids(reference + rationale, tokenizer.vocab_size, row["where"])
-        if tokenizer.decode(reference) != text:
-            reference = tokenizer.answer(text)
-        if tokenizer.decode_after(reference, rationale) != rationale_text:
-            rationale = tokenizer.continuation(text, reference, rationale_text)
+        if row.tokenizer != tokenizer.hash:  # plain pairs, or a ledger of another tokenizer
+            reference = tokenizer.answer(row.reference)
+            return reference, tokenizer.continuation(row.reference, reference, row.rationale)
+        reference = row.reference_ids
+        rationale = row.rationale_ids
+        largest = max([0, *row.prompt_ids, *reference, *rationale])
+        size = tokenizer.vocab_size
+        require(
+            largest < size, row.where, f"token id {largest} is not below {size}; write it again"
+        )
+        if tokenizer.decode(reference) != row.reference:  # edited by hand
+            reference = tokenizer.answer(row.reference)
+        if tokenizer.decode_after(reference, rationale) != row.rationale:
+            rationale = tokenizer.continuation(row.reference, reference, row.rationale)
         return reference, rationale
 
-    def prompt(self, row):
-        """Ids up to where the answer begins. ValueError if the ledger had another prompt."""
-        meta = row["meta"]
-        given = {"system": self.system, "template": self.template}
-        if meta.get("tokenizer_hash") == self.tokenizer.hash:
-            given["chat"] = self.tokenizer.chat_name
-        for name, value in given.items():
-            same = not meta or value in (None, meta.get(name))
-            was = json.dumps(meta.get(name))[:60]
-            require(same, row["where"], f"--{name} is {value!r}, the ledger has {was}")
-        return self.tokenizer.chat(self.messages(row), self.system or meta.get("system"))
+    def prompt(self, row: Row) -> list[int]:
+        """Ids up to where the answer begins: a ledger's own, unless its text was edited.
 
-    def settings(self):
+        Raises UserError if the options given now would make another prompt.
+        """
+        own = row.tokenizer == self.tokenizer.hash
+        given = [self.template, self.system, self.tokenizer.chat_option]
+        unedited = own and self.holds_text(row)
+        if unedited and given == [None, None, None]:
+            return row.prompt_ids
+        for name, value in (("template", self.template), ("system", self.system)):
+            stored = getattr(row, name)
+            if row.prompt_ids is not None and value is not None:
+                default = TEMPLATE if name == "template" else None
+                same = value == (default if stored is None else stored)
+                fault = f"its prompt was made with another --{name}; give that one, or none"
+                require(same, row.where, fault)
+        prompt = self.tokenizer.chat(self.messages(row), where=row.where)
+        if own:
+            same = prompt == row.prompt_ids if unedited else row.chat == self.tokenizer.chat_option
+            fault = "its prompt was made with another --chat; give that one, or none"
+            require(same, row.where, fault)
+        return prompt
+
+    def holds_text(self, row: Row) -> bool:
+        """Whether a ledger's prompt ids still hold the row's text, and so were not outdated."""
+        texts = [row.source]
+        if row.messages is not None:
+            texts = [message["content"] for message in row.messages]
+        tokenizer = self.tokenizer
+        prompt = tokenizer.decode(row.prompt_ids)
+        return all(tokenizer.decode(tokenizer.encode(x)).strip() in prompt for x in texts)
+
+    def settings(self) -> dict:
         """What a prompt depends on, besides the row."""
         return {
-            "chat": self.tokenizer.chat_name,
+            "chat": self.tokenizer.chat_option,
+            "chat_template": self.tokenizer.template_hash,
             "system": self.system,
-            "template": self.template or TEMPLATE,
-            "tokenizer_hash": self.tokenizer.hash,
+            "template": TEMPLATE if self.template is None else self.template,
+            "tokenizer": self.tokenizer.hash,
         }
 
-    def messages(self, row):
+    def messages(self, row: Row) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
-        if "messages" in row:
-            return row["messages"]
-        values = {"source": row["source"]}
+        system = row.system if self.system is None else self.system
+        first = [] if system is None else [{"role": "system", "content": system}]
+        if row.messages is not None:
+            own_system = row.messages[0]["role"] == "system"
+            return row.messages if own_system else first + row.messages
+        values = {"source": row.source}
         for name in ("source_lang", "target_lang"):
-            values[name] = LANGUAGES.get(row[name], row[name])
-        template = self.template or row["meta"].get("template") or TEMPLATE
+            values[name] = LANGUAGES.get(getattr(row, name), "")
+        template = self.template
+        if template is None:
+            template = TEMPLATE if row.template is None else row.template
         # in one pass: braces in the source are never read as a name
-        text = re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
-        return [{"role": "user", "content": text}]
+        text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+        return [*first, {"role": "user", "content": text}]
 
 
 def share(rows: list[list[int]], device="cpu"):
-    """Rows of ids -> tokens [1, U], and `shared`, by which `Transformer.forward` reads each once.
+    """Rows of ids -> tokens [1, U], and `Shared`, by which the model reads each of them once.
 
     Rows that begin alike, as under one instruction, have that beginning in common: of the rows
-    A B C and A B D the tokens are A B C D. shared: `new` [U], the places in B * T where these
-    stand first, here 0 1 2 5; and `same` [B, T], which of the U stands at each place, here 0 1 2
-    and 0 1 3. T is the longest row; pads, on the right, repeat the first of the tokens.
+    A B C and A B D the tokens are A B C D, `token_at` is 0 1 2 and 0 1 3, and `first_at` 0 1 2 5.
+    The width T of the batch is that of the longest row; pads, on the right, repeat token 0.
     """
     T = max(map(len, rows))
-    tree = {}  # (which of U stands before, the token) -> which of U
-    new = []
-    same = torch.zeros(len(rows), T, dtype=torch.long)
+    tree = {}  # (index of the token before, id) -> index of the token
+    first_at = []
+    token_at = torch.zeros(len(rows), T, dtype=torch.long)
     for b, row in enumerate(rows):
         branch = [-1]
         for place, token in enumerate(row, b * T):
             branch.append(tree.setdefault((branch[-1], token), len(tree)))
-            if len(tree) > len(new):
-                new.append(place)
-        same[b, : len(row)] = torch.tensor(branch[1:])
-    tokens = torch.tensor([[token for _, token in tree]], device=device)
-    return tokens, (torch.tensor(new, device=device), same.to(device))
+            if len(tree) > len(first_at):
+                first_at.append(place)
+        token_at[b, : len(row)] = torch.tensor(branch[1:])
+    tokens = torch.tensor([[token for _, token in tree]])
+    shared = Shared(to_device(token_at, device), to_device(torch.tensor(first_at), device))
+    return to_device(tokens, device), shared
 
 
-def collate(examples: list[Example], device="cpu"):
-    """-> tokens [1, U] and `shared`, as of `share`; places [N] in B * T whose logits predict a
-    supervised token; targets [N].
+class Batch(NamedTuple):
+    """Examples as the model reads them, and which of its predictions carry loss."""
 
-    The last token of a row is predicted and never read. The N supervised tokens are first those
-    of all references, then those of all rationales.
-    """
+    tokens: torch.Tensor  # [1, U]
+    shared: Shared
+    places: torch.Tensor  # [N], in B * T: where a supervised token is predicted
+    targets: torch.Tensor  # [N], first those of all references, then those of all rationales
+    references: int  # how many of the N belong to references
+
+
+def collate(examples: list[Example], device="cpu") -> Batch:
+    """Makes a batch. The last token of a row is predicted and never read."""
     rows = [example.tokens[:-1] for example in examples]
     tokens, shared = share(rows or [[0]], device)
-    T = shared[1].shape[1]
+    T = shared.token_at.shape[1]
     references = []  # (place, target)
     rationales = []
     for b, example in enumerate(examples):
         start = b * T + len(example.prompt) - 1  # this place predicts the answer's first token
         references += enumerate(example.reference, start)
         rationales += enumerate(example.rationale, start + len(example.reference))
-    pairs = torch.tensor(references + rationales, dtype=torch.long).view(-1, 2).to(device)
-    return tokens, shared, pairs[:, 0], pairs[:, 1]
+    pairs = torch.tensor(references + rationales, dtype=torch.long).view(-1, 2)
+    places, targets = to_device(pairs.T.contiguous(), device)
+    return Batch(tokens, shared, places, targets, len(references))
 
 
-def check_ids(ids, limit, where):
-    """ValueError unless these are token ids below `limit`."""
-    for i in ids:
-        fits = type(i) is int and 0 <= i < limit
-        require(fits, where, f"wanted token ids below {limit}, found {json.dumps(i)[:40]}")
+def to_device(tensor, device):
+    """Moves a tensor; to a GPU without waiting for it."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
-# 2. The tokenizer and the chat formats
+# 2. The tokenizer and the chat template
+
+# --chat NAME. "▁" is the space that SentencePiece puts before a text that is encoded on its own
+# after a control token, "␣" the same after text. Sources: Meta's llama repository, mistral-common
+# (v1, and v3, where [INST] is a control token), Zephyr's model card, ChatML, FastChat
+SYSTEM_FIRST = (
+    "{% set system = '' %}{% if messages[0].role == 'system' %}"
+    "{% set system = BEFORE + messages[0].content + AFTER %}"
+    "{% set messages = messages[1:] %}{% endif %}"
+)
+LLAMA2_SYSTEM = SYSTEM_FIRST.replace("BEFORE", r"'<<SYS>>\n'").replace("AFTER", r"'\n<</SYS>>\n\n'")
+MISTRAL_SYSTEM = SYSTEM_FIRST.replace("BEFORE", "''").replace("AFTER", r"'\n\n'")
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+FORMATS = {
+    "llama2": LLAMA2_SYSTEM
+    + "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}▁[INST]"
+    " {{ ((system if loop.first else '') + m.content) | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
+    "mistral": MISTRAL_SYSTEM
+    + "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}▁[INST]"
+    " {{ (system if loop.first else '') + m.content }} [/INST]"
+    "{% else %}␣{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "mistral v3": MISTRAL_SYSTEM + "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST]▁{{ (system if loop.last else '') + m.content }}[/INST]"
+    "{% else %}▁{{ m.content.rstrip(' ') }}{{ eos_token }}{% endif %}{% endfor %}",
+    "zephyr": "{% for m in messages %}<|{{ m.role }}|>\n"
+    "{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "vicuna": "{{ bos_token }}▁{% if messages[0].role == 'system' %}{{ messages[0].content }}"
+    "{% set messages = messages[1:] %}{% else %}" + VICUNA_SYSTEM + "{% endif %} "
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "plain": "{{ bos_token }}▁{% for m in messages %}{{ m.content }}"
+    r"{{ '\n\n' if not loop.last }}{% endfor %}",
+}
+NAMES = [name for name in FORMATS if " " not in name]
+MAX_RENDERED = 1_000_000  # characters
+GUARDS = [*map(chr, range(0xE000, 0xF900)), *map(chr, range(0xF0000, 0xFFFFE))]  # private use
+TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
+    special_tokens_map.json generation_config.json chat_template.jinja""".split()
+UNUSED_TOKENS = ("pad_token", "sep_token", "cls_token", "mask_token")  # need not be there
+REFUSED = ("split_special_tokens", "sp_model_kwargs")  # settings that change an encoding
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A text that is one id, as in tokenizer_config.json."""
+
+    id: int
+    special: bool = True
+    lstrip: bool = False  # takes the white space on its left with it
+    rstrip: bool = False
+    single_word: bool = False  # only where no letter or digit touches it
+
+    def pattern(self, text):
+        edge = r"(?<!\w)({})(?!\w)" if self.single_word else "({})"
+        left = r"\s*" if self.lstrip else ""
+        right = r"\s*" if self.rstrip else ""
+        return left + edge.format(re.escape(text)) + right
 
 
 class Tokenizer:
-    """SentencePiece with the chat formats. Text of a user never becomes a control token.
+    """SentencePiece, with the added tokens and the chat template of a folder, as in transformers.
 
-    chat: a name of --chat, or "auto" to find it from the chat template (none means plain).
-    ValueError names the file that is missing, broken or not understood.
+    Text of a message never becomes a control token. Encoding follows LlamaTokenizer: the text is
+    split at added tokens, and SentencePiece encodes the texts between; with `legacy` each of these
+    gets the space before it, else only the first.
+
+    chat: "auto" for the folder's own template, one of NAMES, or a Jinja file. Raises UserError
+    naming the file that is missing, malformed or not supported.
     """
 
     def __init__(self, folder: str | Path, chat: str = "auto"):
         self.folder = Path(folder)
+        self.files = {}  # name -> bytes, as they were read: what an export must hold
+        templates = self.folder.glob("additional_chat_templates/*.jinja")
+        for file in [*map(self.folder.joinpath, TOKENIZER_FILES), *sorted(templates)]:
+            if file.exists():
+                self.files[str(file.relative_to(self.folder))] = file.read_bytes()
+        where = self.folder / "tokenizer_config.json"
+        config = self.read_json("tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # as transformers: older files count only then
+            config |= self.read_json("special_tokens_map.json")
+        for name in REFUSED:
+            fault = f"{name} is not supported; it changes how text is encoded"
+            require(not config.get(name), where, fault)
+        self.legacy = read_field(config, "legacy", bool, where, False)
+        self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
+        self.added = self.read_added_tokens(config)  # text -> AddedToken
+        self.variables = self.read_named_tokens(config, where)  # of a template
+        self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
+        self.bos_id = self.named_id("bos_token")
+        self.eos_id = self.named_id("eos_token")
+        self.adds_bos = self.bos_id is not None and self.read_adds_bos(config, where)
+        self.stop_ids = self.read_stop_ids()
+        self.chat_option = None if chat == "auto" else chat
+        self.template = self.read_template(chat, config)
+        self.template_hash = short_hash(self.template)
+        if self.chat_option:
+            self.files["chat_template.jinja"] = self.template.encode()
+
+        # ids that text never becomes, and that are not decoded: special tokens, and other added
+        # ones that the template writes or that end an answer
+        self.control = set()
+        for text, token in self.added.items():
+            ends = token.id in (self.eos_id, *self.stop_ids)
+            if token.special or ends or text in (self.template or ""):
+                self.control.add(token.id)
+        broken = [re.escape(x) for x in self.added if self.added[x].id in self.control]
+        self.control_pattern = re.compile("(?=" + ("|".join(broken) or "(?!)") + ")")
+        self.control.discard(self.sp.unk_id())  # it is decoded
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.split_ids = [self.added[text].id for text in longest_first]
+        patterns = [self.added[text].pattern(text) for text in longest_first]
+        self.split_pattern = re.compile("|".join(patterns))
+        self.words = {token.id: text for text, token in self.added.items() if token.id >= self.size}
+        tokens = [[text, *vars(self.added[text]).values()] for text in sorted(self.added)]
+        proto = self.files["tokenizer.model"].hex()
+        self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
+
+    def read_json(self, name) -> dict:
+        return read_object(self.folder / name) if name in self.files else {}
+
+    def load_sentencepiece(self, add_prefix_space):
         file = self.folder / "tokenizer.model"
-        require(file.is_file(), file, "no such file; a model folder needs a SentencePiece model")
-        proto = file.read_bytes()
+        proto = self.files.get("tokenizer.model")
+        require(proto is not None, file, "not found; a model folder needs a SentencePiece model")
+        tiktoken = re.match(rb"[\w+/]+=* \d+\n[\w+/]+=* \d+\n", proto)
+        require(not tiktoken, file, "this is byte-level BPE (tiktoken); only SentencePiece is read")
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
-            # the same with normalizer_spec.add_dummy_prefix = false: no space before each text
+            # normalizer_spec.add_dummy_prefix = false: no space before a text, which continues one
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
-            raise ValueError(f"{file}: not a SentencePiece model; get the file anew") from None
+            raise UserError(f"{file}: not a SentencePiece model; download it again") from None
+        if not add_prefix_space:
+            self.sp = self.sp_within
         self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
-        config = self._read("tokenizer_config.json")
-        self.added = self._read_added_tokens(config)  # id -> text
-        self.vocab_size = max([self.size, *(id + 1 for id in self.added)])
-        self.ids = {text: id for id, text in self.added.items()}
-        self.control = {*self.added, *filter(self.sp.is_control, range(self.size))}
-        self.control.discard(self.sp.unk_id())
-        tags = [self.sp.id_to_piece(i) for i in self.control if i < self.size]
-        tags = [re.escape(tag.replace("▁", " ")) for tag in sorted(tags, key=len)]
-        self.tags = re.compile("|".join(f"(?={tag})" for tag in tags))
-        self.hash = short_hash([proto.hex(), self.added])
 
-        self.bos_id = self._id(config.get("bos_token"), self.sp.bos_id())
-        self.eos_id = self._id(config.get("eos_token"), self.sp.eos_id())
-        self.legacy = config.get("legacy") is True  # a space before every text, not only the first
-        self.chat_template = self._read_template(config)
-        known = [name for mark, name in MARKS.items() if mark in self.chat_template]
-        found = chat != "auto" or known or not self.chat_template
-        require(found, self.folder, "its chat template is not known here; give --chat")
-        self.chat_name = [*known, "plain"][0] if chat == "auto" else chat
-        tags = ("<|im_start|>", "<|im_end|>") if self.chat_name == "chatml" else ()
-        self.start_id, self.end_id = [self._id(tag, -1) for tag in tags] or [self.eos_id] * 2
-        fits = min(self.eos_id, self.start_id, self.end_id) >= 0
-        require(fits, self.folder, f"the vocabulary lacks EOS, or {tags}; give another --chat")
-        stops = self._read("generation_config.json").get("eos_token_id") or []
-        stops = stops if isinstance(stops, list) else [stops]
-        check_ids(stops, 2**31, self.folder / "generation_config.json")
-        self.eos_ids = sorted({self.eos_id, self.end_id, *stops})
+    def read_added_tokens(self, config) -> dict[str, AddedToken]:
+        """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
+        sp = self.sp
+        added = {}
+        defined = user_defined_pieces(self.files["tokenizer.model"])
+        for id in range(self.size):
+            if sp.is_control(id) or sp.is_unknown(id) or id in defined:
+                text = sp.id_to_piece(id).replace("▁", " ")
+                added[text] = AddedToken(id, special=id not in defined)
+        for where, id, fields in self.list_added_tokens(config):
+            check_ids([id], 2**31, where)
+            require(isinstance(fields, dict), where, "an added token must be an object")
+            text = read_field(fields, "content", str, where)
+            require(text, where, "an added token must not be empty")
+            special = read_field(fields, "special", bool, where, False)
+            if id < self.size:
+                piece = sp.id_to_piece(id)
+                fault = f"the added token {text!r} has the id of {piece!r} in tokenizer.model"
+                require(text == piece, where, fault)
+                text = text.replace("▁", " ")
+                if text not in added:  # a piece like any other: it stays text, whatever a file says
+                    continue
+                special = special or added[text].special
+            known = added.get(text)
+            require(known is None or known.id == id, where, f"{text!r} has two ids; keep one")
+            flags = {}
+            for name in ("lstrip", "rstrip", "single_word"):
+                flags[name] = read_field(fields, name, bool, where, False)
+            added[text] = AddedToken(id, special, **flags)
+        return added
 
-    def _read(self, name):
-        file = self.folder / name
-        return read_object(file) if file.exists() else {}
+    def list_added_tokens(self, config):
+        """-> FILE, id and fields of each token that a file adds. Files as in transformers."""
+        where = self.folder / "tokenizer_config.json"
+        if "added_tokens_decoder" in config:
+            for id, fields in read_field(config, "added_tokens_decoder", dict, where).items():
+                yield where, int(id) if re.fullmatch(r"\d{1,9}", id) else id, fields
+            return
+        for text, id in self.read_json("added_tokens.json").items():
+            yield self.folder / "added_tokens.json", id, {"content": text}
+        where = self.folder / "tokenizer.json"
+        for fields in read_field(self.read_json("tokenizer.json"), "added_tokens", list, where, []):
+            require(isinstance(fields, dict), where, "an added token must be an object")
+            yield where, fields.get("id"), fields
 
-    def _read_added_tokens(self, config):
-        """id -> text, in the order of the ids."""
-        with blaming(f"{self.folder}: the added tokens"):
-            found = {id: text for text, id in self._read("added_tokens.json").items()}
-            for id, token in (config.get("added_tokens_decoder") or {}).items():
-                require(id.isdecimal(), self.folder, f"the added token {id[:20]} has no id")
-                found[int(id)] = token["content"]
-            check_ids(found, 2**31, f"{self.folder}: the added tokens")
-            return {id: str(found[id]) for id in sorted(found)}
+    def read_named_tokens(self, config, where) -> dict[str, str]:
+        """Special tokens by their names (bos_token ...), which become special in `added`."""
+        sp = self.sp
+        named = {}
+        defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        for name, id in defaults.items():
+            if name not in config and id >= 0:
+                named[name] = sp.id_to_piece(id)
+        for name, value in config.items():
+            if name in defaults or (name.endswith("_token") and isinstance(value, str | dict)):
+                text = value.get("content") if isinstance(value, dict) else value
+                require(isinstance(text, str | None), where, f"{name} must be text or null")
+                if text is not None:
+                    named[name] = text
+        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+        texts = [(text, name not in UNUSED_TOKENS, name) for name, text in named.items()]
+        for text in extra.values() if isinstance(extra, dict) else extra:
+            text = text.get("content") if isinstance(text, dict) else text
+            texts.append((text, True, "a special token"))
+        for text, needed, name in texts:
+            require(isinstance(text, str), where, "special tokens must be texts")
+            if needed and text not in self.added and sp.piece_to_id(text) != sp.unk_id():
+                self.added[text] = AddedToken(sp.piece_to_id(text))
+            known = text in self.added
+            require(known or not needed, where, f"{name} is {text!r}, which the vocabulary lacks")
+            if known:
+                self.added[text] = replace(self.added[text], special=True)
+        return named
 
-    def _read_template(self, config):
-        file = self.folder / "chat_template.jinja"
-        template = read_text(file) if file.is_file() else config.get("chat_template") or ""
-        if not isinstance(template, str):  # a list of several, by name
-            template = json.dumps(template)
-        return template.replace("\\n", "\n")
+    def named_id(self, name) -> int | None:
+        return self.added[self.variables[name]].id if name in self.variables else None
 
-    def _id(self, piece, default):
-        """The id of an added token or of a piece of the vocabulary."""
-        if isinstance(piece, dict):
-            piece = piece.get("content")
-        id = self.sp.unk_id()
-        if isinstance(piece, str):
-            id = self.ids.get(piece, self.sp.piece_to_id(piece))
-        return default if id == self.sp.unk_id() else id
+    def read_adds_bos(self, config, where) -> bool:
+        """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
+        processor = self.read_json("tokenizer.json").get("post_processor")
+        if processor is not None:
+            return f'{{"id": "{self.variables["bos_token"]}"' in json.dumps(processor)
+        return read_field(config, "add_bos_token", bool, where, False)
 
-    def encode(self, text, within=False):
-        """Text to ids, without BOS or EOS. `within`: it goes on from a text before it."""
-        sp = self.sp_within if within else self.sp
-        ids = sp.encode(text)
-        if self.control.isdisjoint(ids):
-            return ids
-        # the text holds tags that are pieces of the vocabulary: each is cut after its first
-        # character, and none is left
-        cuts = [max(match.start(), 1) for match in self.tags.finditer(" " + text)]
+    def read_stop_ids(self) -> list[int]:
+        """EOS ids of generation_config.json; where it has none, those of config.json."""
+        for name in ("generation_config.json", "config.json"):
+            file = self.folder / name
+            ids = read_object(file).get("eos_token_id") if file.exists() else None
+            if ids is not None:
+                ids = ids if isinstance(ids, list) else [ids]
+                check_ids(ids, 2**31, f"{file}: eos_token_id")
+                return ids
+        return []
+
+    def read_template(self, chat, config) -> str | None:
+        """The Jinja text of --chat; None where the folder has no template."""
+        if chat == "mistral" and "[INST]" in self.added:
+            chat = "mistral v3"
+        if chat in FORMATS:
+            space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
+            text = FORMATS[chat].replace("▁", space)
+            return text.replace("␣", " " if self.adds_space else "")
+        if chat != "auto":
+            fault = f"no such file, and no format; the formats are {', '.join(NAMES)}"
+            require(Path(chat).is_file(), f"--chat {chat}", fault)
+            return read_text(chat)
+        for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
+            if name in self.files:
+                return read_text(self.folder / name)
+        where = self.folder / "tokenizer_config.json"
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            require(all(isinstance(x, dict) for x in template), where, "chat_template: bad list")
+            template = {x.get("name"): x.get("template") for x in template}
+        if isinstance(template, dict):
+            fault = 'chat_template has no "default"; choose one and give it by --chat FILE'
+            require("default" in template, where, fault)
+            template = template["default"]
+        require(isinstance(template, str | None), where, "chat_template must be text")
+        return template or None
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer: what the template writes after one, else EOS."""
+        if self.template is not None:
+            talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+            after = self.render(talk, "chat template", False).rpartition("y")[2]
+            for part in self.split(after, GUARDS[0]):
+                if isinstance(part, int):
+                    return part
+        fault = "has no eos_token, and the chat template ends no answer; name one"
+        require(self.eos_id is not None, self.folder / "tokenizer_config.json", fault)
+        return self.eos_id
+
+    @functools.cached_property
+    def eos_ids(self) -> list[int]:
+        """Where generation stops."""
+        return sorted({self.end_id, *self.stop_ids} | ({self.eos_id} - {None}))
+
+    def encode(self, text: str, within: bool = False) -> list[int]:
+        """Text to ids, without BOS or EOS. within: it continues a text before it."""
+        guard = unused_character(text)
+        return self.encode_parts(self.break_up(text, guard), guard, within)
+
+    def break_up(self, text, guard):
+        """The text with `guard` after the first character of each control token in it."""
+        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
+        return guard.join(text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
+
+    def split(self, text, guard):
+        """The ids of the added tokens in a text, and the texts between them."""
+        start = 0
+        for match in self.split_pattern.finditer(text):
+            if text.startswith(guard, match.end()):  # a control token of one character, broken up
+                continue
+            yield text[start : match.start()]
+            yield self.split_ids[match.lastindex - 1]
+            start = match.end()
+        yield text[start:]
+
+    def encode_parts(self, text, guard, within=False):
         ids = []
-        for start, end in itertools.pairwise([0, *cuts, len(text)]):
-            sp = self.sp_within if start else sp
-            ids += sp.encode(text[start:end])
-        return [i for i in ids if i not in self.control]  # a tag of one character can't be cut
+        space = not within  # whether SentencePiece puts its space before the next text
+        for part in self.split(text, guard):
+            if isinstance(part, int):
+                ids.append(part)
+                space = self.legacy
+                continue
+            sp = self.sp if space else self.sp_within
+            encoded = sp.encode(part.replace(guard, ""))
+            if not self.control.isdisjoint(encoded):  # SentencePiece itself finds tokens in the text
+                encoded = []
+                for piece in part.split(guard):
+                    for id in sp.encode(piece):
+                        # one character can't be broken up: it is spelled in bytes
+                        spelled = id in self.control
+                        encoded += self.spell(sp.id_to_piece(id)) if spelled else [id]
+                    sp = self.sp_within
+            ids += encoded
+        return ids
 
-    def decode(self, ids):
-        """Ids to text; control and added tokens are left out."""
-        return self.sp.decode([i for i in ids if i not in self.control and i < self.size])
+    def list_tokens(self) -> dict[int, str]:
+        """The text of each id."""
+        pieces = {id: self.sp.id_to_piece(id) for id in range(self.size)}
+        return pieces | self.words
+
+    def spell(self, text):
+        return [self.sp.piece_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids to text; control tokens are left out."""
+        text = ""
+        sp = self.sp
+        kept = [i for i in ids if i not in self.control]
+        for added, group in itertools.groupby(kept, self.words.__contains__):
+            if added:
+                text += "".join(self.words[i] for i in group)
+            else:
+                text += sp.decode([i for i in group if i < self.size])
+            sp = self.sp_within  # only the first text loses the space before it
+        return text
 
     def decode_after(self, before, ids):
         """The text of `ids` after `before`: a piece decoded alone would lose its space."""
@@ -340,277 +646,354 @@ class Tokenizer:
         """Whether the last of `ids` ends the first line that is not empty."""
         return "\n" in self.decode(ids[-1:]) and "\n" in self.decode(ids).lstrip()
 
-    def answer(self, text):
-        """Ids of an assistant's answer as they follow `chat`, without EOS."""
+    def answer(self, text: str) -> list[int]:
+        """Ids of an assistant's answer as they follow `chat`, without EOS.
+
+        The answer continues a prompt that ends in white space, and is encoded on its own otherwise.
+        """
         if not text:
             return []
-        if self.chat_name in ("zephyr", "chatml"):  # it goes on from "assistant\n"
-            return self.encode(text, within=True)
-        if self.chat_name == "plain" and not self.adds_space:
+        if self.prompt_end and not self.prompt_end.isspace() and not self.adds_space:
             text = " " + text
-        return self.encode(text)
+        return self.encode(text, within=self.prompt_end.isspace())
 
-    def continuation(self, before, ids, text):
-        """Ids of `text` after an answer's beginning `before`, whose ids stay what they are."""
+    @functools.cached_property
+    def prompt_end(self) -> str:
+        """The last character of a prompt; empty where a control token ends it."""
+        text = self.render([{"role": "user", "content": "x"}], "chat template")
+        if text[-1:].isspace():
+            return text[-1]
+        *_, last = self.split(text, GUARDS[0])
+        return last[-1:]
+
+    def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
+        """Ids of `text` after an answer's beginning `before`, whose ids stay as they are."""
         if not text:
             return []
         whole = self.answer(before + text)
         return whole[len(ids) :] if whole[: len(ids)] == ids else self.encode(text, within=True)
 
-    def chat(self, messages: list[dict], system: str | None = None) -> list[int]:
-        """Ids of a conversation, up to where the assistant's answer begins.
+    def chat(self, messages: list[dict], system: str | None = None, where="messages") -> list[int]:
+        """Ids of a conversation up to where the assistant's answer begins.
 
-        messages: {"role", "content"}, a system prompt if there is one, then user and assistant in
-        turn, the user last.
+        messages: {"role", "content"}: a system prompt if there is one, then user and assistant in
+        turn, the user last. Raises UserError, at `where`, for what the template refuses.
         """
-        check_turns(messages, "messages")
-        texts = [message["content"] for message in messages]
-        if messages[0]["role"] == "system":
-            system = texts.pop(0)
-        make = {"llama2": self._llama2, "mistral": self._mistral, "plain": self._plain}
-        parts = make.get(self.chat_name, self._tagged)(texts, system)
-        one_text = self.chat_name in ("zephyr", "chatml") and not self.legacy
-        ids = []
-        for part in parts:
-            if isinstance(part, str):
-                ids += self.encode(part, within=one_text and len(ids) > 0)
-            elif part >= 0:  # not every vocabulary has a BOS
-                ids.append(part)
-        return ids
+        check_turns(messages, where)
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        guard = unused_character("".join(message["content"] for message in messages))
+        broken = [x | {"content": self.break_up(x["content"], guard)} for x in messages]
+        text = self.render(broken, where)
+        if broken[0]["role"] == "system":
+            fault = (
+                "the chat template drops the system prompt; leave it out, or give another --chat"
+            )
+            require(broken[0]["content"].strip() in text, where, fault)
+        return self.encode_parts(text, guard)
 
-    # Each format as control tokens by id, and the texts between them. Sources: Meta's llama
-    # repository, mistral-common v1 and v3, the chat templates of Zephyr, TinyLlama and ChatML.
+    def render(self, messages, where, add_generation_prompt=True) -> str:
+        """The conversation as text, by the template."""
+        fault = f"has no chat template; give --chat {'|'.join(NAMES)} or a Jinja file"
+        require(self.template is not None, self.folder, fault)
+        text = ""
+        try:
+            for piece in compile_template(self.template).generate(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.variables,
+            ):
+                text += piece
+                require(
+                    len(text) <= MAX_RENDERED, where, "its prompt has over a million characters"
+                )
+        except UserError:
+            raise
+        except Exception as e:  # whatever a template does wrong
+            kind = type(e).__name__
+            raise UserError(f"{where}: the chat template refuses this ({kind}: {e})") from None
+        return text
 
-    def _plain(self, texts, system):
-        return [self.bos_id, "\n\n".join([system, *texts] if system else texts)]
 
-    def _llama2(self, texts, system):
-        if system:
-            texts[0] = f"<<SYS>>\n{system}\n<</SYS>>\n\n{texts[0]}"
-        parts = []
-        for user, answer in zip(texts[:-1:2], texts[1::2]):
-            turn = f"[INST] {user.strip()} [/INST] {answer.strip()} "
-            parts += [self.bos_id, turn, self.eos_id]
-        return [*parts, self.bos_id, f"[INST] {texts[-1].strip()} [/INST]"]
+def unused_character(text):
+    """A private-use character that the text does not hold."""
+    return next(character for character in GUARDS if character not in text)
 
-    def _mistral(self, texts, system):
-        # in v1 the tags are text; from v3 on they are control tokens, and the system prompt
-        # stands in the last turn
-        begin = self._id("[INST]", -1)
-        end = self._id("[/INST]", -1)
-        v3 = begin in self.control
-        if system:
-            turn = len(texts) - 1 if v3 else 0
-            texts[turn] = f"{system}\n\n{texts[turn]}"
-        parts = [self.bos_id]
-        for i, text in enumerate(texts):
-            if i % 2:
-                parts += [text.rstrip(" ") if v3 else text, self.eos_id]
-            elif v3:
-                parts += [begin, text, end]
-            else:
-                parts.append(f"[INST] {text} [/INST]")
-        return parts
 
-    def _tagged(self, texts, system):
-        # chatml: a turn stands between two control tokens; zephyr: the tags are text, EOS ends it
-        chatml = self.chat_name == "chatml"
-        if chatml and system is None:  # some templates put one in
-            own = re.search(r"<\|im_start\|>system\n([^'\"{}<]+)<\|im_end\|>", self.chat_template)
-            system = own and own[1]
-        turns = list(zip(itertools.cycle(["user", "assistant"]), [*texts, ""]))
-        if system is not None:
-            turns.insert(0, ("system", system))
-        parts = [self.bos_id if "bos_token" in self.chat_template else -1]
-        for i, (role, text) in enumerate(turns):
-            between = "\n" if i else ""
-            if chatml:
-                parts += [between, self.start_id, f"{role}\n{text}", self.end_id]
-            else:
-                parts += [f"{between}<|{role}|>\n{text}", self.end_id]
-        return parts[:-1]  # the answer, which is to come, does not end here
+def user_defined_pieces(proto):
+    """Ids of the pieces of type USER_DEFINED, for which SentencePiece has no call.
+
+    Read from the protobuf of sentencepiece_model.proto: pieces are field 1, their type comes last.
+    """
+    ids = set()
+    start = 0
+    for id in itertools.count():
+        if proto[start : start + 1] != b"\n":  # field 1, of a known length
+            return ids
+        length = proto[start + 1]
+        start += 2
+        if length > 127:
+            length += (proto[start] - 1) << 7
+            start += 1
+        start += length
+        if proto[:start].endswith(b"\x18\x04", start - 2):
+            ids.add(id)
+
+
+@functools.cache
+def compile_template(source):
+    """A Jinja template with the sandbox, the globals and the tags that transformers gives it."""
+    import jinja2.ext  # torch installs it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    version = tuple(map(int, jinja2.__version__.split(".")[:3]))
+    require(
+        version >= (3, 1, 6), "jinja2", "older than 3.1.6 it is not safe; pip install -U jinja2"
+    )
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, which only marks the assistant's text."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Namespace(jinja2.utils.Namespace):
+        def __setitem__(self, name, value):
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"{name} can't be set")
+            super().__setitem__(name, value)
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+    )
+    sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    sandbox.globals["raise_exception"] = raise_exception
+    sandbox.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
+    sandbox.globals["namespace"] = Namespace
+    return sandbox.from_string(source)
 
 
 def require_vocabulary(folder, tokenizer, config):
-    """ValueError unless the model in `folder` has the same tokens as these."""
-    same = Tokenizer(folder, tokenizer.chat_name).hash == tokenizer.hash
+    """Raises UserError unless the model in `folder` has the tokens of this one."""
+    other = Tokenizer(folder)
+    same = other.list_tokens() == tokenizer.list_tokens()
     same = same and ModelConfig.from_file(folder).vocab_size == config.vocab_size
-    require(same, folder, "its vocabulary is another than that of --model")
+    require(same, folder, "its vocabulary is not that of --model")
 
 
-# 3. Files and their rows
+# 3. Rows
 
 
-def short_hash(value):
+def short_hash(value) -> str:
     """16 hex digits of a value's sha256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_json(path):
-    """Objects of a JSON array, or one a line, each with where it stands, `FILE:LINE`."""
+def check_ids(ids, limit, where):
+    """Raises UserError unless these are token ids below `limit`."""
+    for id in ids:
+        known = type(id) is int and 0 <= id < limit
+        require(known, where, f"token ids must be below {limit}, found {json.dumps(id)[:40]}")
+
+
+def read_json(path) -> list[tuple[str, dict]]:
+    """Objects of a JSON array or of JSON lines, each after its place, `FILE:LINE`."""
     text = read_text(path)
     rows = []
     if text.lstrip().startswith("["):
-        separator = re.compile(r"[\s,]*")
+        values = parse_json(text, path)
         line = 1
-        start = 0
-        end = text.index("[") + 1
-        for row in parse_json(text, path):  # each is decoded once more, to learn its line
-            before = start
-            start = separator.match(text, end).end()
-            end = json.JSONDecoder().raw_decode(text, start)[1]
-            line += text.count("\n", before, start)
-            rows.append((f"{path}:{line}", row))
+        start = text.index("[") + 1
+        for value in values:  # decoded a second time, to know its line
+            row_start = re.compile(r"[\s,]*").match(text, start).end()
+            line += text.count("\n", 0 if line == 1 else start, row_start)
+            start = json.JSONDecoder().raw_decode(text, row_start)[1]
+            rows.append((f"{path}:{line}", value))
+            line += text.count("\n", row_start, start)
     else:
-        for line, content in enumerate(text.split("\n"), 1):
+        lines = text.split("\n")
+        pretty = lines[0].strip() == "{"
+        require(not pretty, f"{path}:1", "an object must be on one line, or in a JSON array")
+        for line, content in enumerate(lines, 1):
             if content.strip():
                 rows.append((f"{path}:{line}", parse_json(content, path, line)))
     for where, row in rows:
-        require(isinstance(row, dict), where, f"wanted an object, found {json.dumps(row)[:40]}")
-    require(rows, path, "holds no rows")
+        found = json.dumps(row)[:40]
+        require(isinstance(row, dict), where, f"a row must be a JSON object, found {found}")
+    require(rows, path, "the file holds no rows")
     return rows
 
 
-def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[dict]:
-    """Reads pairs, conversations and ledgers (`prompts`: prompts alone too) into one list.
+def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Row]:
+    """Reads pairs, conversations and ledgers; `prompts`: also prompts without an answer.
 
-    A row is what its file says, with `id` (its place in the data if the file has none), `where`
-    (FILE:LINE) and `meta` (of a ledger its settings, else {}) added. A pair has source, reference,
-    source_lang, target_lang; others have `messages`, the conversation before the answer, and
-    `reference`, the answer. Several directions read each pair once for each. ValueError names
-    file and line.
+    Several directions read each two-way pair once for each. Raises UserError naming file and line.
     """
     ways = [tuple(direction.split("-")) for direction in dict.fromkeys(directions)]
     for way in ways:
         check_languages(way, "--direction")
     rows = []
     for file in files:
-        meta = read_meta(file)
-        found = read_json(file)
-        known = set()
+        content = read_json(file)
+        ids = set()
         for way in ways or [None]:
-            first_way = way in (None, *ways[:1])
-            for where, content in found:
-                row = content | {"where": where}
-                row["meta"] = meta if "reference_ids" in row else {}
-                conversation = is_conversation(row)
-                if conversation and not first_way:  # it has no direction
-                    continue
-                with blaming(where):
-                    check_ledger_fields(row)
-                    if conversation:
-                        read_conversation(row, prompts)
-                    else:
-                        read_pair(row, way, *ways[:1])
-                    row["id"] = read_id(row, len(rows))
-                if not first_way and "id" in content:
-                    row["id"] = f"{row['id']} {'-'.join(way)}"
-                require(row["id"] not in known, where, f"id {row['id']} stands twice in {file}")
-                known.add(row["id"])
+            for where, fields in content:
+                first_way = way is None or way == ways[0]
+                if is_conversation(fields):
+                    if not first_way:  # it has no direction
+                        continue
+                    row = read_conversation(fields, where, prompts)
+                else:
+                    row = read_pair(fields, where, way, ways)
+                read_ledger_fields(row, fields)
+                row.id = read_id(fields, where, len(rows))
+                if not first_way and fields.get("id") is not None:
+                    row.id = f"{row.id} {'-'.join(way)}"
+                require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
+                ids.add(row.id)
                 rows.append(row)
     return rows
 
 
-def is_conversation(row):
-    """Whether a row has messages or a prompt; it may have a `source` of its own beside them."""
-    said = row.keys() & {"messages", "response", "turns"}
-    return "translation" not in row and (bool(said) or "source" not in row)
+def is_conversation(fields):
+    """Whether a row has messages or a prompt; a `source` of its own may be beside them."""
+    if not fields.keys().isdisjoint(("messages", "response", "turns")):
+        return "translation" not in fields
+    return "prompt" in fields and "reference" not in fields
 
 
 def check_languages(way, where):
-    """ValueError unless these are two languages that are known here."""
-    fits = len(way) == 2 and way[0] != way[1] and set(way) <= LANGUAGES.keys()
-    require(fits, where, f"found {str(way)[:40]}; give two of {'|'.join(LANGUAGES)}, as de-en")
+    """Raises UserError unless these are two languages that are known here."""
+    known = len(way) == 2 and way[0] != way[1]
+    for language in way:
+        known = known and isinstance(language, str) and language in LANGUAGES
+    found = json.dumps(way)[:40]
+    require(known, where, f"two language codes are needed, such as de-en; found {found}")
 
 
-def read_id(row, place):
+def read_id(fields, where, place):
     """The row's own id, or its place in the data."""
-    id = row.get("id")
-    fits = id is None or type(id) in (int, str)
-    require(fits, row["where"], '"id" must be a whole number or a string')
+    id = fields.get("id", fields.get("question_id"))
+    require(type(id) in (int, str, type(None)), where, '"id" must be a whole number or a text')
     return place if id is None else id
 
 
-def as_text(value, where, name, may_be_blank=False):
-    """The value, if it is Unicode text and not blank."""
-    fits = isinstance(value, str) and (may_be_blank or value.strip())
-    require(fits, where, f"{name} must be text that is not blank; fill it in or take the row out")
-    return value
+def text_field(fields, name, where, may_be_blank=False) -> str:
+    """A field that holds text."""
+    text = read_field(fields, name, str, where)
+    filled = may_be_blank or text.strip()
+    require(filled, where, f'"{name}" is empty; fill it in, or remove the row')
+    return text
 
 
-def read_pair(row, way, unmarked=None):
-    """Brings ALMA's two-way `translation`, or a source and its reference, into direction `way`.
-
-    unmarked: the direction of rows that do not say theirs.
-    """
-    where = row["where"]
-    ledger = "reference_ids" in row
-    texts = row.pop("translation", None)
-    if texts is None:
-        own = (row.get("source_lang"), row.get("target_lang"))
-        if own == (None, None) and unmarked:
-            own = unmarked
+def read_pair(fields, where, way, ways) -> Row:
+    """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
+    ledger = is_ledger(fields)
+    if "translation" in fields:
+        texts = read_field(fields, "translation", dict, where)
+        require(way, where, "the row has both languages; choose --direction, such as de-en")
+        both = way[0] in texts and way[1] in texts
+        fault = f"--direction {'-'.join(way)} needs both; the row has {json.dumps([*texts])[:40]}"
+        require(both, where, fault)
+        source, reference = (text_field(texts, language, where) for language in way)
+    else:
+        forms = "translation, source and reference, prompt, messages or turns; see the README"
+        require("source" in fields, where, f"a row needs one of {forms}")
+        source = text_field(fields, "source", where)
+        reference = text_field(fields, "reference", where, ledger)
+        own = (fields.get("source_lang"), fields.get("target_lang"))
+        if own == (None, None) and ways:  # of the first direction
+            own = ways[0]
         check_languages(own, f"{where}: source_lang, target_lang")
-        texts = {own[0]: row.get("source"), own[1]: row.get("reference")}
+        if way not in (None, own):
+            require(not ledger, where, f"this ledger is {'-'.join(own)}; leave out --direction")
+            require(way == own[::-1], where, f"the row is {'-'.join(own)}, not {'-'.join(way)}")
+            source, reference = reference, source
         way = way or own
-        require(way == own or not ledger, where, f"this ledger is {'-'.join(own)} alone")
-    require(way, where, "a two-way row; say which way by --direction, such as de-en")
-    fits = isinstance(texts, dict) and set(way) <= texts.keys()
-    require(fits, where, f"--direction {'-'.join(way)} needs a text in both languages")
-    row["source_lang"], row["target_lang"] = way
-    row["source"] = as_text(texts[way[0]], where, f"the {LANGUAGES[way[0]]} text")
-    row["reference"] = as_text(texts[way[1]], where, f"the {LANGUAGES[way[1]]} text", ledger)
+    return Row(0, where, reference, source, *way)
 
 
-def read_conversation(row, prompts):
-    """Sets `messages`, what stands before the answer, and `reference`, the answer or ""."""
-    where = row["where"]
-    said = row.get("messages")
-    if said is None:
-        texts = [row.get("prompt"), row["response"]] if "response" in row else [row.get("prompt")]
-        if isinstance(row.get("turns"), list):  # FastChat's questions: the first turn
-            texts = row["turns"][:1]
-            row.setdefault("id", row.get("question_id"))
-        said = [{"role": role, "content": x} for role, x in zip(("user", "assistant"), texts)]
-    ledger = "reference_ids" in row
-    row["messages"] = []
-    for i, message in enumerate(said):
-        blank = ledger and i == len(said) - 1  # a model may have said nothing
-        text = as_text(message.get("content"), where, "a prompt, response or message", blank)
-        row["messages"].append({"role": message.get("role"), "content": text})
-    row["reference"] = ""
-    if said and said[-1].get("role") == "assistant":
-        row["reference"] = row["messages"].pop()["content"]
-    elif not ledger:
-        require(prompts, where, "has no answer; prompts alone go with generate.py --task answer")
-    check_turns(row["messages"], where)
+def read_conversation(fields, where, prompts) -> Row:
+    """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
+    ledger = is_ledger(fields)
+    if "messages" in fields:
+        messages = read_field(fields, "messages", list, where)
+    else:
+        asked = fields
+        if "turns" in fields and "prompt" not in fields:
+            asked = {"prompt": read_field(fields, "turns", list, where)[:1]}
+            asked["prompt"] = asked["prompt"][0] if asked["prompt"] else None
+        messages = [{"role": "user", "content": text_field(asked, "prompt", where)}]
+        if "response" in fields:
+            messages.append({"role": "assistant", "content": fields["response"]})
+    turns = []
+    for i, message in enumerate(messages):
+        require(isinstance(message, dict), where, "a message must be an object")
+        role = read_field(message, "role", str, where)
+        last = i == len(messages) - 1
+        # a system prompt may be empty, and so may the answer of a ledger: nothing was said
+        blank = role == "system" or (ledger and last)
+        name = "response" if last and "response" in fields else "content"
+        text = text_field({name: message.get("content")}, name, where, blank)
+        turns.append({"role": role, "content": text})
+    reference = ""
+    if turns and turns[-1]["role"] == "assistant":
+        reference = turns.pop()["content"]
+    else:
+        fault = "the row has no answer; prompts alone are for --task answer and --answers"
+        require(prompts or ledger, where, fault)
+    check_turns(turns, where)
+    return Row(0, where, reference, messages=turns)
 
 
 def check_turns(messages, where):
-    """ValueError unless user and assistant speak in turn, after a system prompt if there is one."""
+    """Raises UserError unless user and assistant alternate, after a system prompt if any."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
-    fits = turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
-    require(fits, where, f"wanted user, assistant, ..., user; found {json.dumps(roles)[:60]}")
+    alternate = turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+    found = json.dumps(roles)[:60]
+    require(alternate, where, f"roles must be user, assistant, ..., user; found {found}")
 
 
-def check_ledger_fields(row):
-    """ValueError where what `generate.py` adds to a row is of another kind."""
-    ids = row.get("reference_ids", []) + row.get("rationale_ids", [])
-    check_ids(ids, 2**31, row["where"])
-    text = row.get("rationale")
-    row["rationale"] = "" if text is None else as_text(text, row["where"], "the rationale", True)
+def is_ledger(fields):
+    return not fields.keys().isdisjoint(ID_FIELDS)
 
 
-def read_template(value):
-    """--template: a file's text, or the text itself with \\n for a line break."""
+def read_ledger_fields(row: Row, fields):
+    """Fills in the rationale, and what generate.py adds to a row."""
+    where = row.where
+    row.rationale = read_field(fields, "rationale", str, where, "")
+    if not is_ledger(fields):
+        return
+    for name in (*ID_FIELDS, "tokenizer", "finish", "status"):
+        fault = f'a ledger row without "{name}", of an older version; write it again by generate.py'
+        require(name in fields, where, fault)
+        kind = list if name in ID_FIELDS else str
+        setattr(row, name, read_field(fields, name, kind, where))
+    for name in ID_FIELDS:
+        check_ids(getattr(row, name), 2**31, where)
+    require(row.finish in ("eos", "length"), where, '"finish" must be "eos" or "length"')
+    for name in PROMPT_FIELDS:
+        setattr(row, name, read_field(fields, name, str, where, None))
+
+
+def read_template(value: str | None) -> str | None:
+    """--template: a text that has {source}, else the file that holds one."""
     if value is None:
         return None
-    text = unescape(value)
-    if "{source}" not in value and len(value) < 256 and Path(value).is_file():
-        text = read_text(value).removesuffix("\n")
+    text = unescape(value) if "{source}" in value else read_text(value).removesuffix("\n")
     unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
-    fault = "must name {source}, and no more than {source_lang} and {target_lang}"
+    fault = "must have {source}, and nothing in braces but {source_lang} and {target_lang}"
     require("{source}" in text and not unknown, f"--template {value[:60]}", fault)
     return text
 
@@ -621,166 +1004,124 @@ def unescape(text):
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-# 4. Ledgers: rows that survive a kill, written by any number of ranks
+# 4. Folders that a run owns
+
+MARK = {"program": "RaDis"}  # in a settings file: by it a folder or a ledger is known as ours
+NOT_COMPARED = ("model", "versions", "program")  # recorded only
+LOCK = ".lock"
 
 
-def meta_path(ledger):
-    """Where the settings of a ledger stand: beside it, as NAME.meta.json."""
-    return Path(str(ledger).removesuffix(".jsonl") + ".meta.json")
+def is_own(file) -> bool:
+    """Whether a settings file was written by these scripts."""
+    if not file.is_file() or file.is_symlink():
+        return False
+    try:
+        return read_object(file).items() >= MARK.items()
+    except UserError:
+        return False
 
 
-def read_meta(ledger):
-    """The settings that a ledger was written with; {} for other files."""
-    file = meta_path(ledger)
-    meta = read_object(file) if file.exists() else {}
-    for name in ("system", "template"):
-        fits = isinstance(meta.get(name), str | None)
-        require(fits, file, f"{name} must be text or null; put the old file back")
-    return meta
+@contextmanager
+def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPARED):
+    """Holds `folder` for this run alone within the block -> whether it was there before.
+
+    The folder is created with its settings file `name`, or recognized by it; any other folder that
+    is not empty is refused. All ranks call it; rank 0 looks and writes. defaults: the values of
+    settings that an older file lacks. Raises UserError for a setting (except the `free` ones) that
+    was another, and if another process holds the folder.
+    """
+    known = [False]
+    lock = None
+    if dist.get_rank() == 0:
+        require_own_or_empty(folder, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(folder)
+        require_own_or_empty(folder, name)  # nothing was put there meanwhile
+        file = folder / name
+        known[0] = file.exists()
+        if known[0]:
+            require_same(file, (defaults or {}) | read_object(file), settings, free)
+        else:
+            write_text(file, json.dumps(MARK | settings, indent=2))
+    dist.broadcast_object_list(known)
+    try:
+        yield known[0]
+    finally:
+        if lock is not None:
+            (folder / LOCK).unlink(missing_ok=True)
+            os.close(lock)
 
 
-def require_same(path, old, new, free=NOT_COMPARED):
-    """ValueError names the first of the `new` settings that was another in the `old`."""
+def require_own_or_empty(folder, name):
+    """Raises UserError unless the folder is empty, missing or written by these scripts."""
+    if not folder.exists():
+        return
+    require(folder.is_dir(), folder, "is not a folder; choose another --out")
+    if not is_own(folder / name):
+        # a run may have been killed before its settings file was complete
+        others = set(os.listdir(folder)) - {LOCK, f"{name}.tmp"}
+        fault = "is not empty and not written by this script; choose another --out"
+        require(not others, folder, fault)
+    for file in (folder / LOCK, folder / f"{name}.tmp"):
+        plain = not file.is_symlink() and (file.is_file() or not file.exists())
+        require(plain, file, "is not a file of this script; choose another --out")
+
+
+def take_lock(folder):
+    """Locks a folder -> the open file that holds the lock."""
+    file = folder / LOCK
+    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # a file that the other process has just removed protects nothing
+        held = file.exists() and os.path.samestat(file.stat(), os.fstat(lock))
+    except BlockingIOError:
+        held = False
+    except OSError as e:
+        fault = f"its file system has no locks (flock: {e.strerror}); choose another --out"
+        raise UserError(f"{folder}: {fault}") from None
+    require(held, folder, "another process is writing it; wait for it, or choose another --out")
+    return lock
+
+
+def require_same(where, old, new, free=NOT_COMPARED):
+    """Raises UserError naming the first of the `new` settings that was another in the `old`."""
     for name, value in new.items():
         if name not in free and old.get(name) != value:
             was = json.dumps(old.get(name))[:60]
             now = json.dumps(value)[:60]
             fault = f"{name} was {was}, now {now}; give the old value, or choose another --out"
-            raise ValueError(f"{path}: {fault}")
+            raise UserError(f"{where}: {fault}")
 
 
-@contextmanager
-def lock(path):
-    """Rank 0 holds PATH.lock within the block: a second process is told so, by a ValueError."""
-    if dist.get_rank() > 0:
-        yield
-        return
-    path = Path(path).absolute()
-    file = path.with_name(path.name + ".lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # a file that the other process has just removed protects nothing
-            busy = not file.exists() or not os.path.samestat(file.stat(), os.fstat(handle.fileno()))
-        except BlockingIOError:
-            busy = True
-        require(not busy, path, "another process is writing it; wait for it, or change --out")
-        try:
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-
-
-def complete(path, settings, rows, produce):
-    """Makes the ledger `path`: one line a row of `rows`, in their order. Every rank calls it.
-
-    Each row has an `id` and an `input_hash`, over all that its outcome depends on besides the
-    settings. `produce(rows)` yields what becomes of them, in any order. It goes to part files, from
-    which a run that was killed goes on; the ledger itself appears whole.
-    """
-    rank = dist.get_rank()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    by_id = {}
-    for row in rows:
-        require(row["id"] not in by_id, row["where"], f"id {row['id']} stands twice in the data")
-        by_id[row["id"]] = row
-    ledger = {}
-    if path.exists():
-        file = meta_path(path)
-        require(file.exists(), path, f"has no {file.name} beside it; choose another --out")
-        require_same(file, read_object(file), settings)
-        ledger, strange = read_finished([path], by_id)
-        fault = "is missing from the data, or differs there; choose another --out"
-        require(not strange, "".join(strange[:1]), fault)
-    finished = ledger | read_finished(part_files(path, settings), by_id)[0]
-    dist.barrier()  # until all have read what is there
-    missing = [row for row in rows if row["id"] not in finished]
-    mine = missing[rank :: dist.get_world_size()]
-    if mine:
-        write_part(part_path(path, settings, str(rank)), produce(mine), by_id)
-    dist.barrier()  # until all have written their part
-    if rank == 0:
-        parts = part_files(path, settings)
-        if len(ledger) < len(rows):
-            finished = ledger | read_finished(parts, by_id)[0]
-            lines = [json.dumps(finished[id], ensure_ascii=False) for id in by_id]
-            write_text(meta_path(path), json.dumps(settings, indent=2, ensure_ascii=False))
-            write_text(path, "\n".join(lines))
-        for part in parts:
-            part.unlink()
-    dist.barrier()
-
-
-def read_finished(files, by_id):
-    """Rows by id, and the places of lines that the data has not, or has otherwise."""
-    found = {}
-    strange = []
-    for file in files:
-        text = file.read_text("utf-8", errors="replace")
-        for n, line in enumerate(text.split("\n"), 1):
-            try:
-                row = parse_json(line, file)
-                wanted = by_id[row["id"]]["input_hash"]
-                same = row["input_hash"] == wanted and row["id"] not in found
-            except (ValueError, KeyError, TypeError):  # torn by a kill, blank, or somebody's own
-                same = False
-            if same:
-                found[row["id"]] = row
-            elif line:
-                strange.append(f"{file}:{n}")
-    return found, strange
-
-
-def part_path(path, settings, rank):
-    """What one rank writes towards a ledger; the settings' hash keeps runs apart."""
-    compared = {name: x for name, x in settings.items() if name not in NOT_COMPARED}
-    return path.with_name(f"{path.name}.{short_hash(compared)}.rank{rank}")
-
-
-def part_files(path, settings):
-    """The part files of a run with these settings, on however many ranks."""
-    start = part_path(path, settings, "").name
-    files = sorted(path.parent.iterdir())
-    return [f for f in files if re.fullmatch(re.escape(start) + r"\d+", f.name)]
-
-
-def write_part(file, produced, by_id):
-    """Appends rows as they come."""
-    with open(file, "ab") as f:
-        f.write(b"\n")  # ends a line that a kill has torn
-        for row in produced:
-            row = row | {"input_hash": by_id[row["id"]]["input_hash"]}
-            f.write(finite_json(row, f"row {row['id']}").encode() + b"\n")
-            f.flush()
-
-
-def finite_json(row, where):
-    """One line. FloatingPointError if a number in it is NaN or infinite."""
+def finite_json(row, where) -> str:
+    """One line. Raises UserError if a number in it is NaN or infinite."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        fault = "a number is not finite; look at the model's weights"
-        raise FloatingPointError(f"{where}: {fault}") from None
+        fault = "a number is not finite; check the model's weights"
+        raise UserError(f"{where}: {fault}") from None
 
 
 # 5. The command line
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse whose mistakes are one line, as all our errors are."""
+    """argparse with errors of one line, as all of ours are."""
 
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number_type(kind, low, high):
-    """An argparse type: a number from `low` to `high`."""
+def number_type(kind, low, high, above=None):
+    """An argparse type: a number from `low` to `high`, and larger than `above` if that is given."""
 
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        inside = low <= value <= high and (above is None or value > above)
+        if not inside:
+            start = f"from {low}" if above is None else f"above {above}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range, {start} to {high}")
         return value
 
     parse.__name__ = kind.__name__  # as argparse calls it in a message
@@ -792,21 +1133,22 @@ VALUES = {
     "N": number_type(int, 0, 2**31),
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
+    "P": number_type(float, 0, 1, above=0),
     "TEXT": unescape,
 }
-PROMPT_OPTIONS = """
---direction DE-EN...   languages; several read two-way pairs in each
---chat auto|llama2|mistral|zephyr|chatml|plain   chat format; auto: the model's own
---system TEXT          system prompt (default: the model's own)
---template TEXT        instruction, a text or its file, with {source} {source_lang} {target_lang}
+PROMPT_OPTIONS = f"""
+--direction DE-EN...   direction of two-way pairs; several read each pair in each of them
+--chat CHAT=auto       auto: the folder's own chat template; {", ".join(NAMES)}, or a Jinja file
+--system TEXT          system prompt (default: the chat template's own)
+--template TEXT        instruction with {{source}} {{source_lang}} {{target_lang}}, or its file
 """
 
 
 def make_parser(description, options):
     """The parser of a table of options: name, value, two spaces, help.
 
-    VALUE=DEFAULT has a default, VALUE... takes several, A|B|C is a choice whose default is the
-    first, and without a value it is a switch.
+    `!` after a name: required. VALUE=DEFAULT has a default, VALUE... takes several, A|B|C is a
+    choice whose default is the first, and without a value it is a switch.
     """
     p = Arguments(description=description)
     for line in filter(None, options.split("\n")):
@@ -822,20 +1164,26 @@ def make_parser(description, options):
             settings["type"] = VALUES.get(settings["metavar"], str)
         else:
             settings["action"] = "store_true"
-        if value.endswith("..."):
-            settings |= {"nargs": "+", "default": []}
+        if value.endswith("..."):  # given again, it adds to what was given
+            settings |= {"nargs": "+", "default": [], "action": "extend"}
         if default:
             settings["default"] = default
             settings["help"] += " (default %(default)s)"
-        p.add_argument(name, **settings)
+        p.add_argument(name.removesuffix("!"), required=name.endswith("!"), **settings)
     p.set_defaults(dtype="bfloat16" if torch.cuda.is_available() else "float32")
     return p
 
 
 def cli(main, parser):
-    """Runs a script. A user's mistake ends with status 2 and one line; signals without a trace."""
+    """Runs a script: a user's mistake ends with status 2 and one line, a signal without a trace.
+
+    A mistake is a UserError, an operating system's error, memory that ran out or a lost rank.
+    Every other exception is a bug, and keeps its traceback.
+    """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     rank = int(os.environ.get("RANK", 0))
     try:
         main(parser.parse_args())
@@ -844,16 +1192,18 @@ def cli(main, parser):
         return
     except BrokenPipeError:
         os._exit(141)
-    except (ValueError, OSError, FloatingPointError, OverflowError, SafetensorError) as e:
+    except (UserError, OSError) as e:
         message = str(e)
-    except torch.OutOfMemoryError as e:
-        message = f"{str(e).split('.')[0]}; lower --micro-batch-size or --batch-size"
-    except RuntimeError as e:
-        if "gloo" not in str(e) and "NCCL" not in str(e):
+    except (MemoryError, RuntimeError) as e:
+        first_line = str(e).split("\n")[0]
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(e):
+            message = f"out of memory ({first_line}); lower --micro-batch-size or --batch-size"
+        elif isinstance(e, dist.DistError) or "gloo" in str(e):
+            message = f"lost another rank; its own message says why ({first_line})"
+        else:
             raise
-        message = "lost another rank, which has ended; its own message says why"
     if rank:
-        time.sleep(3)  # torchrun ends this rank before, if rank 0 has found the same
+        time.sleep(3)  # torchrun ends this rank before that, if rank 0 has found the same
         message = f"rank {rank}: {message}"
     message = message.replace("\n", " ")
     sys.stderr.write(f"error: {message}\n")
@@ -867,9 +1217,9 @@ def print_statistics(rows, examples, max_length):
     for name in ("prompt", "reference", "rationale"):
         n = sorted(len(getattr(example, name)) for example in examples)
         print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
-    ledger = [row for row in rows if "reference_ids" in row]
-    openings = Counter(" ".join(row["rationale"].split()[:4]) for row in ledger)
-    statuses = Counter(str(row.get("status")) for row in ledger)
+    ledger = [row for row in rows if row.rationale_ids is not None]
+    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
+    statuses = Counter(row.status for row in ledger)
     for status, n in statuses.most_common():
         print(f"{n:6} rationales of status {status}")
     for text, n in openings.most_common(5):
@@ -877,19 +1227,17 @@ def print_statistics(rows, examples, max_length):
 
 
 def print_example(example, tokenizer):
-    """One example, piece by piece, in the colours of its segments."""
+    """One example, piece by piece, in the colors of its segments."""
     print(f"row {example.id}: the prompt carries no loss, reference and rationale do")
-    for name, colour in {"prompt": 90, "reference": 32, "rationale": 34}.items():
-        pieces = ""
-        for i in getattr(example, name):
-            known = i < tokenizer.size and i not in tokenizer.added
-            pieces += tokenizer.sp.id_to_piece(i) if known else tokenizer.added.get(i, "?")
-        text = f"\033[{colour}m{pieces}\033[0m" if sys.stdout.isatty() else pieces
-        print(f"{name}, {len(getattr(example, name))} tokens: {text}")
+    tokens = tokenizer.list_tokens()
+    for name, color in {"prompt": 90, "reference": 32, "rationale": 34}.items():
+        ids = getattr(example, name)
+        pieces = "".join(tokens.get(id, "?") for id in ids)
+        text = f"\033[{color}m{pieces}\033[0m" if sys.stdout.isatty() else pieces
+        print(f"{name}, {len(ids)} tokens: {text}")
 
 
 def main(args):
-    require(args.model and args.data, "data.py", "give --model and --data")
     tokenizer = Tokenizer(args.model, args.chat)
     rows = read_rows(args.data, args.direction)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
@@ -899,15 +1247,17 @@ def main(args):
 
 
 OPTIONS = """
---model DIR         model folder (only its tokenizer is read)
---data FILE...      pairs, conversations or ledgers
---max-length COUNT=1024   tokens of a row, beyond which train.py leaves it out
+--model! DIR         model folder (only its tokenizer is read)
+--data! FILE...      pairs, conversations or ledgers
+--max-length COUNT=1024   tokens of a row; train.py drops longer ones
 --show N=0          the row to show, or the last
 """
 
 
 def parser():
-    return make_parser("Checks training data, and shows what is learnt.", OPTIONS + PROMPT_OPTIONS)
+    return make_parser(
+        "Checks training data and shows which tokens carry loss.", OPTIONS + PROMPT_OPTIONS
+    )
 
 
 if __name__ == "__main__":

@@ -156,6 +156,11 @@ class KVCache:
             x[:, to] = x[:, row]
 
 
+class Shared(NamedTuple):
+    token_at: Tensor
+    first_at: Tensor
+
+
 class Layout(NamedTuple):
     """How the tokens of one pass lie, the same for every layer."""
 
@@ -469,7 +474,7 @@ def read_header(file):
                 header.append((name, list(part.get_shape()), part.get_dtype()))
     except (SafetensorError, OSError) as e:
         text = f"{file}: not a whole safetensors file, and no other kind is read"
-        raise ValueError(f"{text} ({e})") from None
+        raise UserError(f"{text} ({e})") from None
     return header
 
 
@@ -546,10 +551,27 @@ def write_weights(parameters, file, dtype):
 # Files, for all scripts
 
 
-def require(fits, where, fault):
-    """ValueError `WHERE: FAULT` unless it fits."""
-    if not fits:
-        raise ValueError(f"{where}: {fault}")
+class UserError(ValueError):
+    """A user's mistake: one line, `WHERE: what is wrong, what to do`."""
+
+
+def require(condition, where, fault):
+    """Raises UserError `WHERE: FAULT` unless the condition holds."""
+    if not condition:
+        raise UserError(f"{where}: {fault}")
+
+
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def read_field(fields, name, kind, where, default=...):
+    value = fields.get(name)
+    if value is None:
+        require(default is not ..., where, f'"{name}" is missing; it must be {KINDS[kind]}')
+        return default
+    kinds = (int, float) if kind is float else (kind,)
+    require(type(value) in kinds, where, f'"{name}" must be {KINDS[kind]}, found {json.dumps(value)[:40]}')
+    return value
 
 
 @contextmanager
@@ -559,7 +581,7 @@ def blaming(where):
         yield
     except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as e:
         fault = f"not understood ({type(e).__name__}: {e}); the README has the forms of files"
-        raise ValueError(f"{where}: {fault}") from None
+        raise UserError(f"{where}: {fault}") from None
 
 
 def read_text(path):
@@ -568,11 +590,11 @@ def read_text(path):
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}; give a file that can be read") from None
+        raise UserError(f"{path}: {e.strerror}; give a file that can be read") from None
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
         fault = f"not UTF-8 (byte 0x{content[e.start]:02x}); convert the file"
-        raise ValueError(f"{path}:{line}: {fault}") from None
+        raise UserError(f"{path}:{line}: {fault}") from None
     require(text.strip(), path, "the file is empty")
     return text
 
@@ -586,7 +608,7 @@ def parse_json(text, path, line=1):
         return value
     except (ValueError, RecursionError) as e:
         line += getattr(e, "lineno", 1) - 1
-        raise ValueError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
+        raise UserError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
 
 
 def read_object(path):
