@@ -26,8 +26,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +40,6 @@ from data import Encoder, Tokenizer
 from model import (
     ModelConfig,
     Transformer,
-    UserError,
-    find_weights,
     flush_to_disk,
     hash_model,
     is_first_rank,
@@ -53,6 +52,7 @@ from model import (
 # settings that change speed, memory or what is written; of files, hashes are compared
 FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
     activation_checkpointing model teacher config tokenizer data versions""".split()
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 CHUNK = 2**25  # numbers of a loss in float32, on a GPU: 128 MiB a tensor
 REPEAT_S = 2  # a Ctrl-C within this time is the same one, passed on by torchrun
 
@@ -74,7 +74,7 @@ def loss_sums(model, teacher, batch):
 
 
 def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=False):
-    """Metrics of the joint loss of `examples`, shared among the ranks; `backward` adds gradients."""
+    """Metrics of the joint loss of `examples`, split among the ranks; `backward` adds gradients."""
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
@@ -106,10 +106,10 @@ def cross_entropy(logits, targets):
     """-log P of each target [n] under logits [n, V], and its gradient [n, V]."""
     log_probs = logits.float().log_softmax(-1)
     targets = targets[:, None]
-    losses = -log_probs.gather(-1, targets)[:, 0]
-    probs = log_probs.exp()
-    gradient = probs.scatter_add_(1, targets, -torch.ones_like(probs[:, :1]))
-    return losses, gradient  # P - onehot(target)
+    losses = -log_probs.gather(1, targets)  # [n, 1]
+    gradient = log_probs.exp()
+    gradient.scatter_add_(1, targets, -torch.ones_like(losses))  # P - onehot(target)
+    return losses[:, 0], gradient
 
 
 def kl_divergence(logits, teacher_logits):
@@ -154,32 +154,28 @@ def in_chunks(loss, logits, targets):
     return losses
 
 
-def train_step(model, teacher, optimizer, examples, rate, max_grad_norm, micro_batch_size, weight):
-    """One optimizer step -> its metrics. UserError, before a weight changes, if one is NaN."""
-    line = joint_loss(model, teacher, examples, micro_batch_size, weight, backward=True)
-    # foreach: DTensors would be scaled one by one
-    norm = torch.nn.utils.clip_grad_norm_(
-        model.parameters(), max_grad_norm or math.inf, foreach=True
-    )
+def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
+    """One optimizer step -> its metrics. Raises UserError, and changes nothing, if it has a NaN."""
+    line = compute_loss(examples, backward=True)
+    parameters = model.parameters()
+    # foreach: by default DTensors are scaled one by one
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf, foreach=True)
     norm = norm.full_tensor().item()
-    if not math.isfinite(line["loss"]) or not math.isfinite(norm):
-        ids = [example.id for example in examples[:8]]
-        fault = f"loss {line['loss']}, gradient norm {norm}"
-        raise UserError(f"{fault}; lower --learning-rate, or check the rows {ids}")
+    ids = [example.id for example in examples]
+    fault = f"loss {line['loss']}, gradient norm {norm}; lower --learning-rate, or check these rows"
+    require(math.isfinite(line["loss"] + norm), f"rows {str(ids)[:80]}", fault)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # so that its time can be taken
     return line | {"learning_rate": rate, "grad_norm": norm}
 
 
 @torch.no_grad()
-def validate(model, teacher, valid, step, out, micro_batch_size, weight):
+def validate(compute_loss, model, valid, step, out):
     """Records the loss on each set of `valid`."""
     for name, examples in valid.items():
-        line = joint_loss(model, teacher, examples, micro_batch_size, weight)
+        line = compute_loss(examples)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
         record(line, out)
         say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
@@ -221,7 +217,7 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     after = step - warmup_steps
-    progress = after / max(steps - warmup_steps, 1)  # from 0 to just under 1
+    progress = after / (steps - warmup_steps)  # from 0 to just under 1
     timescale = warmup_steps or 10_000  # as in transformers' get_inverse_sqrt_schedule
     factors = {
         "constant": 1.0,
@@ -230,6 +226,11 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
         "inverse_sqrt": math.sqrt(timescale / (timescale + after)),
     }
     return peak * factors[schedule]
+
+
+def is_due(step, every):
+    """Whether something that is done every few steps (0: never) is done after this one."""
+    return every > 0 and step % every == 0
 
 
 def read_examples(files, directions, encoder, config, max_length):
@@ -274,14 +275,14 @@ def named_files(items):
 # 3. The model, in shards
 
 
-def load_sharded(folder, config, dtype, device, compiled, frozen=False):
-    """A model of which each rank holds a part; without a folder its weights are not set.
+def make_sharded(source, dtype, device, compiled, frozen=False):
+    """A model without weights yet, of which each rank will hold a part.
 
-    Its weights, gradients and their sums are float32, and it computes in `dtype`. A `frozen` one,
-    a teacher, has weights of `dtype`.
+    It computes in `dtype`, and has weights and gradients in float32; a `frozen` one, a teacher, has
+    weights in `dtype`.
     """
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(ModelConfig.from_file(source))
     if frozen:
         model = model.to(dtype).requires_grad_(False)
     if compiled:
@@ -291,20 +292,18 @@ def load_sharded(folder, config, dtype, device, compiled, frozen=False):
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     layers = model.model["layers"]
     for module in [*layers, model]:
-        # the backward pass begins with the last layer: it would be gathered again at once
-        last = module in (layers[-1], model)
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen or not last)
-    model.to_empty(device=device)
-    if folder:
-        load_weights(dict(model.named_parameters()), folder)
-    return model
+        # where the backward pass begins, parameters would be gathered again at once
+        reshard = frozen or module not in (layers[-1], model)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return model.to_empty(device=device)
 
 
 def make_optimizer(model, weight_decay):
     """AdamW; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
@@ -336,7 +335,7 @@ def checkpoint_tensors(model, optimizer):
     tensors = {}
     for name, p in model.named_parameters():
         tensors[name] = p
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     return tensors
 
@@ -348,10 +347,8 @@ def save_checkpoint(model, optimizer, out, step):
     """
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
-    tensors = checkpoint_tensors(model, optimizer)
-    save_weights(tensors, temporary, torch.float32)
+    save_weights(checkpoint_tensors(model, optimizer), temporary, torch.float32)
     if is_first_rank():
-        find_weights(temporary, tensors)  # reads the headers
         shutil.copyfile(out / "metrics.jsonl", temporary / "metrics.jsonl")
         flush_to_disk(temporary / "metrics.jsonl")
         temporary.rename(folder)
@@ -364,53 +361,47 @@ def remove_checkpoints(out, kept=None):
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
             shutil.rmtree(folder)
-    if not any(out.glob("checkpoint/*")):
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    with suppress(OSError):  # there is none, or it is not empty
+        (out / "checkpoint").rmdir()
 
 
 def load_checkpoint(model, optimizer, out):
     """Restores the newest whole checkpoint -> its step, 0 where there is none."""
     names = [folder.name.removeprefix("step-") for folder in out.glob("checkpoint/step-*")]
-    step = max((int(name) for name in names if name.isdecimal()), default=0)
-    step = from_first_rank(step)
+    step = from_first_rank(max((int(name) for name in names if name.isdecimal()), default=0))
     folder = out / "checkpoint" / f"step-{step}"
     metrics = out / "metrics.jsonl"
     if is_first_rank():
         metrics.unlink(missing_ok=True)
+        if step:
+            shutil.copyfile(folder / "metrics.jsonl", metrics)
     if step:
         for p in model.parameters():
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)} | moments
+            state = {moment: torch.zeros_like(p) for moment in MOMENTS}
+            optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
         load_weights(checkpoint_tensors(model, optimizer), folder)
-        if is_first_rank():
-            shutil.copyfile(folder / "metrics.jsonl", metrics)
     return step
 
 
 def export(model, tokenizer, folder, dtype):
-    """Writes a model folder with the tokenizer's files; config.json, the last, says it is whole."""
-    temporary = folder / "export.tmp"  # within, so on the same file system
-    model.save_pretrained(temporary, dtype)
+    """Writes a model folder with the tokenizer's files; config.json comes last: it is complete."""
     if is_first_rank():
+        (folder / "config.json").unlink(missing_ok=True)  # of an export before the run was resumed
         for name, content in tokenizer.files.items():
-            file = temporary / name
-            file.parent.mkdir(exist_ok=True)
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
             flush_to_disk(file)
-        paths = [file for file in temporary.rglob("*") if file.is_file()]
-        for file in sorted(paths, key=lambda file: file.name == "config.json"):
-            target = folder / file.relative_to(temporary)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
-        shutil.rmtree(temporary)
+    model.save_pretrained(folder, dtype)
     dist.barrier()
 
 
 def settings_of(args, examples):
-    """What args.json records; the content of files as hashes."""
-    rows = [[e.id, e.prompt, e.reference, e.rationale] for e in examples]
-    data_hash = data.short_hash(rows)
-    require(data_hash == from_first_rank(data_hash), args.data[0], "is not the same on all ranks")
+    """The content of args.json; of data and weights hashes are compared, not the paths."""
+    data_hash = data.short_hash([vars(example) for example in examples])
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, data_hash)
+    require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
     return vars(args) | {
         "data_hash": data_hash,
         "start_hash": hash_model(args.model or args.config),
@@ -463,52 +454,54 @@ def print_step(line, steps):
     say(f"{line['step']:6}/{steps}  {losses}  {rate}  {cost}")
 
 
-def run(args, out, config, tokenizer, examples, valid, noted):
+def run(args, device, out, tokenizer, examples, valid, noted):
     """Trains from the newest checkpoint in `out` to the end, or until a signal is noted."""
     # 1. model, teacher and optimizer
-    _, world_size, device = start_processes()
     dtype = getattr(torch, args.dtype)
-    model = load_sharded(args.model, config, dtype, device, args.compile)
+    model = make_sharded(args.model or args.config, dtype, device, args.compile)
     model.activation_checkpointing = args.activation_checkpointing
-    if args.config:
+    if args.model:
+        load_weights(dict(model.named_parameters()), args.model)
+    else:
         model.initialize(args.seed)
     teacher = None
     if args.teacher:
-        teacher = load_sharded(args.teacher, config, dtype, device, args.compile, frozen=True)
+        teacher = make_sharded(args.teacher, dtype, device, args.compile, frozen=True)
+        load_weights(dict(teacher.named_parameters()), args.teacher)
     optimizer = make_optimizer(model, args.weight_decay)
+
+    # 2. the steps
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count:,} parameters on {dist.get_world_size()} x {device.type}, {steps} steps")
     warmup_steps = args.warmup_steps
     if warmup_steps is None:
         warmup_steps = math.ceil(0.03 * steps)
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters on {world_size} x {device.type}, {steps} steps")
-
-    # 2. the steps
-    loss_settings = {"micro_batch_size": args.micro_batch_size, "weight": args.rationale_weight}
+    settings = {"micro_batch_size": args.micro_batch_size, "weight": args.rationale_weight}
+    compute_loss = partial(joint_loss, model, teacher, **settings)
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
-        validate(model, teacher, valid, 0, out, **loss_settings)
+        validate(compute_loss, model, valid, 0, out)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
         batch = batch_of(examples, step - 1, args.batch_size, args.seed)
         rate = learning_rate(step - 1, steps, args.learning_rate, warmup_steps, args.schedule)
-        line = train_step(
-            model, teacher, optimizer, batch, rate, args.max_grad_norm, **loss_settings
-        )
-        line = {"step": step} | line | {"seconds": time.perf_counter() - start}
-        line["memory_gib"] = memory_gib()
+        line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
+        cost = {"seconds": time.perf_counter() - start, "memory_gib": memory_gib()}
+        line = {"step": step} | line | cost
         record(line, out)
         print_step(line, steps)
-        if step == steps or (args.valid_every and step % args.valid_every == 0):
-            validate(model, teacher, valid, step, out, **loss_settings)
-        if args.export_every and step % args.export_every == 0:
+        if step == steps or is_due(step, args.valid_every):
+            validate(compute_loss, model, valid, step, out)
+        if is_due(step, args.export_every):
             export(model, tokenizer, out / f"step-{step}", dtype)
+        if step == steps:
+            break
         stop = torch.tensor(max(noted, default=0))  # the signal's number
         dist.all_reduce(stop, dist.ReduceOp.MAX)  # a signal to one rank stops all
-        due = args.save_every and step % args.save_every == 0
-        if step < steps and (stop or due):
+        if stop or is_due(step, args.save_every):
             save_checkpoint(model, optimizer, out, step)
-        if step < steps and stop:
+        if stop:
             say(f"stopped by a signal after step {step}; continue it with --resume")
             sys.exit(128 + stop.item())
     export(model, tokenizer, out, dtype)
@@ -518,7 +511,7 @@ def run(args, out, config, tokenizer, examples, valid, noted):
 def main(args):
     # 1. processes; a rank waits while others write the checkpoint of a large model
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths vary
-    start_processes(timedelta(hours=2))
+    _, _, device = start_processes(timedelta(hours=2))
 
     # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
@@ -531,24 +524,26 @@ def main(args):
         data.require_vocabulary(args.teacher, tokenizer, config)
     # at weight 0 the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
-    encoder = Encoder(tokenizer, args.template, args.system, coverage, args.only_ok)
-    examples = read_examples(args.data, args.direction, encoder, config, args.max_length)
-    valid = {}
-    for name, file in named_files(args.valid).items():
-        valid[name] = read_examples([file], args.direction, encoder, config, args.max_length)
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    reading = {"directions": args.direction, "encoder": encoder, "config": config}
+    read = partial(read_examples, **reading, max_length=args.max_length)
+    examples = read(args.data)
+    valid = {name: read([file]) for name, file in named_files(args.valid).items()}
     gc.freeze()  # or every collection would visit all ids
 
     # 3. the folder, of which no other process has the lock
     out = Path(args.out).resolve()
     settings = settings_of(args, examples)
-    with data.claim(out, "args.json", settings, FREE) as known, noted_signals() as noted:
+    defaults = {name: parser().get_default(name) for name in vars(args)}
+    claim = data.claim(out, "args.json", settings, defaults, FREE)
+    with claim as known, noted_signals() as noted:
         fault = "holds a run; continue it with --resume, or choose another --out"
         require(args.resume or not known, out, fault)
         if from_first_rank((out / "config.json").exists()):
-            shutil.rmtree(out / "export.tmp", ignore_errors=True)
             say(f"{out}: this run is finished")
         else:
-            run(args, out, config, tokenizer, examples, valid, noted)
+            run(args, device, out, tokenizer, examples, valid, noted)
         if is_first_rank():
             remove_checkpoints(out)
 
@@ -558,9 +553,9 @@ OPTIONS = """
 --config FILE            config.json of a model with random weights; needs --tokenizer
 --tokenizer DIR          folder with tokenizer.model (default: --model)
 --teacher DIR            model folder; its distribution is the target of rationale tokens
---data FILE...           ledgers, pairs and conversations, in any mixture
+--data! FILE...          ledgers, pairs and conversations, in any mixture
 --valid FILE...          validation sets; NAME=FILE gives one a name
---out DIR                folder for the model, its metrics and checkpoints
+--out! DIR               folder for the model, its metrics and checkpoints
 --resume                 continue the run in --out
 --rationale-weight NUMBER=1.0    w in the loss; 0 is vanilla fine-tuning
 --rationale-coverage SHARE=1.0   share of the rationales that is used
