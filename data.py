@@ -16,6 +16,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import argparse
+import bisect
 import fcntl
 import functools
 import hashlib
@@ -388,18 +389,20 @@ class Tokenizer:
         self.eos_id = self.named_id("eos_token")
         self.adds_bos = self.bos_id is not None and self.read_adds_bos(config, where)
         self.stop_ids = self.read_stop_ids()
-        self.chat_option = None if chat == "auto" else chat
         self.template = self.read_template(chat, config)
         self.template_hash = short_hash(self.template)
+        self.chat_option = None if chat == "auto" else chat if chat in NAMES else self.template_hash
         if self.chat_option:
             self.files["chat_template.jinja"] = self.template.encode()
 
         # ids that text never becomes, and that are not decoded: special tokens, and other added
-        # ones that the template writes or that end an answer
+        # ones that end an answer or that the template writes (words, digits and white space aside)
         self.control = set()
         for text, token in self.added.items():
             ends = token.id in (self.eos_id, *self.stop_ids)
-            if token.special or ends or text in (self.template or ""):
+            mark = len(text) > 2 and re.search(r"[^\w\s]", text)
+            written = mark and text in (self.template or "")
+            if token.special or ends or written:
                 self.control.add(token.id)
         broken = [re.escape(x) for x in self.added if self.added[x].id in self.control]
         self.control_pattern = re.compile("(?=" + ("|".join(broken) or "(?!)") + ")")
@@ -419,15 +422,14 @@ class Tokenizer:
     def load_sentencepiece(self, add_prefix_space):
         file = self.folder / "tokenizer.model"
         proto = self.files.get("tokenizer.model")
-        require(proto is not None, file, "not found; a model folder needs a SentencePiece model")
-        tiktoken = re.match(rb"[\w+/]+=* \d+\n[\w+/]+=* \d+\n", proto)
-        require(not tiktoken, file, "this is byte-level BPE (tiktoken); only SentencePiece is read")
+        require(proto, file, "missing or empty; a model folder needs a SentencePiece model")
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
             # normalizer_spec.add_dummy_prefix = false: no space before a text, which continues one
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
-            raise UserError(f"{file}: not a SentencePiece model; download it again") from None
+            fault = "not a SentencePiece model; byte-level BPE (tiktoken, Llama 3) is not supported"
+            raise UserError(f"{file}: {fault}") from None
         if not add_prefix_space:
             self.sp = self.sp_within
         self.size = len(self.sp)
@@ -447,63 +449,57 @@ class Tokenizer:
             require(isinstance(fields, dict), where, "an added token must be an object")
             text = read_field(fields, "content", str, where)
             require(text, where, "an added token must not be empty")
-            special = read_field(fields, "special", bool, where, False)
             if id < self.size:
                 piece = sp.id_to_piece(id)
                 fault = f"the added token {text!r} has the id of {piece!r} in tokenizer.model"
                 require(text == piece, where, fault)
                 text = text.replace("▁", " ")
-                if text not in added:  # a piece like any other: it stays text, whatever a file says
+                if text not in added:  # a piece like any other: it is text, whatever a file says
                     continue
-                special = special or added[text].special
-            known = added.get(text)
-            require(known is None or known.id == id, where, f"{text!r} has two ids; keep one")
+            known = added.get(text, AddedToken(id, special=False))
+            require(known.id == id, where, f"{text!r} has two ids; keep one")
             flags = {}
-            for name in ("lstrip", "rstrip", "single_word"):
+            for name in ("special", "lstrip", "rstrip", "single_word"):
                 flags[name] = read_field(fields, name, bool, where, False)
-            added[text] = AddedToken(id, special, **flags)
+            flags["special"] |= known.special
+            added[text] = AddedToken(id, **flags)
         return added
 
     def list_added_tokens(self, config):
-        """-> FILE, id and fields of each token that a file adds. Files as in transformers."""
+        """-> FILE, id and fields of each token that a file adds; files as in transformers."""
         where = self.folder / "tokenizer_config.json"
         if "added_tokens_decoder" in config:
             for id, fields in read_field(config, "added_tokens_decoder", dict, where).items():
-                yield where, int(id) if re.fullmatch(r"\d{1,9}", id) else id, fields
+                yield where, int(id) if re.fullmatch(r"[0-9]{1,9}", id) else id, fields
             return
         for text, id in self.read_json("added_tokens.json").items():
             yield self.folder / "added_tokens.json", id, {"content": text}
         where = self.folder / "tokenizer.json"
         for fields in read_field(self.read_json("tokenizer.json"), "added_tokens", list, where, []):
-            require(isinstance(fields, dict), where, "an added token must be an object")
-            yield where, fields.get("id"), fields
+            yield where, fields.get("id") if isinstance(fields, dict) else None, fields
 
     def read_named_tokens(self, config, where) -> dict[str, str]:
         """Special tokens by their names (bos_token ...), which become special in `added`."""
         sp = self.sp
-        named = {}
         defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
-        for name, id in defaults.items():
-            if name not in config and id >= 0:
-                named[name] = sp.id_to_piece(id)
+        named = {name: sp.id_to_piece(id) for name, id in defaults.items() if id >= 0}
         for name, value in config.items():
-            if name in defaults or (name.endswith("_token") and isinstance(value, str | dict)):
+            if name.endswith("_token") and not name.startswith("add_"):
                 text = value.get("content") if isinstance(value, dict) else value
-                require(isinstance(text, str | None), where, f"{name} must be text or null")
-                if text is not None:
-                    named[name] = text
+                named[name] = text
+        named = {name: text for name, text in named.items() if text is not None}
         extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        texts = [(text, name not in UNUSED_TOKENS, name) for name, text in named.items()]
-        for text in extra.values() if isinstance(extra, dict) else extra:
-            text = text.get("content") if isinstance(text, dict) else text
-            texts.append((text, True, "a special token"))
-        for text, needed, name in texts:
-            require(isinstance(text, str), where, "special tokens must be texts")
-            if needed and text not in self.added and sp.piece_to_id(text) != sp.unk_id():
-                self.added[text] = AddedToken(sp.piece_to_id(text))
-            known = text in self.added
-            require(known or not needed, where, f"{name} is {text!r}, which the vocabulary lacks")
-            if known:
+        for i, value in enumerate(extra.values() if isinstance(extra, dict) else extra):
+            text = value.get("content") if isinstance(value, dict) else value
+            named[f"special token {i}"] = text
+        for name, text in named.items():
+            require(isinstance(text, str), where, f"{name} must be text")
+            id = sp.piece_to_id(text)
+            if text not in self.added and name not in UNUSED_TOKENS:
+                fault = f"{name} is {text!r}, which the vocabulary lacks"
+                require(id != sp.unk_id(), where, fault)
+                self.added[text] = AddedToken(id)
+            if text in self.added:
                 self.added[text] = replace(self.added[text], special=True)
         return named
 
@@ -543,16 +539,15 @@ class Tokenizer:
         for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
             if name in self.files:
                 return read_text(self.folder / name)
-        where = self.folder / "tokenizer_config.json"
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            require(all(isinstance(x, dict) for x in template), where, "chat_template: bad list")
-            template = {x.get("name"): x.get("template") for x in template}
-        if isinstance(template, dict):
-            fault = 'chat_template has no "default"; choose one and give it by --chat FILE'
-            require("default" in template, where, fault)
-            template = template["default"]
-        require(isinstance(template, str | None), where, "chat_template must be text")
+            named = [x for x in template if isinstance(x, dict) and x.get("name") == "default"]
+            template = named[0].get("template") if named else 0
+        fault = (
+            "chat_template must be text, or a list that has a default; choose one by --chat FILE"
+        )
+        where = self.folder / "tokenizer_config.json"
+        require(isinstance(template, str | None), where, fault)
         return template or None
 
     @functools.cached_property
@@ -604,7 +599,9 @@ class Tokenizer:
                 continue
             sp = self.sp if space else self.sp_within
             encoded = sp.encode(part.replace(guard, ""))
-            if not self.control.isdisjoint(encoded):  # SentencePiece itself finds tokens in the text
+            if not self.control.isdisjoint(
+                encoded
+            ):  # SentencePiece itself finds tokens in the text
                 encoded = []
                 for piece in part.split(guard):
                     for id in sp.encode(piece):
@@ -811,15 +808,12 @@ def read_json(path) -> list[tuple[str, dict]]:
     text = read_text(path)
     rows = []
     if text.lstrip().startswith("["):
-        values = parse_json(text, path)
-        line = 1
-        start = text.index("[") + 1
-        for value in values:  # decoded a second time, to know its line
-            row_start = re.compile(r"[\s,]*").match(text, start).end()
-            line += text.count("\n", 0 if line == 1 else start, row_start)
-            start = json.JSONDecoder().raw_decode(text, row_start)[1]
-            rows.append((f"{path}:{line}", value))
-            line += text.count("\n", row_start, start)
+        line_ends = [match.start() for match in re.finditer("\n", text)]
+        end = text.index("[") + 1
+        for row in parse_json(text, path):  # each is decoded once more, to know its line
+            start = re.compile(r"[\s,]*").match(text, end).end()
+            end = json.JSONDecoder().raw_decode(text, start)[1]
+            rows.append((f"{path}:{bisect.bisect(line_ends, start) + 1}", row))
     else:
         lines = text.split("\n")
         pretty = lines[0].strip() == "{"
@@ -878,7 +872,8 @@ def check_languages(way, where):
     for language in way:
         known = known and isinstance(language, str) and language in LANGUAGES
     found = json.dumps(way)[:40]
-    require(known, where, f"two language codes are needed, such as de-en; found {found}")
+    fault = f"two languages are needed, such as --direction de-en; found {found}"
+    require(known, where, fault)
 
 
 def read_id(fields, where, place):
@@ -926,26 +921,23 @@ def read_pair(fields, where, way, ways) -> Row:
 def read_conversation(fields, where, prompts) -> Row:
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
     ledger = is_ledger(fields)
-    if "messages" in fields:
+    if fields.get("messages") is not None:
         messages = read_field(fields, "messages", list, where)
     else:
-        asked = fields
         if "turns" in fields and "prompt" not in fields:
-            asked = {"prompt": read_field(fields, "turns", list, where)[:1]}
-            asked["prompt"] = asked["prompt"][0] if asked["prompt"] else None
-        messages = [{"role": "user", "content": text_field(asked, "prompt", where)}]
+            first = read_field(fields, "turns", list, where)[:1]
+            fields = fields | {"prompt": first[0] if first else None}
+        messages = [{"role": "user", "content": text_field(fields, "prompt", where)}]
         if "response" in fields:
-            messages.append({"role": "assistant", "content": fields["response"]})
+            answer = text_field(fields, "response", where, ledger)
+            messages.append({"role": "assistant", "content": answer})
     turns = []
-    for i, message in enumerate(messages):
+    for message in messages:
         require(isinstance(message, dict), where, "a message must be an object")
         role = read_field(message, "role", str, where)
-        last = i == len(messages) - 1
-        # a system prompt may be empty, and so may the answer of a ledger: nothing was said
-        blank = role == "system" or (ledger and last)
-        name = "response" if last and "response" in fields else "content"
-        text = text_field({name: message.get("content")}, name, where, blank)
-        turns.append({"role": role, "content": text})
+        # a system prompt may be empty, and in a ledger an answer: the model said nothing
+        blank = role == "system" or (ledger and role == "assistant")
+        turns.append({"role": role, "content": text_field(message, "content", where, blank)})
     reference = ""
     if turns and turns[-1]["role"] == "assistant":
         reference = turns.pop()["content"]

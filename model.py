@@ -222,7 +222,7 @@ class Attention(nn.Module):
         k = self.k_proj(x)
         v = self.v_proj(x)
         if shared:
-            new, same = shared
+            same, new = shared
             # unlike z[0][same], its backward pass sums in one order on any number of threads
             q, k, v = (F.embedding(same, z[0]) for z in (q, k, v))  # [B, T, heads * D]
         shape = (*q.shape[:2], -1, self.head_dim)
@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         With `shared`, of `data.share`, tokens [1, U] are read once for all rows that begin with
         them; attention alone sees the rows, and its `same` [B, T] has their shape.
         """
-        same = shared[1] if shared else tokens  # [B, T]
+        same = shared.token_at if shared else tokens  # [B, T]
         if positions is None:
             positions = torch.arange(same.shape[1], device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
