@@ -535,7 +535,7 @@ def main(args):
     # 3. the folder, of which no other process has the lock
     out = Path(args.out).resolve()
     settings = settings_of(args, examples)
-    defaults = {name: parser().get_default(name) for name in vars(args)}
+    defaults = vars(parser().parse_args(["--data=", "--out="]))
     claim = data.claim(out, "args.json", settings, defaults, FREE)
     with claim as known, noted_signals() as noted:
         fault = "holds a run; continue it with --resume, or choose another --out"
