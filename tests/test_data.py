@@ -362,19 +362,15 @@ def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, tmp_path):
 
 
 CHANGED_PROMPTS = {
-    # options when the ledger was written, options now -> the option that is named, if any
-    "the same template": ({"template": TO}, {"template": TO}, None),
-    "the default template": ({}, {"template": data.TEMPLATE}, None),
-    "another template": ({}, {"template": TO}, "--template"),
-    "the default for another template": (
-        {"template": TO},
-        {"template": data.TEMPLATE},
-        "--template",
-    ),
-    "the same system prompt": ({"system": BRIEF}, {"system": BRIEF}, None),
-    "a new system prompt": ({}, {"system": BRIEF}, "--system"),
-    "a new empty system prompt": ({}, {"system": ""}, "--system"),
-    "another system prompt": ({"system": BRIEF}, {"system": ""}, "--system"),
+    # options when the ledger was written, options now -> whether they give the same prompt
+    "the same template": ({"template": TO}, {"template": TO}, True),
+    "the default template": ({}, {"template": data.TEMPLATE}, True),
+    "another template": ({}, {"template": TO}, False),
+    "the default for another": ({"template": TO}, {"template": data.TEMPLATE}, False),
+    "the same system prompt": ({"system": BRIEF}, {"system": BRIEF}, True),
+    "a new system prompt": ({}, {"system": BRIEF}, False),
+    "a new empty system prompt": ({}, {"system": ""}, False),
+    "another system prompt": ({"system": BRIEF}, {"system": ""}, False),
 }
 
 
@@ -384,34 +380,33 @@ CHANGED_PROMPTS = {
 def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
     tokenizer, tmp_path, name, other, edited
 ):
-    written, now, option = CHANGED_PROMPTS[name]
-    rows = ledger_of(tmp_path, tokenizer, **written)
+    written, now, same = CHANGED_PROMPTS[name]
+    [row, *_] = ledger_of(tmp_path, tokenizer, **written)
+    pair = PAIRS[0]
     if other:
-        rows = [row | {"tokenizer": "another"} for row in rows]
+        row["tokenizer"] = "another"
     if edited:
-        rows = [row | {"source": "Das Schiff."} for row in rows]
-    if option is None:
-        asked = [row | {"rationale": ""} for row in rows]
-        plain = [{name: row[name] for name in PAIRS[0]} for row in asked]
-        for old, new in zip(rows, plain):
-            same = example_of(tmp_path, old, tokenizer, **now).prompt
-            assert same == example_of(tmp_path, new, tokenizer, **now).prompt
+        row["source"] = "Das Schiff."
+        pair = pair | {"source": "Das Schiff."}
+    if same:
+        prompt = example_of(tmp_path, row, tokenizer, **now).prompt
+        assert prompt == example_of(tmp_path, pair, tokenizer, **now).prompt
     else:
-        fault = fault_of(examples_of, tmp_path, rows, tokenizer, **now)
+        fault = fault_of(example_of, tmp_path, row, tokenizer, **now)
         assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
-        assert f"another {option}" in fault
+        assert "another --template or --system" in fault
 
 
 def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused(
     folder, tokenizer, tmp_path
 ):
     file = write(tmp_path / "chatml.jinja", CHATML)
-    ledgers = [ledger_of(tmp_path, tokenizer)]
+    [row, *_] = ledger_of(tmp_path, tokenizer)
     for chat in (str(file), "chatml"):
         same = Tokenizer(folder, chat)
-        assert example_of(tmp_path, ledgers[0][0], same).prompt == ledgers[0][0]["prompt_ids"]
+        assert example_of(tmp_path, row, same).prompt == row["prompt_ids"]
     for chat in ("plain", "vicuna"):
-        fault = fault_of(examples_of, tmp_path, ledgers[0], Tokenizer(folder, chat))
+        fault = fault_of(example_of, tmp_path, row, Tokenizer(folder, chat))
         assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
         assert "another --chat" in fault
 
@@ -440,7 +435,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
 
 def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(tokenizer, tmp_path):
     [row, *_] = ledger_of(tmp_path, tokenizer)
-    for name in row.keys() - PAIRS[0].keys() - {"id", "logprob"}:
+    for name in sorted(row.keys() - PAIRS[0].keys() - {"id", "logprob"}):
         fields = {field: value for field, value in row.items() if field != name}
         fault = fault_of(rows_of, tmp_path, [fields])
         assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
@@ -452,3 +447,440 @@ def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, tmp_path):
     fields = {"finish": "length", "status": "draft", "tokenizer": 3, "system": ["x"]}
     example = example_of(tmp_path, PAIRS[0] | fields, tokenizer)
     assert example == example_of(tmp_path, PAIRS[0], tokenizer)
+
+
+# 3. Chat templates: a folder's own is rendered as transformers renders it
+
+# one construct each
+TEMPLATES = {
+    "a loop": """
+{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% else %}
+{{ '<|assistant|>\n' + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    "a default system prompt in a variable": """
+{%- if messages[0].role == 'system' -%}
+    {%- set system = messages[0].content -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = 'You mend boats.' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{ bos_token + system }}
+{%- for turn in turns -%}
+    {{ ' ' + turn.role | upper + ': ' + turn.content }}
+    {{- eos_token + '\n' if turn.role == 'assistant' }}
+{%- endfor -%}
+{{ ' ASSISTANT:' if add_generation_prompt }}""",
+    "a namespace, and quotation marks": """
+{%- set chat = namespace(system='You\\'re "Bo", who mends boats.') -%}
+{%- for message in messages if message.role == 'system' -%}
+{%- set chat.system = message.content -%}
+{%- endfor -%}
+<|im_start|>system
+{{ chat.system }}<|im_end|>
+{% for message in messages if message.role != 'system' %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}""",
+    "a macro": """
+{%- macro turn(role, text) -%}
+<|im_start|>{{ role }}
+{{ text }}<|im_end|>
+{% endmacro -%}
+{{ bos_token }}
+{%- for message in messages -%}
+{{ turn(message.role, message.content) }}
+{%- endfor -%}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "filters": """
+{%- for message in messages -%}
+{{ bos_token if loop.first }}### {{ message.role | title }}:
+{{ message.content | trim }}
+
+{% endfor -%}
+{{ '### Answer:' if add_generation_prompt }}""",
+    "the system prompt in the last turn": """
+{{- bos_token -}}
+{% set start = namespace(system='') %}
+{% if messages[0].role == 'system' %}
+{% set start.system = messages[0].content + '\n\n' %}
+{% set messages = messages[1:] %}
+{% endif %}
+{% for message in messages %}
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must alternate') }}
+{% elif message.role == 'user' %}
+{{ '[INST] ' + (start.system if loop.last else '') + message.content + ' [/INST]' }}
+{%- else %}
+{{ message.content + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "a refusal": """
+{{- bos_token -}}
+{%- if messages[0]['role'] == 'system' -%}
+{{- raise_exception('No "system" role here') -}}
+{%- endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ 'model' if message.role == 'assistant' else message.role }}
+{{ message.content | trim }}<|im_end|>
+{% endfor -%}
+<|im_start|>model
+""",
+    "loop controls": """
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}
+<|system|>{{ message.content }}
+{%- continue -%}
+{%- endif -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- if loop.last -%}
+{%- break -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|assistant|>{% endif -%}""",
+    "generation marks": """
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+<|im_start|>assistant
+{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+
+{% else -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif -%}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
+    "JSON": """
+{{- bos_token -}}
+{% for message in messages %}
+{{ {'role': message.role, 'text': message.content} | tojson }}
+{% endfor %}
+{{ messages[0] | tojson(indent=1, sort_keys=true) }}
+{{ messages[-1].content | tojson(ensure_ascii=true) }}""",
+    "the date": """
+<|im_start|>system
+Today is in {{ strftime_now('%B %Y') }}.
+{%- for message in messages if message.role == 'system' %}
+ {{ message.content }}
+{%- endfor %}<|im_end|>
+{% for message in messages if message.role != 'system' %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+<|im_start|>assistant
+""",
+    "tokens that take the space on their right": """
+{{- bos_token -}}
+{% for message in messages %}
+{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>' + '\n' -}}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|assistant|>\n' -}}
+{% else %}
+{{ eos_token -}}
+{% endif %}""",
+    "what is defined": """
+{%- if tools is none and documents is none -%}
+NO TOOLS {{ pad_token is defined }} {{ unk_token is defined }} {{ tools }}
+{%- endif -%}
+{{ cls_token }}
+{%- for message in messages -%}
+{{ message.get('name', message['role']) }}> {{ message.content ~ eos_token }}
+{%- endfor -%}
+{{ 'assistant>' if add_generation_prompt is defined and add_generation_prompt }}""",
+    "methods": """
+{%- set names = dict(user='Q', assistant='A', system='S') -%}
+{%- for message in messages[::-1] | reverse -%}
+{{ names[message.role] ~ ': ' ~ message.content.replace('\n\n', '\n').strip() ~ '\n' }}
+{%- endfor -%}
+{{ 'A: '.rstrip() }}""",
+    "a list by name": [
+        {"name": "tool_use", "template": "TOOLS {{ messages[0].content }}"},
+        {"name": "default", "template": CHATML},
+    ],
+}
+TAGS = ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>")
+WORDS = [
+    *("The harbour", "waits", "Ärger,", "naïve", "港は静かだ", "你好", "🚀", "\n", "\n\n"),
+    *("\t", "don't", '"3.14"', "привет", "<b>", "👩\u200d🚀"),  # the last: one of three characters
+]
+
+
+def added_tokens(texts, **flags) -> dict:
+    """`added_tokens_decoder` of tokenizer_config.json, with ids that follow the vocabulary's."""
+    return {str(480 + i): {"content": text, **flags} for i, text in enumerate(texts)}
+
+
+def write_llama(folder: Path, **config) -> Path:
+    """A tokenizer folder that transformers reads, too."""
+    return write_tokenizer(folder, tokenizer_class="LlamaTokenizer", **config)
+
+
+def theirs_of(folder: Path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def render_theirs(theirs, messages: list, prompt: bool = True) -> list:
+    options = {"add_generation_prompt": prompt, "return_dict": False}
+    return theirs.apply_chat_template(messages, **options)
+
+
+def random_text(r: random.Random, words: list) -> str:
+    """One to six words, never with two spaces in a row."""
+    text = "".join(r.choice(words) + r.choice(["", " "]) for _ in range(r.randint(1, 6)))
+    return text.strip() or "A boat."
+
+
+def conversations(words: list = WORDS):
+    """One turn and three, half of them with a system prompt; each with an answer."""
+    for seed in range(24):
+        r = random.Random(seed)
+        roles = ["user", "assistant"] * (seed % 4 // 2) + ["user"]
+        if seed % 2:
+            roles = ["system", *roles]
+        yield [said(role, random_text(r, words)) for role in roles], random_text(r, words)
+
+
+LEGACY = {"legacy": {"legacy": True}, "not legacy": {"legacy": False}, "unspecified": {}}
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_prompt_has_the_ids_of_transformers(tmp_path, name, legacy):
+    strip = {"rstrip": "right" in name, "lstrip": name == "loop controls"}
+    tags = added_tokens(TAGS, special=True, **strip)
+    config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
+    folder = write_llama(tmp_path, added_tokens_decoder=tags, **config)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, _ in conversations():
+        if name == "a refusal" and messages[0]["role"] == "system":
+            with pytest.raises(jinja2.TemplateError, match='No "system" role here'):
+                render_theirs(theirs, messages)
+            fault = fault_of(tokenizer.chat, messages, where="a.jsonl:7")
+            assert fault.startswith("a.jsonl:7: ")
+            assert 'No "system" role here' in fault
+        else:
+            assert tokenizer.chat(messages) == render_theirs(theirs, messages)
+
+
+CONTINUED = [
+    "a loop",
+    "a default system prompt in a variable",
+    "a macro",
+    "generation marks",
+]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", CONTINUED)
+def test_prompt_answer_and_eos_have_the_ids_of_the_whole_conversation(tmp_path, name, legacy):
+    config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
+    folder = write_llama(tmp_path, **config)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, answer in conversations():
+        ids = tokenizer.chat(messages) + tokenizer.answer(answer) + [tokenizer.end_id]
+        whole = render_theirs(theirs, [*messages, said("assistant", answer)], prompt=False)
+        assert ids == whole[: len(ids)]
+
+
+def test_where_two_spaces_meet_sentencepiece_decides(tmp_path):
+    folder = write_llama(tmp_path, chat_template="{{ bos_token + ' [INST]' }}", legacy=True)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.chat([said("user", "x")]) == [1, *tokenizer.sp.encode(" [INST]")]
+
+
+REFUSED_TEMPLATES = {
+    # a template -> the reason that transformers, too, gives
+    "an undefined value": ("{{ chat.system }}", "'chat' is undefined"),
+    "a syntax error": ("{% for %}", "Expected an expression"),
+    "an unknown tag": ("{% do 3 %}", "unknown tag 'do'"),
+    "Python's classes": ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
+    "a changed conversation": ("{{ messages.append(1) }}", "access to attribute 'append'"),
+    "private names": ("{% set x = namespace() %}{% set x._y = 1 %}", "_y"),
+    "a long range": ("{% for i in range(100001) %}{% endfor %}", "Range too big"),
+    "another file": ("{% include 'x' %}", "no loader"),
+    "a wrong type": ("{{ messages + 1 }}", "can only concatenate list"),
+    "its own text": ("{{ raise_exception('Only two turns') }}", "Only two turns"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_TEMPLATES)
+def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(tmp_path, name):
+    template, reason = REFUSED_TEMPLATES[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    [row] = rows_of(tmp_path, PAIRS[:1])
+    with pytest.raises(Exception, match=re.escape(reason)):
+        render_theirs(theirs_of(folder), [said("user", "x")])
+    fault = fault_of(Encoder(Tokenizer(folder)).prompt, row)
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: the chat template refuses this")
+    assert reason in fault
+
+
+ENDLESS = {
+    "over a million characters": (
+        "{% for i in range(1001) %}{{ 'x' * 1000 }}{% endfor %}",
+        "more than 1,000,000 characters",
+    ),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "more memory than there is": ("{{ 'x' * 10 ** 15 }}", "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_refused(tmp_path, name):
+    template, reason = ENDLESS[name]
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    fault = fault_of(tokenizer.chat, [said("user", "x")], where="a.jsonl:7")
+    assert fault.startswith("a.jsonl:7: ")
+    assert reason in fault
+
+
+def test_a_prompt_of_a_million_characters_is_rendered(tmp_path):
+    template = "{% for i in range(1000) %}{{ 'x' * 1000 }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    assert tokenizer.decode(tokenizer.chat([said("user", "x")])) == "x" * 10**6
+
+
+def test_jinja_with_a_sandbox_that_is_not_safe_is_refused(folder, monkeypatch):
+    data.compile_template.cache_clear()
+    monkeypatch.setattr(jinja2, "__version__", "3.1.5")
+    fault = fault_of(Tokenizer(folder).chat, [said("user", "x")])
+    assert fault == "jinja2: older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
+    monkeypatch.setattr(jinja2, "__version__", "3.10.0")
+    assert Tokenizer(folder).chat([said("user", "x")])
+
+
+def test_an_empty_system_prompt_is_one_and_not_the_default(tmp_path):
+    template = TEMPLATES["a namespace, and quotation marks"]
+    folder = write_llama(tmp_path, chat_template=template)
+    tokenizer = Tokenizer(folder)
+    asked = [said("user", "Why?")]
+    ids = tokenizer.chat(asked, system="")
+    assert ids == render_theirs(theirs_of(folder), [said("system", ""), *asked])
+    assert spell(tokenizer, ids).startswith(f"{START}system\n{END}\n")
+    assert "You're" in spell(tokenizer, tokenizer.chat(asked))
+
+
+def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer):
+    asked = [said("user", "Why?")]
+    ids = tokenizer.chat([said("system", BRIEF), *asked])
+    assert ids == tokenizer.chat(asked, system=BRIEF)
+    assert ids == tokenizer.chat([said("system", BRIEF), *asked], system="Another.")
+    assert spell(tokenizer, ids).startswith(f"{START}system\n{BRIEF}{END}\n")
+
+
+@pytest.mark.parametrize("system", [BRIEF, "Why?"], ids=["another text", "a text of the prompt"])
+def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path, system):
+    dropped = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=dropped))
+    fault = fault_of(tokenizer.chat, [said("user", "Why? Because.")], system, "a.jsonl:7")
+    assert fault.startswith("a.jsonl:7: the chat template drops the system prompt")
+
+
+def test_a_system_prompt_that_the_template_changes_is_not_dropped(tmp_path):
+    changed = "{% for m in messages %}{{ m.content | upper | tojson }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=changed))
+    ids = tokenizer.chat([said("user", "x")], 'Say "a".\n')
+    assert tokenizer.decode(ids) == r'"SAY \"A\".\n""X"'
+
+
+SOURCES = {
+    # files, template in tokenizer_config.json -> the template that counts
+    "the configuration": ({}, "A", "A"),
+    "a file": ({"chat_template.jinja": "B"}, "A", "B"),
+    "a file for tools beside it": (
+        {"chat_template.jinja": "B", "additional_chat_templates/tool_use.jinja": "C"},
+        "A",
+        "B",
+    ),
+    "a default among the others": (
+        {"chat_template.jinja": "B", "additional_chat_templates/default.jinja": "C"},
+        "A",
+        "C",
+    ),
+    "a list": ({}, [{"name": "x", "template": "A"}, {"name": "default", "template": "B"}], "B"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_template_is_read_where_transformers_reads_it(tmp_path, name):
+    files, template, text = SOURCES[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    for file, content in files.items():
+        write(folder / file, content)
+    asked = [said("user", "x")]
+    assert theirs_of(folder).apply_chat_template(asked, tokenize=False) == text
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.chat(asked)) == text
+
+
+NO_DEFAULT = {
+    "a list without a default": ({}, [{"name": "tool_use", "template": "A"}]),
+    "only a file for tools": ({"additional_chat_templates/tool_use.jinja": "C"}, "A"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_a_template_that_transformers_does_not_choose_is_an_error(tmp_path, name):
+    files, template = NO_DEFAULT[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    for file, content in files.items():
+        write(folder / file, content)
+    with pytest.raises(ValueError, match="no default"):
+        render_theirs(theirs_of(folder), [said("user", "x")])
+    assert "--chat" in fault_of(Tokenizer, folder)
+
+
+def test_a_folder_without_a_template_encodes_and_is_refused_where_a_prompt_is_rendered(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=None))
+    assert tokenizer.decode(tokenizer.encode("a boat")) == "a boat"
+    assert tokenizer.eos_ids == [2]
+    fault = fault_of(tokenizer.chat, [said("user", "x")])
+    assert fault.startswith(f"{tmp_path}: has no chat template; give --chat")
+    for name in data.NAMES:
+        assert name in fault
+    assert "no such file" in fault_of(Tokenizer, tmp_path, "chatlm")
+
+
+def test_chat_takes_a_file_with_a_template(folder, tmp_path):
+    file = write(tmp_path / "mine.jinja", "{{ messages[0].content }}, please:")
+    tokenizer = Tokenizer(folder, str(file))
+    assert tokenizer.decode(tokenizer.chat([said("user", "Go")])) == "Go, please:"
+    assert tokenizer.end_id == tokenizer.eos_id
+
+
+def test_an_answer_ends_with_what_the_template_writes_after_one_else_with_eos(tmp_path):
+    ends = {
+        CHATML: "<|im_end|>",
+        TEMPLATES["a loop"]: "</s>",
+        "{% for m in messages %}<|im_start|>Reply: {{ m.content }}{% endfor %}": "</s>",
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %} by you": "<|im_end|>",
+        "{{ bos_token + messages[0].content }}": "</s>",
+        "{% if messages[1] %}{{ raise_exception('x') }}{% endif %}": "</s>",
+    }
+    for template, end in ends.items():
+        tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+        assert spell(tokenizer, [tokenizer.end_id]) == end
+        assert tokenizer.eos_ids == sorted({2, tokenizer.end_id})
+
+
+def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer(tmp_path):
+    tokenizer = Tokenizer(write_llama(tmp_path, eos_token=None))
+    assert spell(tokenizer, tokenizer.eos_ids) == END
+    plain = write_llama(tmp_path, eos_token=None, chat_template="{{ messages[0].content }}")
+    assert "no eos_token" in fault_of(lambda: Tokenizer(plain).end_id)
