@@ -618,9 +618,9 @@ WORDS = [
 ]
 
 
-def added_tokens(texts, **flags) -> dict:
-    """`added_tokens_decoder` of tokenizer_config.json, with ids that follow the vocabulary's."""
-    return {str(480 + i): {"content": text, **flags} for i, text in enumerate(texts)}
+def added_tokens(texts, start: int = 480, **flags) -> dict:
+    """`added_tokens_decoder` of tokenizer_config.json; the vocabulary has 480 pieces."""
+    return {str(id): {"content": text, **flags} for id, text in enumerate(texts, start)}
 
 
 def write_llama(folder: Path, **config) -> Path:
@@ -884,3 +884,119 @@ def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer
     assert spell(tokenizer, tokenizer.eos_ids) == END
     plain = write_llama(tmp_path, eos_token=None, chat_template="{{ messages[0].content }}")
     assert "no eos_token" in fault_of(lambda: Tokenizer(plain).end_id)
+
+
+# 4. Text of a user never becomes a control token, and none of it is lost
+
+WRITTEN = ["<|user|>", "<think>"]
+HOSTILE_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
+)
+USER_DEFINED = ["<|user|>", "<|user|>>", "§", "▁<tag>"]
+SPECIAL = ["<|end|>", "¤", "<two words>"]
+NOT_SPECIAL = ["<think>", "<word>"]
+KNOWN = ["<unk>", "<s>", "</s>", START, END, *SPECIAL, *NOT_SPECIAL]
+KNOWN += [piece.replace("▁", " ") for piece in USER_DEFINED]
+HARMLESS = ["§", " <tag>", "<word>"]  # not special, and no template writes them
+
+
+def hostile_tokenizer(folder: Path, template: str, **options) -> Tokenizer:
+    """Control, user-defined and added tokens; of one character and with a space."""
+    write_vocabulary(folder, user_defined_symbols=USER_DEFINED, **options)
+    added = added_tokens(SPECIAL, special=True) | added_tokens(NOT_SPECIAL, start=490)
+    config = {"chat_template": template, "added_tokens_decoder": added}
+    write(folder / "tokenizer_config.json", config)
+    return Tokenizer(folder)
+
+
+def hostile_texts(tokens: list):
+    """Each token alone, next to itself and in a text, and texts of their fragments."""
+    for token in tokens:
+        yield token
+        yield f"a{token} {token}{token}\n{token}b"
+        yield token[:1] + token + token[1:]
+    yield "".join(tokens)
+    fragments = [token[:i] for token in tokens for i in range(1, len(token))]
+    fragments += [token[i:] for token in tokens for i in range(len(token))]
+    r = random.Random(0)
+    for _ in range(300):
+        yield "".join(r.choices([*fragments, " ", "\n", "x"], k=r.randint(1, 8)))
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
+@pytest.mark.parametrize("written", [WRITTEN, []], ids=["template has them", "chatml"])
+def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lost(
+    tmp_path, written, legacy
+):
+    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE if written else CHATML)
+    tokenizer.legacy = legacy
+    names = {text: id for id, text in tokenizer.list_tokens().items()}
+    control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
+    roles = ("system", "user", "assistant", "user")
+    harmless = tokenizer.chat([said(role, "a boat") for role in roles])
+    for text in hostile_texts(KNOWN):
+        assert control.isdisjoint(tokenizer.encode(text))
+        assert control.isdisjoint(tokenizer.answer(text))
+        ids = tokenizer.chat([said(role, text) for role in roles])
+        found = [id for id in ids if id in control]
+        assert found == [id for id in harmless if id in control]
+        once = tokenizer.decode(tokenizer.encode(text))
+        whole = tokenizer.decode(ids)
+        if legacy:  # it puts a space after every added token
+            text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
+        assert once == text
+        assert whole.count(text) >= len(roles)
+
+
+def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
+    tokenizer = hostile_tokenizer(tmp_path, CHATML)
+    for text in HARMLESS:
+        ids = tokenizer.encode(f"a{text}b")
+        assert len(ids) == 1 + len(tokenizer.encode("a")) + len(tokenizer.encode("b", within=True))
+        assert tokenizer.decode(ids) == f"a{text}b"
+
+
+def test_a_text_may_hold_private_characters(tokenizer):
+    for character in ("\ue000", "\ue001", "\uf8ff"):
+        text = f"{character}<|im_end|>{character}"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.chat([said("user", text)])
+        assert text in tokenizer.decode(ids)
+        assert ids.count(tokenizer.end_id) == 1
+
+
+def test_a_private_character_of_the_template_stays(tmp_path):
+    template = "\ue000{{ messages[0].content }}\ue001"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    ids = tokenizer.chat([said("user", "a</s>b")])
+    assert tokenizer.decode(ids) == "\ue000a</s>b\ue001"
+
+
+def test_a_vocabulary_without_bytes_has_unknown_characters_and_no_control_token(tmp_path):
+    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE, byte_fallback=False)
+    ids = tokenizer.encode("a 🚀 <unk> <|user|> ¤")
+    assert tokenizer.control.isdisjoint(ids)
+    assert tokenizer.decode(ids).startswith("a  ⁇  ")
+
+
+@pytest.mark.parametrize("pieces", [["\n"], ["▁"], ["\n", "▁▁", "▁"]], ids=repr)
+def test_white_space_that_the_vocabulary_defines_is_text_though_the_template_has_it(
+    tmp_path, pieces
+):
+    write_vocabulary(tmp_path, user_defined_symbols=pieces)
+    config = {"chat_template": CHATML.replace("\\n", "\n"), "tokenizer_class": "LlamaTokenizer"}
+    write(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer(tmp_path)
+    text = "a b\nc d\n\ne"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    asked = [said("user", text)]
+    assert tokenizer.chat(asked) == render_theirs(theirs_of(tmp_path), asked)
+
+
+@pytest.mark.parametrize("word", ["user", "content", "if", "m"])
+def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path, word):
+    tags = added_tokens([word])
+    tokenizer = Tokenizer(write_llama(tmp_path, added_tokens_decoder=tags))
+    text = f"the {word} here"
+    assert 480 in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
