@@ -1,5 +1,6 @@
 """A tiny chat model for every test: random weights, a vocabulary trained on the lines below."""
 
+import io
 import json
 import os
 import random
@@ -124,12 +125,13 @@ SENTENCEPIECE = {
 def write_vocabulary(folder: Path, **options) -> Path:
     """tokenizer.model like Llama's: BPE, bytes, a space before each text, 480 pieces."""
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # model_prefix would write the folder's name into the file
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         **SENTENCEPIECE | options,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder
 
 

@@ -3,7 +3,6 @@
 Expected ids come from transformers, mistral-common or SentencePiece.
 """
 
-import ast
 import errno
 import fcntl
 import inspect
@@ -1000,3 +999,406 @@ def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path
     text = f"the {word} here"
     assert 480 in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# 5. Special and added tokens, as transformers reads them
+
+EOT = "<|eot|>"
+TYPED = {"__type": "AddedToken"}
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+def write_files(folder: Path, files: dict) -> Path:
+    """tokenizer.model of write_vocabulary, and other files as JSON."""
+    write_vocabulary(folder)
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": CHATML}
+    config |= files.pop("tokenizer_config.json", {})
+    for name, content in ({"tokenizer_config.json": config} | files).items():
+        write(folder / name, content)
+    return folder
+
+
+def config_of(**fields) -> dict:
+    return {"tokenizer_config.json": fields}
+
+
+NAMED = {
+    "as in the vocabulary": {},
+    "a dictionary": config_of(eos_token={"content": END} | TYPED),
+    "no BOS": config_of(bos_token=None),
+    "no BOS, but add_bos_token": config_of(bos_token=None, add_bos_token=True),
+    "no EOS": config_of(eos_token=None),
+    "<unk> as EOS": config_of(eos_token="<unk>"),
+    "an added EOS": config_of(eos_token=EOT, added_tokens_decoder=added_tokens([EOT])),
+    "an added PAD": config_of(pad_token=EOT, added_tokens_decoder=added_tokens([EOT])),
+    "an EOS of added_tokens.json": config_of(eos_token=EOT) | {"added_tokens.json": {EOT: 480}},
+    "special_tokens_map.json": config_of(eos_token="</s>")
+    | {"special_tokens_map.json": {"eos_token": {"content": END}, "pad_token": "<unk>"}},
+    "special_tokens_map.json beside added tokens": config_of(
+        added_tokens_decoder=added_tokens([EOT])
+    )
+    | {"special_tokens_map.json": {"eos_token": END}},
+    "a list of others": config_of(
+        additional_special_tokens=[EOT, START, END],
+        added_tokens_decoder=added_tokens([EOT], special=True),
+    ),
+    "a list of others in transformers 5": config_of(
+        extra_special_tokens=[EOT, START, END],
+        added_tokens_decoder=added_tokens([EOT], special=True),
+    ),
+    "others by name": config_of(
+        extra_special_tokens={"call_token": EOT},
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+    "others by name in transformers 5": config_of(
+        model_specific_special_tokens={"call_token": EOT},
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+    "another by a field": config_of(
+        call_token=EOT,
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+}
+VARIABLES = """
+{% set names = [bos_token, eos_token, unk_token, pad_token, call_token] %}
+{% for name in names %}{{ loop.index }}{{ name }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_tokens_have_the_ids_of_transformers(tmp_path, name):
+    files = dict(NAMED[name])
+    files["tokenizer_config.json"] = files.get("tokenizer_config.json", {})
+    files["tokenizer_config.json"] |= {"chat_template": VARIABLES}
+    folder = write_files(tmp_path, files)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    assert tokenizer.bos_id == theirs.bos_token_id
+    assert tokenizer.eos_id == theirs.eos_token_id
+    assert tokenizer.vocab_size == len(theirs)
+    asked = [said("user", "x")]
+    assert tokenizer.chat(asked) == render_theirs(theirs, asked)
+    for id in range(1, tokenizer.vocab_size):  # SentencePiece shows <unk> as " ⁇ "
+        shown = theirs.decode([430, id], skip_special_tokens=True)
+        assert bool(tokenizer.decode([430, id])) == bool(shown)
+
+
+MISSING = {
+    "an absent EOS": config_of(eos_token=EOT),
+    "an EOS with a space": config_of(eos_token=" </s>"),
+    "an absent BOS": config_of(bos_token={"content": EOT} | TYPED),
+    "an empty EOS": config_of(eos_token=""),
+    "an absent special token": config_of(additional_special_tokens=[EOT]),
+    "an absent token by name": config_of(call_token=EOT),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_named_token_that_the_vocabulary_lacks_is_an_error(tmp_path, name):
+    folder = write_files(tmp_path, dict(MISSING[name]))
+    [[field, value]] = MISSING[name]["tokenizer_config.json"].items()
+    fault = fault_of(Tokenizer, folder)
+    assert fault.startswith(f"{folder}/tokenizer_config.json: ")
+    assert "which the vocabulary lacks" in fault
+
+
+def test_a_padding_token_need_not_be_in_the_vocabulary(tmp_path):
+    files = config_of(pad_token="[PAD]", mask_token="[MASK]")
+    tokenizer = Tokenizer(write_files(tmp_path, files))
+    assert tokenizer.vocab_size == 480
+    assert tokenizer.decode(tokenizer.encode("a [PAD]")) == "a [PAD]"
+
+
+EOS_FILES = {
+    # generation_config.json, config.json -> where generation stops; the template ends with 4
+    "neither": (None, None, [2, 4]),
+    "one id": ({"eos_token_id": 7}, {"eos_token_id": 8}, [2, 4, 7]),
+    "several": ({"eos_token_id": [7, 2]}, None, [2, 4, 7]),
+    "config.json": (None, {"eos_token_id": [8, 9]}, [2, 4, 8, 9]),
+    "config.json where the other has none": ({"top_p": 0.9}, {"eos_token_id": 8}, [2, 4, 8]),
+}
+
+
+@pytest.mark.parametrize("name", EOS_FILES)
+def test_generation_stops_at_the_ids_of_the_configuration_files(tmp_path, name):
+    *contents, ids = EOS_FILES[name]
+    files = dict(zip(("generation_config.json", "config.json"), contents))
+    files = {file: content for file, content in files.items() if content is not None}
+    tokenizer = Tokenizer(write_files(tmp_path, files))
+    assert tokenizer.eos_ids == ids
+    for id in ids:
+        assert id not in tokenizer.encode(tokenizer.list_tokens()[id])
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("single_word", [False, True], ids=["part of a word", "single_word"])
+@pytest.mark.parametrize("rstrip", [False, True], ids=["", "rstrip"])
+@pytest.mark.parametrize("lstrip", [False, True], ids=["", "lstrip"])
+def test_added_tokens_are_found_where_transformers_finds_them(
+    tmp_path, lstrip, rstrip, single_word, legacy
+):
+    flags = {"lstrip": lstrip, "rstrip": rstrip, "single_word": single_word}
+    texts = ["a<call>b", "x \n<call>\n\ny", "<call><call>", "été<call>", "_<call>_", "3<call>."]
+    texts += ["x\u3000<call>\u3000y", "the long <call>", "a b<call>b", "<call>", "don't <call>s"]
+    tags = added_tokens(["<call>", "long <call>", "<call>b"], **flags)
+    for text in texts:
+        fields = LEGACY[legacy] | {"chat_template": text, "added_tokens_decoder": tags}
+        folder = write_files(tmp_path, config_of(**fields))
+        asked = [said("user", "x")]
+        assert Tokenizer(folder).chat(asked) == render_theirs(theirs_of(folder), asked)
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_without_a_prefix_space_ids_are_those_of_transformers(tmp_path, legacy):
+    fields = LEGACY[legacy] | {"add_prefix_space": False, "chat_template": CHATML}
+    folder = write_files(tmp_path, config_of(**fields))
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, answer in conversations():
+        assert tokenizer.chat(messages) == render_theirs(theirs, messages)
+        assert tokenizer.encode(answer) == theirs.encode(answer, add_special_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(answer)) == answer
+
+
+@pytest.mark.parametrize("piece", ["▁the", "<0x0A>", "▁"])
+def test_an_added_token_that_is_a_piece_of_the_vocabulary_deletes_no_text(tmp_path, piece):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    id = tokenizer.sp.piece_to_id(piece)
+    assert id > 4
+    text = "the boat\n<0x0A> the ▁the"
+    ids = tokenizer.encode(text)
+    for flags in ({}, {"special": True}):
+        decoder = added_tokens([piece], start=id, **flags)
+        same = Tokenizer(write_tokenizer(tmp_path, added_tokens_decoder=decoder))
+        assert same.encode(text) == ids
+        assert same.decode(ids) == tokenizer.decode(ids)
+
+
+CONTRADICTIONS = {
+    "an id of another piece": config_of(added_tokens_decoder=added_tokens([EOT], start=7)),
+    "two ids": config_of(added_tokens_decoder=added_tokens([EOT, EOT])),
+    "an id that is no number": config_of(added_tokens_decoder={"x": {"content": EOT}}),
+    "a negative id": {"added_tokens.json": {EOT: -5}},
+    "a token without text": config_of(added_tokens_decoder={"480": {"content": ""}}),
+    "a token that is text": config_of(added_tokens_decoder={"480": EOT}),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_an_added_token_that_contradicts_the_vocabulary_is_an_error_of_its_file(tmp_path, name):
+    [file] = CONTRADICTIONS[name]
+    folder = write_files(tmp_path, dict(CONTRADICTIONS[name]))
+    assert fault_of(Tokenizer, folder).startswith(f"{folder}/{file}: ")
+
+
+def saved_by_transformers(folder: Path, **config) -> Path:
+    """A folder that transformers saved; tokenizer.model lies beside its tokenizer.json."""
+    theirs = theirs_of(write_files(folder / "original", config_of(**config)))
+    saved = folder / "saved"
+    theirs.save_pretrained(saved)
+    write(saved / "tokenizer.model", (folder / "original/tokenizer.model").read_bytes())
+    return saved
+
+
+def test_a_folder_saved_by_transformers_has_its_ids(tmp_path):
+    tags = added_tokens([EOT], special=True)
+    fields = {"eos_token": EOT, "added_tokens_decoder": tags, "add_bos_token": True}
+    saved = saved_by_transformers(tmp_path, **fields)
+    names = {file.name for file in saved.iterdir()}
+    assert names >= {"tokenizer.json", "chat_template.jinja"}
+    assert "added_tokens_decoder" not in json.loads((saved / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer(saved)
+    theirs = theirs_of(saved)
+    assert tokenizer.eos_id == theirs.eos_token_id == 480
+    assert tokenizer.bos_id == theirs.bos_token_id == 1
+    assert tokenizer.adds_bos
+    for messages, _ in conversations():
+        assert tokenizer.chat(messages) == render_theirs(theirs, messages)
+
+
+ADD_BOS = {
+    # fields of tokenizer_config.json
+    "unspecified": {},
+    "null": {"add_bos_token": None},
+    "true": {"add_bos_token": True},
+    "false": {"add_bos_token": False},
+    "true without a BOS": {"add_bos_token": True, "bos_token": None},
+}
+
+
+@pytest.mark.parametrize("name", ADD_BOS)
+def test_plain_text_gets_a_bos_where_transformers_adds_one(tmp_path, name):
+    folder = write_files(tmp_path, config_of(**ADD_BOS[name]))
+    assert Tokenizer(folder).adds_bos == (theirs_of(folder).encode("x")[0] == 1)
+
+
+BOS = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+PROCESSORS = {
+    # `single` of the post_processor -> whether a text gets BOS
+    "BOS": ([BOS, TEXT], True),
+    "nothing": ([TEXT], False),
+}
+
+
+@pytest.mark.parametrize("add_bos", [True, False], ids=["add_bos_token", "not"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_post_processor_decides_and_not_the_settings(tmp_path, name, add_bos):
+    single, adds = PROCESSORS[name]
+    saved = saved_by_transformers(tmp_path, add_bos_token=True)
+    file = json.loads((saved / "tokenizer.json").read_text())
+    file["post_processor"]["single"] = single
+    write(saved / "tokenizer.json", file)
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    write(saved / "tokenizer_config.json", settings | {"add_bos_token": add_bos})
+    assert (theirs_of(saved).encode("x")[0] == 1) == adds
+    assert Tokenizer(saved).adds_bos == adds
+    file["post_processor"] = {"type": "Sequence", "processors": [file["post_processor"]]}
+    write(saved / "tokenizer.json", file)
+    assert (theirs_of(saved).encode("x")[0] == 1) == adds
+    assert Tokenizer(saved).adds_bos == adds
+    file["post_processor"] = None
+    write(saved / "tokenizer.json", file)
+    assert theirs_of(saved).encode("x")[0] != 1
+    assert not Tokenizer(saved).adds_bos
+
+
+def test_a_bos_beyond_ascii_is_found_in_a_post_processor(tmp_path):
+    bos = "<｜begin▁of▁text｜>"
+    tags = added_tokens([bos], special=True)
+    fields = {"bos_token": bos, "added_tokens_decoder": tags, "add_bos_token": True}
+    saved = saved_by_transformers(tmp_path, **fields)
+    assert theirs_of(saved).encode("x")[0] == 480
+    assert Tokenizer(saved).adds_bos
+
+
+def test_a_tokenizer_json_that_contradicts_tokenizer_model_is_refused_and_both_are_named(tmp_path):
+    saved = saved_by_transformers(tmp_path)
+    file = json.loads((saved / "tokenizer.json").read_text())
+    pieces = file["model"]["vocab"]
+    pieces["e"], pieces["n"] = pieces["n"], pieces["e"]
+    write(saved / "tokenizer.json", file)
+    fault = fault_of(Tokenizer, saved)
+    assert "tokenizer.json" in fault
+    assert "tokenizer.model" in fault
+
+
+# fields of tokenizer_config.json that transformers reads
+IMPLEMENTED = {
+    *("chat_template", "legacy", "add_prefix_space", "add_bos_token", "added_tokens_decoder"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+}
+WITHOUT_EFFECT = {  # on ids, with a value to show it
+    "add_eos_token": True,  # of plain text only
+    "auto_map": {"AutoTokenizer": ["a.B", "a.C"]},
+    "backend": "sentencepiece",
+    "chat_control_tokens": ["<call>"],
+    "clean_up_tokenization_spaces": True,
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    "files_loaded": ["x"],
+    "fix_mistral_regex": True,
+    "init_inputs": [],
+    "is_local": False,
+    "max_len": 3,
+    "max_length": 3,
+    "merges": [["a", "b"]],
+    "model_input_names": ["input_ids"],
+    "model_max_length": 3,
+    "name_or_path": "x",
+    "pad_to_multiple_of": 8,
+    "pad_token_type_id": 1,
+    "padding_side": "left",
+    "post_processor": None,
+    "processor_class": "X",
+    "response_schema": {"x": 1},
+    "response_template": "x",
+    "stride": 2,
+    "tokenizer": "x",
+    "tokenizer_class": "LlamaTokenizerFast",
+    "tokenizer_file": "x.json",
+    "tokenizer_object": None,
+    "tokenizer_padding": None,
+    "tokenizer_truncation": {
+        "max_length": 3,
+        "stride": 0,
+        "strategy": "longest_first",
+        "direction": "right",
+    },
+    "truncation_side": "left",
+    "truncation_strategy": "x",
+    "unk_id": 5,
+    "use_default_system_prompt": True,
+    "verbose": True,
+    "vocab": {"<unk>": 0},
+    "vocab_file": "y.model",
+}
+ARGUMENTS = {  # of calls in Python, and nothing that a file holds
+    *(
+        "self",
+        "args",
+        "kwargs",
+        "init_configuration",
+        "pretrained_model_name_or_path",
+        "gguf_file",
+        "token",
+    ),
+    *("resolved_vocab_files", "cache_dir", "local_files_only", "trust_remote_code", "_is_local"),
+    *("_json_padding", "_json_truncation", "_spm_precompiled_charsmap"),
+}
+
+
+def fields_read(function) -> set:
+    """The names of settings that a method of a tokenizer takes."""
+    names = set(inspect.signature(function).parameters)
+    source = inspect.getsource(function)
+    for pattern in (
+        r'kwargs\.(?:pop|get|setdefault)\(\s*"(\w+)"',
+        r'kwargs\["(\w+)"\]',
+        r'"(\w+)" (?:not )?in (?:init_)?kwargs',
+    ):
+        names |= set(re.findall(pattern, source))
+    return names
+
+
+def test_each_field_that_transformers_reads_is_implemented_without_effect_or_refused():
+    transformers = pytest.importorskip("transformers")
+    base = transformers.PreTrainedTokenizerBase
+    names = set(base.SPECIAL_TOKENS_ATTRIBUTES)
+    for function in (
+        base.__init__,
+        base._from_pretrained,
+        transformers.LlamaTokenizer.__init__,
+        transformers.TokenizersBackend.__init__,
+    ):
+        found = fields_read(function)
+        assert len(found) > 8
+        names |= found
+    known = IMPLEMENTED | WITHOUT_EFFECT.keys() | ARGUMENTS | set(data.REFUSED)
+    assert names - known == set()
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_field_without_effect_changes_no_id_of_ours_and_none_of_transformers(
+    folder, tokenizer, tmp_path, name
+):
+    other = write_files(tmp_path, config_of(**{name: WITHOUT_EFFECT[name]}))
+    asked = [said("user", "a boat, <call> .")]
+    ids = tokenizer.chat(asked)
+    assert render_theirs(theirs_of(other), asked) == ids
+    same = Tokenizer(other)
+    assert same.chat(asked) == ids
+    assert same.hash == tokenizer.hash
+
+
+@pytest.mark.parametrize("name", data.REFUSED)
+def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path, name):
+    folder = write_files(tmp_path, config_of(**{name: True}))
+    assert fault_of(Tokenizer, folder).startswith(f"{folder}/tokenizer_config.json: {name} ")
+    assert Tokenizer(write_files(tmp_path, config_of(**{name: None}))).hash
+
+
+def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
+    fields = {"x": [1], "y_token": None, "sampling": {"a": {}}}
+    folder = write_files(tmp_path, config_of(**fields))
+    write(folder / "generation_config.json", {"temperature": 0.6, "do_sample": True, "x": [1]})
+    assert Tokenizer(folder).hash == tokenizer.hash
