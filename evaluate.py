@@ -650,9 +650,9 @@ def main(args):
 
 
 OPTIONS = """
---model DIR             model folder
+--model DIR             model folder; with --out required unless --compare is given
 --out DIR               folder for results.json and items/
---base DIR              with --drift: the model that wrote the answers
+{}--base DIR              with --drift: the model that wrote the answers
 --compare OUT...        print a table of finished results, the base first
 --max-new-tokens COUNT=256   tokens of an answer, at most
 --limit COUNT           only the first items of each file
@@ -662,9 +662,11 @@ OPTIONS = """
 
 
 def parser():
-    options = OPTIONS + data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
+    tests = ""
     for name, measure in measures().items():
-        options += f"--{name} FILE...   {measure.help}\n"
+        tests += f"--{name} FILE...   {measure.help}\n"
+    prompt_options = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
+    options = OPTIONS.format(tests) + prompt_options
     return data.make_parser("Measures what a model gained and lost.", options)
 
 
