@@ -267,7 +267,7 @@ def read_objects(file, *names):
     ids = set()
     for where, fields in read_csv(file) if file.endswith(".csv") else data.read_json(file):
         given = [name for name in names if name in fields]
-        fault = f"must have one of {', '.join(names)}; the README has a command for ARC's format"
+        fault = f"must have exactly one of: {', '.join(names)}; the README converts ARC's format"
         require(len(given) == 1, where, fault)
         turn = {"role": "user", "content": data.text_field(fields, given[0], where)}
         row = Row(data.read_id(fields, where, len(ids)), where, "", messages=[turn])

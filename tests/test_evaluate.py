@@ -1041,7 +1041,7 @@ choice      | {"choices": ["b", 5]}      | a choice
 choice      | {"choices": null}          | "choices" is missing
 choice      | {"choices": "ab"}          | "choices" must be a list
 choice      | {"choices": {"text": ["c", "d"], "label": ["A", "B"]}} | "choices" must be a list
-choice      | {"prompt": null, "question": "a", "answerKey": "A"} | command for ARC's format
+choice      | {"prompt": null, "question": "a", "answerKey": "A"} | the README converts ARC's format
 choice      | {"task": "../y"}           | can't name a file
 choice      | {"task": "a\\u0000"}       | can't name a file
 choice      | {"id": [1]}                | "id"
@@ -1050,7 +1050,7 @@ numeric     | {"answer": "#### 1/2"}     | "#### NUMBER"
 numeric     | {"question": 7}            | "question" must be
 safety      | {"harmful": "no"}          | "harmful" must be true or false
 safety      | {"goal": null, "prompt": "a", "harmful": null} | "harmful" is missing
-safety      | {"prompt": "a"}            | one of prompt, goal
+safety      | {"prompt": "a"}            | one of: prompt, goal
 translation | {"source": null, "prompt": "a", "reference": null, "response": "b"} | needs a source
 drift       | {}                         | not a ledger of generate.py --task answer
 """.strip()
