@@ -154,6 +154,28 @@ def test_rows_at_different_positions_of_the_cache_equal_the_full_forward(tmp_pat
 
 
 @torch.no_grad()
+def test_prefill_builds_no_mask_where_no_window_ends(folder, tmp_path, monkeypatch):
+    masks = []
+    mask_of = Transformer.attention_mask
+
+    def counted(*args):
+        masks.append(mask_of(*args))
+        return masks[-1]
+
+    monkeypatch.setattr(Transformer, "attention_mask", counted)
+    window = write_model(tmp_path, **WINDOWS["mistral window"])
+    for path, lengths in ((folder, [9, 1]), (window, [4, 1])):
+        model = Transformer.from_pretrained(path)
+        for length in lengths:
+            tokens = random_tokens(2, length)
+            model(tokens, cache=KVCache.empty(model, 2, 9))
+            model(tokens)
+    assert masks == []
+    model(random_tokens(2, 5), cache=KVCache.empty(model, 2, 9))
+    assert masks[0].shape == (1, 1, 2 * 5, 9)
+
+
+@torch.no_grad()
 def test_a_row_that_moves_in_the_cache_takes_its_keys_and_values_along(folder):
     model = Transformer.from_pretrained(folder)
     tokens = random_tokens(2, 6)
@@ -577,15 +599,15 @@ WRONG_FILES = {
     ),
     "integer": (
         stored(lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
-        f"{NORM} has values that are no finite floats",
+        f"{NORM} must hold finite",
     ),
     "nan": (
         value(NORM, float("nan")),
-        f"{NORM} has values that are no finite floats",
+        f"{NORM} must hold finite",
     ),
     "inf": (
         value(NORM, float("-inf")),
-        f"{NORM} has values that are no finite floats",
+        f"{NORM} must hold finite",
     ),
     "no config": (
         gone("config.json"),
@@ -648,7 +670,7 @@ WRONG_FILES = {
     "folder above": (outside(".."), f'{INDEX}: .* ".."'),
     "adapter": (
         text("adapter_config.json", "{}"),
-        "adapter_config.json: adapters are not",
+        "adapter_config.json: an adapter is not",
     ),
     "adapter weights": (
         text("adapter_model.safetensors", ""),
@@ -664,7 +686,7 @@ WRONG_FILES = {
     ),
     "tied, integers": (
         tied(lambda x: x.to(torch.int8)),
-        f"{HEAD} differs",
+        f"{HEAD} must hold finite",
     ),
     "tied, other vocabulary": (
         tied(lambda x: x[:300].clone()),
