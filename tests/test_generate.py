@@ -319,9 +319,7 @@ def test_a_translation_is_the_models_own_first_line(place):
     sampled, _ = speak(place, texts)
     ledger = place.rows("--task translation --limit 3")
     originals = [pair["reference"] for pair in PAIRS[:3]]
-    assert [row["original"] for row in ledger] == originals
     assert [row["reference"] for row in ledger] == ["One boat.", "A boat", originals[2]]
-    assert [row["logprob"] for row in ledger] == [-1, -1, None]
     assert ledger[1]["reference_ids"] == sampled[1]  # the very tokens
     tokenizer = Tokenizer(place.model)
     for row, written in zip(read_rows([place.out]), ledger):
@@ -336,7 +334,6 @@ def test_a_truncated_text_does_not_replace_the_original(place, task):
     speak(place, ["A boat"], "length")
     [row] = place.rows(f"--task {task} --limit 1")
     assert row["reference"] == PAIRS[0]["reference"]
-    assert row["logprob"] is None
 
 
 def test_a_paraphrase_is_asked_with_the_reference_and_trained_without(place):
@@ -346,9 +343,9 @@ def test_a_paraphrase_is_asked_with_the_reference_and_trained_without(place):
     originals = [pair["reference"] for pair in PAIRS[:3]]
     assert [row["reference"] for row in ledger] == [texts[0], *originals[1:]]
     tokenizer = Tokenizer(place.model)
-    for row, prompt in zip(ledger, read):
-        assert row["original"] in tokenizer.decode(prompt)
-        assert row["original"] not in tokenizer.decode(row["prompt_ids"])
+    for row, original, prompt in zip(ledger, originals, read):
+        assert original in tokenizer.decode(prompt)
+        assert original not in tokenizer.decode(row["prompt_ids"])
 
 
 def test_a_translation_needs_a_source(place):
@@ -611,23 +608,6 @@ def test_what_prompts_begin_with_is_read_once_and_changes_nothing(folder):
     assert read[0] == (1, 41 + 2 * 10)
 
 
-def test_a_row_of_the_cache_is_never_copied_onto_itself(folder, monkeypatch):
-    moves = []
-    move = KVCache.move
-
-    def seen(cache, row, to):
-        moves.append((row, to))
-        move(cache, row, to)
-
-    monkeypatch.setattr(KVCache, "move", seen)
-    prompts = [[1, n] for n in range(40)]
-    ends = range(0, 480, 9)
-    generate(Transformer.from_pretrained(folder), prompts, ends, temperature=1.0)
-    assert moves
-    for row, to in moves:
-        assert row > to
-
-
 def test_a_cache_beyond_the_memory_names_the_longest_prompt_and_a_batch_that_fits(
     folder, monkeypatch
 ):
@@ -678,7 +658,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize("settings", BAD_SETTINGS, ids=str)
 def test_settings_out_of_range_are_refused(settings):
     [name] = settings
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"out of range .*{name}"):
         Sampling(**settings)
 
 
