@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +53,6 @@ FREE = """resume out micro_batch_size save_every export_every valid valid_every 
     activation_checkpointing model teacher config tokenizer data versions""".split()
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 CHUNK = 2**25  # numbers of a loss in float32, on a GPU: 128 MiB a tensor
-REPEAT_S = 2  # a Ctrl-C within this time is the same one, passed on by torchrun
 
 # 1. The joint loss and the step
 
@@ -66,9 +64,9 @@ def loss_sums(model, teacher, batch):
     )  # [N, V]: only where there is loss
     soft_targets = logits.new_empty(0, logits.shape[1])
     if teacher:
-        places = batch.places[batch.references :]
+        rationales = batch.places[batch.references :]
         with torch.no_grad():
-            soft_targets = teacher(batch.tokens, places, shared=batch.shared)
+            soft_targets = teacher(batch.tokens, rationales, shared=batch.shared)
     losses = TokenLosses.apply(logits, batch.targets, soft_targets).double()  # [N]
     return losses[: batch.references].sum(), losses[batch.references :].sum()
 
@@ -191,24 +189,25 @@ def batch_of(examples, step, batch_size, seed):
     epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
-    start = i * batch_size
-    return [examples[j] for j in order[start : start + batch_size].tolist()]
+    batch = order[i * batch_size : (i + 1) * batch_size]
+    return [examples[j] for j in batch.tolist()]
 
 
 def micro_batches(examples, size):
     """This rank's micro-batches of at most `size` rows of similar length.
 
-    Every rank has as many, since all take part in every reduction; some may be empty.
+    All ranks have equally many, since all take part in every reduction; some may be empty.
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
     rows = sorted(examples, key=len, reverse=True)
     parts = []
     for start in range(0, len(rows), size * world_size):
-        together = rows[start : start + size * world_size]
-        # a snake, so that no rank has the longest row of every round: 0 1 2 2 1 0 0 1 2
-        back = 2 * world_size - 1 - rank
-        parts.append(together[rank :: 2 * world_size] + together[back :: 2 * world_size])
+        part = rows[start : start + size * world_size]
+        # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
+        parts.append(
+            part[rank :: 2 * world_size] + part[2 * world_size - 1 - rank :: 2 * world_size]
+        )
     return parts
 
 
@@ -228,17 +227,39 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     return peak * factors[schedule]
 
 
+def count_steps(examples, args):
+    """The optimizer steps of a run over so many examples."""
+    in_epoch = math.ceil(examples / args.batch_size)
+    return args.max_steps or math.ceil(args.epochs * in_epoch)
+
+
 def is_due(step, every):
     """Whether something that is done every few steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
 
 
-def read_examples(files, directions, encoder, config, max_length):
-    """The examples in `files`; rows that are too long are dropped whole, and counted."""
+def read_data(args, config):
+    """The tokenizer, the examples of --data, and those of each set of --valid."""
+    rows = data.read_rows(args.data, args.direction)
+    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    examples = make_examples(rows, " ".join(args.data), encoder, config, args.max_length)
+    valid = {}
+    for name, file in named_files(args.valid).items():
+        rows = data.read_rows([file], args.direction)
+        valid[name] = make_examples(rows, file, encoder, config, args.max_length)
+    return tokenizer, examples, valid
+
+
+def make_examples(rows, name, encoder, config, max_length):
+    """The examples of the rows of `name`; too long ones are dropped whole, and counted."""
     max_length = min(max_length, config.max_position_embeddings)
     examples = []
     dropped = Counter()
-    for row in data.read_rows(files, directions):
+    for row in rows:
         example = encoder.example(row)
         if example.dropped:
             dropped[f"rationales ({example.dropped})"] += 1
@@ -249,9 +270,9 @@ def read_examples(files, directions, encoder, config, max_length):
         else:
             examples.append(example)
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
-    say(f"{' '.join(files)}: {len(examples)} examples; dropped: {counts}")
+    say(f"{name}: {len(examples)} examples; dropped: {counts}")
     fault = f"no row has a target and at most {max_length} tokens (--max-length)"
-    require(examples, files[0], fault)
+    require(examples, name, fault)
     largest = max(max(example.tokens) for example in examples)
     fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
@@ -332,10 +353,9 @@ def record(line, out):
 
 def checkpoint_tensors(model, optimizer):
     """The tensors of a checkpoint: the weights, and both moments of Adam."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[name] = p
-        for moment in MOMENTS:
+    tensors = dict(model.named_parameters())
+    for moment in MOMENTS:
+        for name, p in model.named_parameters():
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     return tensors
 
@@ -393,7 +413,6 @@ def export(model, tokenizer, folder, dtype):
             file.write_bytes(content)
             flush_to_disk(file)
     model.save_pretrained(folder, dtype)
-    dist.barrier()
 
 
 def settings_of(args, examples):
@@ -415,17 +434,13 @@ def settings_of(args, examples):
 
 @contextmanager
 def noted_signals():
-    """SIGTERM and Ctrl-C are noted, and end the run after its step.
-
-    They may come twice, from a scheduler or a terminal and from torchrun. A later Ctrl-C ends the
-    run at once.
-    """
-    noted = {}  # number -> when it came first
+    """SIGTERM and Ctrl-C are noted, and end the run after its step; a second Ctrl-C at once."""
+    noted = []
 
     def note(number, _):
-        since = noted.setdefault(number, time.monotonic())
-        if number == signal.SIGINT and time.monotonic() - since > REPEAT_S:
+        if number == signal.SIGINT and number in noted:
             os._exit(128 + number)
+        noted.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -471,14 +486,16 @@ def run(args, device, out, tokenizer, examples, valid, noted):
     optimizer = make_optimizer(model, args.weight_decay)
 
     # 2. the steps
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters on {dist.get_world_size()} x {device.type}, {steps} steps")
+    steps = count_steps(len(examples), args)
+    say(f"{steps} steps on {dist.get_world_size()} x {device.type}")
     warmup_steps = args.warmup_steps
     if warmup_steps is None:
         warmup_steps = math.ceil(0.03 * steps)
-    settings = {"micro_batch_size": args.micro_batch_size, "weight": args.rationale_weight}
-    compute_loss = partial(joint_loss, model, teacher, **settings)
+
+    def compute_loss(examples, backward=False):
+        size = args.micro_batch_size
+        return joint_loss(model, teacher, examples, size, args.rationale_weight, backward)
+
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
         validate(compute_loss, model, valid, 0, out)
@@ -510,7 +527,7 @@ def run(args, device, out, tokenizer, examples, valid, noted):
 
 def main(args):
     # 1. processes; a rank waits while others write the checkpoint of a large model
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths vary
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
     _, _, device = start_processes(timedelta(hours=2))
 
     # 2. the data: mistakes are found before any weight is read
@@ -518,18 +535,11 @@ def main(args):
     one = bool(args.model) != bool(args.config)
     fault = "give --model, or --config and --tokenizer"
     require(one and args.tokenizer, "train.py", fault)
+    require(args.epochs > 0, "--epochs", "must be above 0")
     config = ModelConfig.from_file(args.model or args.config)
-    tokenizer = Tokenizer(args.tokenizer, args.chat)
+    tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    # at weight 0 the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    reading = {"directions": args.direction, "encoder": encoder, "config": config}
-    read = partial(read_examples, **reading, max_length=args.max_length)
-    examples = read(args.data)
-    valid = {name: read([file]) for name, file in named_files(args.valid).items()}
     gc.freeze()  # or every collection would visit all ids
 
     # 3. the folder, of which no other process has the lock
