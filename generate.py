@@ -163,7 +163,9 @@ def ledger_row(sequence, encoder, task):
             fields |= {"prompt": row.messages[0]["content"], "response": answer}
         else:
             fields["messages"] = [*row.messages, {"role": "assistant", "content": answer}]
-    return fields | {"logprob": sequence.mean_logprob()}
+    logprob = sum(sequence.logprobs) / len(sequence.logprobs)
+    # further digits depend on the batch in which the row was computed
+    return fields | {"logprob": round(logprob, 3)}
 
 
 # 2. The sampler
@@ -227,10 +229,6 @@ class Sequence:
             self.finish = "eos"
         elif len(self.ids) == max_new_tokens:
             self.finish = "length"
-
-    def mean_logprob(self):
-        # rounded: further digits depend on the batch in which the row was computed
-        return round(sum(self.logprobs) / len(self.logprobs), 3)
 
 
 @torch.inference_mode()
@@ -321,9 +319,9 @@ def read_prompts(model, cache, first, new, pick):
     """Reads the prompts of new sequences into the rows from `first` on, and picks a token each."""
     tokens, shared = data.share([sequence.prompt for sequence in new], model.device)
     B, T = shared.token_at.shape
-    last = [b * T + len(sequence.prompt) - 1 for b, sequence in enumerate(new)]  # in B * T
-    keys = [sequence.key for sequence in new]
-    last, keys = torch.tensor([last, keys], device=model.device)
+    # the last token of each prompt, as a place in B * T
+    inputs = [(b * T + len(sequence.prompt) - 1, sequence.key) for b, sequence in enumerate(new)]
+    last, keys = torch.tensor(inputs, device=model.device).unbind(1)
     logits = model(tokens, last, cache.view(slice(first, first + B), T), shared=shared)  # [B, V]
     return pick(logits, keys, torch.zeros_like(keys))
 
