@@ -541,7 +541,8 @@ def main(args):
 
     examples = read(args.data)
     valid = {name: read([file]) for name, file in named_files(args.valid).items()}
-    gc.freeze()  # or every collection would visit all ids
+    gc.collect()
+    gc.freeze()  # or every collection would visit all token ids
 
     # 3. the folder, of which no other process has the lock
     out = Path(args.out).resolve()
