@@ -237,17 +237,39 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     return peak * factors[schedule]
 
 
+def count_steps(examples, args):
+    """Returns the optimizer steps of a run on so many examples."""
+    in_epoch = math.ceil(examples / args.batch_size)
+    return args.max_steps or math.ceil(args.epochs * in_epoch)
+
+
 def is_due(step, every):
     """Returns whether what is done every `every` steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
 
 
-def read_examples(files, directions, encoder, config, max_length):
-    """Returns the examples in `files`; rows that are too long are dropped whole, and counted."""
+def read_data(args, config):
+    """Returns the tokenizer, the examples of --data, and a dict of those of --valid."""
+    rows = data.read_rows(args.data, args.direction)
+    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    examples = make_examples(rows, " ".join(args.data), encoder, config, args.max_length)
+    valid = {}
+    for name, file in named_files(args.valid).items():
+        rows = data.read_rows([file], args.direction)
+        valid[name] = make_examples(rows, file, encoder, config, args.max_length)
+    return tokenizer, examples, valid
+
+
+def make_examples(rows, name, encoder, config, max_length):
+    """Returns the examples of the rows of `name`; too long ones are dropped whole, and counted."""
     max_length = min(max_length, config.max_position_embeddings)
     examples = []
     dropped = Counter()
-    for row in data.read_rows(files, directions):
+    for row in rows:
         example = encoder.example(row)
         if example.dropped:
             dropped[f"rationales ({example.dropped})"] += 1
@@ -258,9 +280,9 @@ def read_examples(files, directions, encoder, config, max_length):
         else:
             examples.append(example)
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
-    say(f"{' '.join(files)}: {len(examples)} examples; dropped: {counts}")
+    say(f"{name}: {len(examples)} examples; dropped: {counts}")
     fault = f"no row has a target and at most {max_length} tokens (--max-length)"
-    require(examples, files[0], fault)
+    require(examples, name, fault)
     largest = max(max(example.tokens) for example in examples)
     fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
@@ -482,7 +504,7 @@ def run(args, out, tokenizer, examples, valid, noted):
     optimizer = make_optimizer(model, args.weight_decay)
 
     # 2. the steps
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    steps = count_steps(len(examples), args)
     say(f"{steps} steps on {dist.get_world_size()} x {model.device.type}")
 
     def compute_loss(examples, backward=False):
@@ -527,20 +549,11 @@ def main(args):
     one = bool(args.model) != bool(args.config)
     fault = "give --model, or --config and --tokenizer"
     require(one and args.tokenizer, "train.py", fault)
+    require(args.epochs > 0, "--epochs", "must be above 0")
     config = ModelConfig.from_file(args.model or args.config)
-    tokenizer = Tokenizer(args.tokenizer, args.chat)
+    tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    # at weight 0 the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-
-    def read(files):
-        return read_examples(files, args.direction, encoder, config, args.max_length)
-
-    examples = read(args.data)
-    valid = {name: read([file]) for name, file in named_files(args.valid).items()}
     gc.collect()
     gc.freeze()  # or every collection would visit all token ids
 
