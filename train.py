@@ -197,7 +197,7 @@ def batch_of(examples, step, batch_size, seed):
     epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
-    batch = order[i * batch_size : (i + 1) * batch_size]
+    batch = order.split(batch_size)[i]
     return [examples[j] for j in batch.tolist()]
 
 
@@ -208,14 +208,13 @@ def micro_batches(examples, size):
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
+    back = 2 * world_size - 1 - rank
     rows = sorted(examples, key=len, reverse=True)
     parts = []
     for start in range(0, len(rows), size * world_size):
         part = rows[start : start + size * world_size]
         # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
-        parts.append(
-            part[rank :: 2 * world_size] + part[2 * world_size - 1 - rank :: 2 * world_size]
-        )
+        parts.append(part[rank :: 2 * world_size] + part[back :: 2 * world_size])
     return parts
 
 
