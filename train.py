@@ -248,7 +248,7 @@ def is_due(step, every):
 
 
 def read_data(args, config):
-    """Returns the tokenizer, the examples of --data, and a dict of those of --valid."""
+    """Returns the tokenizer, the examples of --data, and those of each set of --valid."""
     rows = data.read_rows(args.data, args.direction)
     tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
     # at weight 0 the reference ends the answer, so it gets the EOS
