@@ -335,7 +335,7 @@ def measure_their_training(s, name: str, config: ModelConfig, compiled: bool):
         model = their_model(s, name, torch.float32).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0, fused=True)
         forward = torch.compile(model, dynamic=True) if compiled else model
-        encoder = Encoder(Tokenizer(s.folder))
+        encoder = Encoder(Tokenizer(s.folder, "plain"))
         rows = read_rows([str(s.folder / "data.jsonl")])
         examples = [encoder.example(row) for row in rows]
 
@@ -425,6 +425,7 @@ def measure_training(s, name: str, flags: list[str], limit: float) -> dict:
     options = {
         "--config": s.folder / f"{name}.json",
         "--tokenizer": s.folder,
+        "--chat": "plain",
         "--data": s.folder / "data.jsonl",
         "--out": out,
         "--dtype": str(s.dtype).removeprefix("torch."),
