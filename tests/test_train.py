@@ -347,7 +347,7 @@ def test_losses_in_chunks_are_those_of_all_rows_and_overwrite_the_logits(hard, s
 
 @pytest.mark.parametrize(
     "options",
-    ["--micro-batch-size 1", "--micro-batch-size 3", "--activation-checkpointing"],
+    ["--micro-batch-size 1", "--micro-batch-size 3 --activation-checkpointing"],
 )
 def test_micro_batches_and_recomputed_activations_do_not_change_the_update(
     at, whole_batches, tmp_path, options
