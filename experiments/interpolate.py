@@ -1,0 +1,63 @@
+"""Interpolates the weights of two models (WiSE-FT, Wortsman et al. 2022).
+
+    python experiments/interpolate.py BASE TUNED 0.5 OUT
+
+OUT is BASE + WEIGHT * (TUNED - BASE), with the configuration and the tokenizer of TUNED. Memory
+holds one file of TUNED at a time.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+import data  # noqa: E402
+from model import require  # noqa: E402
+
+
+def interpolate(base: Path, tuned: Path, weight: float, out: Path):
+    """Writes the model folder `out`, computed in float32 and stored in the types of `tuned`."""
+    require(not out.exists(), out, "exists; remove it, or choose another folder")
+    files = {}  # tensor -> file of the base model
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            files |= dict.fromkeys(f.keys(), file)
+    for name, content in data.Tokenizer(tuned).files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+    for file in tuned.glob("*.safetensors"):
+        tensors = {}
+        with safe_open(file, "pt") as f:
+            for name in f.keys():
+                end = f.get_tensor(name)
+                require(name in files, base, f"has no {name}, but {tuned} has; give its base model")
+                with safe_open(files[name], "pt") as g:
+                    start = g.get_tensor(name).float()
+                fault = f"{name} has shape {[*start.shape]}, in {tuned} {[*end.shape]}"
+                require(start.shape == end.shape, base, fault)
+                tensors[name] = start.lerp(end.float(), weight).to(end.dtype)
+        save_file(tensors, out / file.name, metadata={"format": "pt"})
+    for file in (*tuned.glob("*.index.json"), tuned / "config.json"):
+        shutil.copyfile(file, out / file.name)
+
+
+def main(args: argparse.Namespace):
+    interpolate(args.base, args.tuned, args.weight, args.out)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = data.Arguments(description="Interpolates the weights of two models.")
+    p.add_argument("base", type=Path, help="model folder: weight 0")
+    p.add_argument("tuned", type=Path, help="model folder: weight 1")
+    p.add_argument("weight", type=float, help="in between; outside of 0 to 1 it extrapolates")
+    p.add_argument("out", type=Path, help="model folder to write")
+    return p
+
+
+if __name__ == "__main__":
+    data.cli(main, parser())

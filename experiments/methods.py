@@ -1,0 +1,359 @@
+"""The study: methods of fine-tuning, trained on the same pairs and measured on the same tests.
+
+    python experiments/methods.py --model DIR --pairs train.json --direction de-en --test test.json \\
+        --general vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
+
+Each seed draws pairs and prompts, for which the base model generates rationales and answers; then
+each method is trained and measured. The commands of the scripts are printed and run, one after the
+other. Measures are kept in DIR/points, one file per model, for report.py. The same command runs
+what is missing; others, with other methods or seeds, can run at the same time.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import gc
+import importlib
+import itertools
+import json
+import math
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from world import write_jsonl  # noqa: E402
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+from data import Encoder, Tokenizer  # noqa: E402
+from model import hash_model, read_object, require, write_text  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method trains on. The pairs of a step are the same for all methods."""
+
+    pairs: str = "pairs"  # the seed's file: pairs alone, or a ledger of this task
+    weight: float = 1.0  # of generated tokens; of replayed answers, a ratio of means, not of sums
+    teacher: bool = False  # soft targets from the base model for generated tokens
+    replay: int = 0  # the model's answers to other prompts in a step, in multiples of --replayed
+
+
+METHODS = {
+    "vanilla": Method(weight=0),
+    "RaDis": Method("rationale"),
+    "soft RaDis": Method("rationale", teacher=True),
+    "hard replay": Method(replay=1),
+    "soft replay 1": Method(replay=1, teacher=True),
+    "soft replay 3": Method(replay=1, teacher=True, weight=3),
+    "soft replay 3, twice the answers": Method(replay=2, teacher=True, weight=3),
+    "soft RaDis + soft replay": Method("rationale", replay=1, teacher=True),
+    "no EOS": Method("no-eos"),  # a control: the reference, one more token, and no end
+    "SeqKD": Method("translation"),
+    "SDFT": Method("paraphrase"),
+}
+OTHER_WAY = {
+    "source": "reference",
+    "reference": "source",
+    "source_lang": "target_lang",
+    "target_lang": "source_lang",
+}
+# options that may differ between commands with the same --out
+FREE = ("out", "seeds", "rate", "only", "weights", "ranks", "keep")
+
+
+# 1. Commands
+
+
+def run(script: str, words: list, log: Path, ranks: int = 0):
+    """Runs `python SCRIPT.py WORDS`, in this process or by torchrun; its output goes to `log`."""
+    words = [str(word) for word in words]
+    command = f"$ python {script}.py {shlex.join(words)}"
+    print(command, flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", encoding="utf-8") as f:
+        print(command, file=f, flush=True)
+        if ranks:
+            launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
+            launch = [sys.executable, *launch, str(ROOT / f"{script}.py")]
+            done = subprocess.run([*launch, *words], stdout=f, stderr=f)
+            require(done.returncode == 0, log, "the command failed; its last lines say why")
+        else:
+            module = importlib.import_module(script)
+            with contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+                module.main(module.parser().parse_args(words))
+    gc.collect()  # models hold themselves in cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def generate(options, seed: int, task: str, source: Path, out: Path, flags: str):
+    """The base model writes a ledger."""
+    words = ["--model", options.model, "--task", task, "--data", source, "--out", out]
+    words += ["--seed", seed, *shlex.split(f"{flags} {options.flags}")]
+    run("generate", words, options.out / f"logs/{out.stem}.log", options.ranks)
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    return [row for _, row in data.read_json(file)]
+
+
+# 2. The tests, the same for all seeds
+
+
+def read_pairs(files: list, options) -> list[dict]:
+    """The pairs whose texts have the lengths that are studied, in all directions."""
+    low, high = options.characters or (1, math.inf)
+    pairs = []
+    for row in data.read_rows(files, options.direction):
+        lengths = (len(row.source), len(row.reference))
+        if low <= min(lengths) and max(lengths) <= high:
+            pairs.append({name: getattr(row, name) for name in (*data.PAIR_FIELDS, "reference")})
+    return pairs
+
+
+def write_tests(options):
+    """Pairs to translate, and the base model's answers for the measures of KL to base."""
+    by_way = {}
+    for pair in read_pairs(options.test, options):
+        by_way.setdefault((pair["source_lang"], pair["target_lang"]), []).append(pair)
+    for way, pairs in by_way.items():
+        write_jsonl(options.out / f"tests/test-{'-'.join(way)}.jsonl", pairs[: options.tests])
+        # of the last pairs: if there are enough, none that is translated
+        last = pairs[-max(1, options.measured // len(by_way)) :]
+        write_answers(options, f"task-{'-'.join(way)}", last)
+        if way[::-1] not in by_way:
+            turned = [{OTHER_WAY[name]: text for name, text in pair.items()} for pair in last]
+            write_answers(options, f"reverse-{'-'.join(way[::-1])}", turned)
+    for file in options.general:
+        prompts = data.read_rows([file], prompts=True)[: options.measured]
+        write_answers(options, f"general-{Path(file).stem}", numbered(prompts))
+
+
+def numbered(prompts: list) -> list[dict]:
+    return [{"id": i, "messages": row.messages} for i, row in enumerate(prompts)]
+
+
+def write_answers(options, name: str, rows: list):
+    """The base model's answers, as a ledger for --drift."""
+    tests = options.out / "tests"
+    write_jsonl(tests / f"prompts/{name}.jsonl", rows)
+    answers = tests / f"answers/{name}.jsonl"
+    flags = f"--temperature 0 {options.answer_flags}"
+    generate(options, 0, "answer", tests / f"prompts/{name}.jsonl", answers, flags)
+    meta = read_object(answers.with_suffix(".meta.json"))
+    if not name.startswith("general"):  # the length of the models' own answers is not measured
+        meta["max_new_tokens"] = 1
+    write_jsonl(tests / f"drift/{name}.jsonl", read_jsonl(answers))
+    write_text(tests / f"drift/{name}.meta.json", json.dumps(meta))
+
+
+# 3. What a seed draws, and what the base model generates for it
+
+
+def prepare(options, seed: int):
+    """Writes what the methods train on to DIR/seed-N."""
+    folder = options.out / f"seed-{seed}"
+    methods = [METHODS[name] for name in options.only]
+    pairs = read_pairs(options.pairs, options)
+    count = min(len(pairs), options.steps * options.batch_size)  # of fewer, several epochs
+    write_jsonl(folder / "pairs.jsonl", random.Random(seed).sample(pairs, count))
+    tasks = {"rationale" if method.pairs == "no-eos" else method.pairs for method in methods}
+    for task in sorted(tasks - {"pairs"}):
+        flags = options.rationale_flags if task == "rationale" else options.answer_flags
+        source = folder / "pairs.jsonl"
+        generate(options, seed, task, source, folder / f"{task}.jsonl", flags)
+    if METHODS["no EOS"] in methods:
+        tokenizer = Tokenizer(options.model)
+        rows = read_jsonl(folder / "rationale.jsonl")
+        write_jsonl(folder / "no-eos.jsonl", [truncate(row, tokenizer) for row in rows])
+    measured = data.read_rows(options.general, prompts=True)
+    texts = {row.messages[-1]["content"].strip() for row in measured}
+    for replay in sorted({method.replay for method in methods} - {0}):
+        prompts = data.read_rows(options.prompts, prompts=True)
+        for row in prompts:
+            new = row.messages[-1]["content"].strip() not in texts
+            require(new, row.where, "this prompt is also in --general; remove it")
+        random.Random(seed).shuffle(prompts)
+        count = replay * options.replayed * options.steps
+        prompts = list(itertools.islice(itertools.cycle(prompts), count))
+        source = folder / f"prompts-{replay}.jsonl"
+        write_jsonl(source, numbered(prompts))
+        answers = folder / f"answers-{replay}.jsonl"
+        generate(options, seed, "answer", source, answers, options.answer_flags)
+
+
+def truncate(row: dict, tokenizer: Tokenizer) -> dict:
+    """The row with the first token of its rationale alone, and no EOS after it."""
+    ids = row["rationale_ids"][:1]
+    if not ids:  # the model ended its answer at once
+        return row
+    text = tokenizer.decode_after(row["reference_ids"], ids)
+    return row | {"rationale": text, "rationale_ids": ids, "finish": "length"}
+
+
+# 4. A method: train, measure, interpolate, measure
+
+
+def slug(method: str) -> str:
+    """The name of a method's folder."""
+    return method.replace(" + ", "+").replace(", ", "-").replace(" ", "-")
+
+
+def run_method(options, seed: int, name: str):
+    key = f"seed-{seed}/{options.rate}/{slug(name)}"
+    end = f"{key}/step-{options.steps}"
+    weights = {f"{end}-at-{weight:g}": weight for weight in options.weights}
+    if all(is_measured(options, point) for point in (end, *weights)):
+        return
+    method = METHODS[name]
+    tuned = options.out / "models" / key
+    files = [options.out / f"seed-{seed}/{method.pairs}.jsonl"]
+    if method.replay:
+        files.append(files[0].with_name(f"answers-{method.replay}.jsonl"))
+    weight = method.weight
+    if method.replay and method.pairs == "pairs":
+        weight *= ratio_of_means(options, files)
+    words = ["--model", options.model, "--data", *files, "--out", tuned, "--resume"]
+    words += ["--learning-rate", options.rate, "--seed", seed]
+    words += ["--batch-size", options.batch_size + method.replay * options.replayed]
+    words += ["--max-steps", options.steps, "--warmup-steps", math.ceil(options.steps / 10)]
+    words += ["--rationale-weight", f"{weight:.4g}"]
+    words += ["--teacher", options.model] if method.teacher else []
+    words += shlex.split(f"{options.train_flags} {options.flags}")
+    log = options.out / f"logs/{key}.log"
+    run("train", words, log, options.ranks)
+    cost = read_cost(method, files, tuned)
+    measure(options, tuned, end, cost)
+    for point, weight in weights.items():
+        if not is_measured(options, point):
+            between = tuned / f"at-{weight:g}"
+            shutil.rmtree(between, ignore_errors=True)
+            run("interpolate", [options.model, tuned, weight, between], log)
+            measure(options, between, point, cost)
+    if not options.keep:
+        shutil.rmtree(tuned)
+
+
+def ratio_of_means(options, files: list) -> float:
+    """The weight at which the mean losses of references and of answers count alike."""
+    encoder = Encoder(Tokenizer(options.model))
+    examples = [encoder.example(row) for row in data.read_rows(files)]
+    references = sum(len(example.reference) for example in examples)
+    return references / sum(len(example.rationale) for example in examples)
+
+
+def read_cost(method: Method, files: list, out: Path) -> dict:
+    """Tokens that were trained on, read by the teacher, and sampled beforehand."""
+    trained = sum(line["tokens"] for line in read_jsonl(out / "metrics.jsonl"))
+    ids = [row.get("rationale_ids", []) for file in files for row in read_jsonl(file)]
+    taught = trained if method.teacher else 0
+    return {"trained": trained, "taught": taught, "sampled": sum(map(len, ids))}
+
+
+def is_measured(options, name: str) -> bool:
+    return (options.out / f"points/{name}.npz").exists()
+
+
+def measure(options, model: Path, name: str, cost: dict):
+    """Measures a model to DIR/points/NAME.npz, unless that is there."""
+    if is_measured(options, name):
+        return
+    out = options.out / f"results/{name}"
+    tests = options.out / "tests"
+    words = ["--model", model, "--out", out, "--translation", *sorted(tests.glob("test-*.jsonl"))]
+    words += ["--drift", *sorted(tests.glob("drift/*.jsonl")), "--base", options.model]
+    words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
+    run("evaluate", words, options.out / f"logs/{name}.log", options.ranks)
+    statistics = evaluate.read_results(out).statistics
+    table = np.array([statistic.values for statistic in statistics.values()])
+    # of each bootstrap draw the distance from the score, for which three digits are enough
+    draws = (table[:, 1:] - table[:, :1]).astype(np.float16)
+    point = options.out / f"points/{name}.npz"
+    point.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"names": [*statistics], "values": table[:, 0], "draws": draws}
+    temporary = point.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        np.savez_compressed(f, **arrays, cost=json.dumps(cost))
+    temporary.rename(point)
+
+
+# 5. The study
+
+
+def check_settings(options):
+    """Raises UserError if --out has points of other settings."""
+    settings = {name: value for name, value in vars(options).items() if name not in FREE}
+    settings["model"] = hash_model(options.model)
+    for name in ("pairs", "test", "general", "prompts"):
+        settings[name] = [f"{Path(x).name} {hash_model(x)}" for x in settings[name]]
+    file = options.out / "settings.json"
+    if file.exists():
+        data.require_same(file, read_object(file), settings, free=())
+    else:
+        write_text(file, json.dumps(settings, indent=2))
+
+
+def main(options: argparse.Namespace):
+    options.only = options.only or ["vanilla", "RaDis", "soft RaDis", "soft RaDis + soft replay"]
+    options.seeds = options.seeds or [0, 1, 2]
+    options.out = Path(options.out).resolve()
+    for name in options.only:
+        require(name in METHODS, f"--only {name}", f"must be one of {', '.join(METHODS)}")
+        require(options.prompts or not METHODS[name].replay, name, "needs --prompts")
+    options.out.mkdir(parents=True, exist_ok=True)
+    with open(options.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one command makes what several need
+        check_settings(options)
+        write_tests(options)
+        measure(options, options.model, "base", {})
+        for seed in options.seeds:
+            prepare(options, seed)
+    for seed in options.seeds:
+        for name in options.only:
+            run_method(options, seed, name)
+
+
+OPTIONS = """
+--model! DIR            base model
+--out! DIR              folder of the study
+--pairs! FILE...        pairs to train on; each seed draws its own
+--test! FILE...         pairs to translate
+--general! FILE...      general prompts: KL to base, length of the model's own answers
+--prompts FILE...       prompts whose answers are replayed
+--direction DE-EN...    of pairs and tests, as in train.py
+--characters N...       least and most of a source and a reference
+--only METHOD...        methods (default: vanilla, RaDis, soft RaDis, soft RaDis + soft replay)
+--seeds N...            default 0 1 2
+--rate RATE=1e-4        peak learning rate
+--weights SHARE...      measure each method also interpolated with these weights
+--steps COUNT=64        optimizer steps
+--batch-size COUNT=16   pairs in a step
+--replayed COUNT=2      answers in a step beside them
+--tests COUNT=512       pairs to translate in each direction
+--measured COUNT=40     prompts of each file on which KL to base is measured
+--rationale-flags WORDS=--max-new-tokens 64 --cue '\\n'   for rationales, as one word
+--answer-flags WORDS=--max-new-tokens 128   for answers and evaluate.py
+--train-flags WORDS=--micro-batch-size 16   for train.py
+--evaluate-flags WORDS=   for evaluate.py, such as "--choice piqa.jsonl"
+--flags WORDS=--dtype float32   for all scripts, such as --template
+--ranks N=0             GPUs for each command, by torchrun; 0: in this process
+--keep                  keep the tuned models
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    return data.make_parser("Trains and measures methods of fine-tuning.", OPTIONS)
+
+
+if __name__ == "__main__":
+    data.cli(main, parser())
