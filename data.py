@@ -91,6 +91,8 @@ class Row:
     template: str | None = None
 
 
+FINISHES = ("eos", "length")
+STATUSES = ("ok", "empty", "repetitive")
 PAIR_FIELDS = ("source", "source_lang", "target_lang")
 ID_FIELDS = ("prompt_ids", "reference_ids", "rationale_ids")
 PROMPT_FIELDS = ("chat", "system", "template")
@@ -175,23 +177,20 @@ class Encoder:
 
         Raises UserError if the options given now would make another prompt.
         """
+        messages = self.messages(row)
+        if row.prompt_ids is None:
+            return self.tokenizer.chat(messages, where=row.where)
+        same = messages == Encoder(self.tokenizer).messages(row)
+        fault = "its prompt was made with another --template or --system; give that, or none"
+        require(same, row.where, fault)
         own = row.tokenizer == self.tokenizer.hash
-        given = [self.template, self.system, self.tokenizer.chat_option]
         unedited = own and self.holds_text(row)
-        if unedited and given == [None, None, None]:
+        if unedited and self.tokenizer.chat_option is None:
             return row.prompt_ids
-        for name, value in (("template", self.template), ("system", self.system)):
-            stored = getattr(row, name)
-            if row.prompt_ids is not None and value is not None:
-                default = TEMPLATE if name == "template" else None
-                same = value == (default if stored is None else stored)
-                fault = f"its prompt was made with another --{name}; give that one, or none"
-                require(same, row.where, fault)
-        prompt = self.tokenizer.chat(self.messages(row), where=row.where)
+        prompt = self.tokenizer.chat(messages, where=row.where)
         if own:
             same = prompt == row.prompt_ids if unedited else row.chat == self.tokenizer.chat_option
-            fault = "its prompt was made with another --chat; give that one, or none"
-            require(same, row.where, fault)
+            require(same, row.where, "its prompt was made with another --chat; give that, or none")
         return prompt
 
     def holds_text(self, row: Row) -> bool:
@@ -383,7 +382,7 @@ class Tokenizer:
             require(not config.get(name), where, fault)
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
-        self.added = self.read_added_tokens(config)  # text -> AddedToken
+        self.added = self.read_added_tokens(config, where)  # text -> AddedToken
         self.variables = self.read_named_tokens(config, where)  # of a template
         self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
         self.bos_id = self.named_id("bos_token")
@@ -394,6 +393,7 @@ class Tokenizer:
         self.template_hash = short_hash(self.template)
         self.chat_option = None if chat == "auto" else chat if chat in NAMES else self.template_hash
         if self.chat_option:
+            self.files.pop("additional_chat_templates/default.jinja", None)
             self.files["chat_template.jinja"] = self.template.encode()
 
         # ids that text never becomes, and that are not decoded: special tokens, and other added
@@ -436,64 +436,71 @@ class Tokenizer:
         self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
 
-    def read_added_tokens(self, config) -> dict[str, AddedToken]:
+    def read_added_tokens(self, config, where) -> dict[str, AddedToken]:
         """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
         sp = self.sp
         added = {}
         defined = user_defined_pieces(self.files["tokenizer.model"])
         for id in range(self.size):
-            if sp.is_control(id) or sp.is_unknown(id) or id in defined:
-                text = sp.id_to_piece(id).replace("▁", " ")
-                added[text] = AddedToken(id, special=id not in defined)
-        for where, id, fields in self.list_added_tokens(config):
-            check_ids([id], 2**31, where)
-            require(isinstance(fields, dict), where, "an added token must be an object")
-            text = read_field(fields, "content", str, where)
-            require(text, where, "an added token must not be empty")
+            piece = sp.id_to_piece(id)
+            if sp.is_control(id) or sp.is_unknown(id):
+                added[piece] = AddedToken(id)
+            elif id in defined and "▁" not in piece:  # SentencePiece finds those by itself
+                added[piece] = AddedToken(id, special=False)
+        listed = read_field(config, "added_tokens_decoder", dict, where, None)
+        if listed is None:  # older files count only then, as in transformers
+            listed = {}
+            for text, id in self.read_json("added_tokens.json").items():
+                listed[str(id)] = {"content": text}
+            for fields in read_field(
+                self.read_json("tokenizer.json"), "added_tokens", list, where, []
+            ):
+                require(isinstance(fields, dict), where, "an added token must be an object")
+                listed[str(fields.get("id"))] = fields
+        for number, fields in listed.items():
+            place = f"{where}: added token {number[:20]}"
+            number = re.fullmatch(r"[0-9]{1,9}", number)
+            require(number and isinstance(fields, dict), place, "must be an object with an id")
+            id = int(number[0])
+            text = read_field(fields, "content", str, place)
             if id < self.size:
                 piece = sp.id_to_piece(id)
-                fault = f"the added token {text!r} has the id of {piece!r} in tokenizer.model"
-                require(text == piece, where, fault)
+                require(text == piece, place, f"is {text!r}, but {piece!r} in tokenizer.model")
                 text = text.replace("▁", " ")
-                if text not in added:  # a piece like any other: it is text, whatever a file says
-                    continue
+                if text not in added and id not in defined:
+                    continue  # a piece like any other: it is text, whatever a file says
             known = added.get(text, AddedToken(id, special=False))
-            require(known.id == id, where, f"{text!r} has two ids; keep one")
+            require(text and known.id == id, place, f"{text!r} has two ids, or is empty")
             flags = {}
             for name in ("special", "lstrip", "rstrip", "single_word"):
-                flags[name] = read_field(fields, name, bool, where, False)
+                flags[name] = read_field(fields, name, bool, place, False)
             flags["special"] |= known.special
             added[text] = AddedToken(id, **flags)
         return added
 
-    def list_added_tokens(self, config):
-        """-> FILE, id and fields of each token that a file adds; files as in transformers."""
-        where = self.folder / "tokenizer_config.json"
-        if "added_tokens_decoder" in config:
-            for id, fields in read_field(config, "added_tokens_decoder", dict, where).items():
-                yield where, int(id) if re.fullmatch(r"[0-9]{1,9}", id) else id, fields
-            return
-        for text, id in self.read_json("added_tokens.json").items():
-            yield self.folder / "added_tokens.json", id, {"content": text}
-        where = self.folder / "tokenizer.json"
-        for fields in read_field(self.read_json("tokenizer.json"), "added_tokens", list, where, []):
-            yield where, fields.get("id") if isinstance(fields, dict) else None, fields
-
     def read_named_tokens(self, config, where) -> dict[str, str]:
-        """Special tokens by their names (bos_token ...), which become special in `added`."""
+        """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
         sp = self.sp
         defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         named = {name: sp.id_to_piece(id) for name, id in defaults.items() if id >= 0}
         for name, value in config.items():
             if name.endswith("_token") and not name.startswith("add_"):
-                text = value.get("content") if isinstance(value, dict) else value
-                named[name] = text
-        named = {name: text for name, text in named.items() if text is not None}
-        extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-        for i, value in enumerate(extra.values() if isinstance(extra, dict) else extra):
+                named[name] = value
+        for kind in (
+            "additional_special_tokens",
+            "extra_special_tokens",
+            "model_specific_special_tokens",
+        ):
+            extra = config.get(kind) or {}
+            if isinstance(extra, list):
+                extra = {f"{kind} {i}": value for i, value in enumerate(extra)}
+            require(isinstance(extra, dict), where, f"{kind} must be a list or an object")
+            named |= extra
+        texts = {}
+        for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
-            named[f"special token {i}"] = text
-        for name, text in named.items():
+            if text is None:
+                continue
             require(isinstance(text, str), where, f"{name} must be text")
             id = sp.piece_to_id(text)
             if text not in self.added and name not in UNUSED_TOKENS:
@@ -502,17 +509,19 @@ class Tokenizer:
                 self.added[text] = AddedToken(id)
             if text in self.added:
                 self.added[text] = replace(self.added[text], special=True)
-        return named
+            texts[name] = text
+        return texts
 
     def named_id(self, name) -> int | None:
         return self.added[self.variables[name]].id if name in self.variables else None
 
     def read_adds_bos(self, config, where) -> bool:
         """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
-        processor = self.read_json("tokenizer.json").get("post_processor")
-        if processor is not None:
-            return f'{{"id": "{self.variables["bos_token"]}"' in json.dumps(processor)
-        return read_field(config, "add_bos_token", bool, where, False)
+        if "tokenizer.json" not in self.files:
+            return read_field(config, "add_bos_token", bool, where, False)
+        text = json.dumps(self.read_json("tokenizer.json").get("post_processor"))
+        single = text.partition('"single": ')[2].partition('"pair": ')[0]
+        return f'"id": {json.dumps(self.variables["bos_token"])}' in single
 
     def read_stop_ids(self) -> list[int]:
         """EOS ids of generation_config.json; where it has none, those of config.json."""
@@ -537,18 +546,20 @@ class Tokenizer:
             fault = f"no such file, and no format; the formats are {', '.join(NAMES)}"
             require(Path(chat).is_file(), f"--chat {chat}", fault)
             return read_text(chat)
-        for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
-            if name in self.files:
-                return read_text(self.folder / name)
-        template = config.get("chat_template")
+        templates = {}  # files come before the settings, as in transformers
+        for name in self.files:
+            if name.endswith(".jinja"):
+                key = "default" if name == "chat_template.jinja" else Path(name).stem
+                templates[key] = read_text(self.folder / name)
+        template = templates or config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            named = [x for x in template if isinstance(x, dict) and x.get("name") == "default"]
-            template = named[0].get("template") if named else 0
-        fault = (
-            "chat_template must be text, or a list that has a default; choose one by --chat FILE"
-        )
-        where = self.folder / "tokenizer_config.json"
-        require(isinstance(template, str | None), where, fault)
+            named = [x for x in template if isinstance(x, dict)]
+            template = {str(x.get("name")): x.get("template") for x in named}
+        if isinstance(template, dict):
+            fault = "none of its chat templates is the default; give one by --chat FILE"
+            require("default" in template, self.folder, fault)
+            template = template["default"]
+        require(isinstance(template, str | None), self.folder, "chat_template must be text")
         return template or None
 
     @functools.cached_property
@@ -682,7 +693,7 @@ class Tokenizer:
         guard = unused_character(self.template + "".join(x["content"] for x in messages))
         broken = [x | {"content": self.break_up(x["content"], guard)} for x in messages]
         text = self.render(broken, where)
-        if broken[0]["role"] == "system" and broken[0]["content"].strip() not in text:
+        if broken[0]["role"] == "system":
             other = self.render([{"role": "system", "content": guard}, *broken[1:]], where)
             fault = "the chat template drops the system prompt; leave it out, or give --chat"
             require(other != text, where, fault)
@@ -807,11 +818,11 @@ def read_json(path) -> list[tuple[str, dict]]:
             end = json.JSONDecoder().raw_decode(text, start)[1]
             rows.append((f"{path}:{bisect.bisect(line_ends, start) + 1}", row))
     else:
-        lines = text.split("\n")
-        pretty = lines[0].strip() == "{"
-        require(not pretty, f"{path}:1", "an object must be on one line, or in a JSON array")
-        for line, content in enumerate(lines, 1):
+        for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
+                whole = content.rstrip().endswith("}")
+                fault = "a row must be one JSON object on one line, or in a JSON array"
+                require(whole, f"{path}:{line}", fault)
                 rows.append((f"{path}:{line}", parse_json(content, path, line)))
     for where, row in rows:
         found = json.dumps(row)[:40]
@@ -834,6 +845,7 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
         ids = set()
         for way in ways or [None]:
             for where, fields in content:
+                fields = {name: value for name, value in fields.items() if value is not None}
                 first_way = way is None or way == ways[0]
                 if is_conversation(fields):
                     if not first_way:  # it has no direction
@@ -885,35 +897,37 @@ def text_field(fields, name, where, may_be_blank=False) -> str:
 
 def read_pair(fields, where, way, ways) -> Row:
     """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
-    ledger = is_ledger(fields)
+    own = ()
     if "translation" in fields:
         texts = read_field(fields, "translation", dict, where)
         require(way, where, "the row has both languages; choose --direction, such as de-en")
-        both = way[0] in texts and way[1] in texts
-        fault = f"--direction {'-'.join(way)} needs both; the row has {json.dumps([*texts])[:40]}"
-        require(both, where, fault)
-        source, reference = (text_field(texts, language, where) for language in way)
     else:
         forms = "translation, source and reference, prompt, messages or turns; see the README"
-        require("source" in fields, where, f"a row needs one of {forms}")
-        source = text_field(fields, "source", where)
-        reference = text_field(fields, "reference", where, ledger)
+        fault = f"a row needs {forms}; found {json.dumps([*fields])[:60]}"
+        require("source" in fields, where, fault)
         own = (fields.get("source_lang"), fields.get("target_lang"))
         if own == (None, None) and ways:  # of the first direction
             own = ways[0]
         check_languages(own, f"{where}: source_lang, target_lang")
-        if way not in (None, own):
-            require(not ledger, where, f"this ledger is {'-'.join(own)}; leave out --direction")
-            require(way == own[::-1], where, f"the row is {'-'.join(own)}, not {'-'.join(way)}")
-            source, reference = reference, source
+        source = text_field(fields, "source", where)
+        reference = text_field(fields, "reference", where, is_ledger(fields))
+        texts = {own[0]: source, own[1]: reference}
         way = way or own
+    both = way[0] in texts and way[1] in texts
+    fault = f"--direction {'-'.join(way)} needs both; the row has {json.dumps([*texts])[:40]}"
+    require(both, where, fault)
+    one_way = way == own or (not own and len(ways) == 1) or "rationale" not in fields
+    require(one_way, where, "the row has a rationale, so it can't be read in another direction")
+    may_be_blank = is_ledger(fields)
+    source = text_field(texts, way[0], where)
+    reference = text_field(texts, way[1], where, may_be_blank)
     return Row(0, where, reference, source, *way)
 
 
 def read_conversation(fields, where, prompts) -> Row:
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
     ledger = is_ledger(fields)
-    if fields.get("messages") is not None:
+    if "messages" in fields:
         messages = read_field(fields, "messages", list, where)
     else:
         if "turns" in fields and "prompt" not in fields:
@@ -959,14 +973,16 @@ def read_ledger_fields(row: Row, fields):
     row.rationale = read_field(fields, "rationale", str, where, "")
     if not is_ledger(fields):
         return
-    for name in (*ID_FIELDS, "tokenizer", "finish", "status"):
+    for name in ("rationale", *ID_FIELDS, "tokenizer", "finish", "status"):
         fault = f'a ledger row without "{name}", of an older version; write it again by generate.py'
         require(name in fields, where, fault)
         kind = list if name in ID_FIELDS else str
         setattr(row, name, read_field(fields, name, kind, where))
     for name in ID_FIELDS:
         check_ids(getattr(row, name), 2**31, where)
-    require(row.finish in ("eos", "length"), where, '"finish" must be "eos" or "length"')
+    for name, values in {"finish": FINISHES, "status": STATUSES}.items():
+        known = getattr(row, name) in values
+        require(known, where, f'"{name}" must be {" or ".join(values)}')
     for name in PROMPT_FIELDS:
         setattr(row, name, read_field(fields, name, str, where, None))
 
@@ -975,14 +991,14 @@ def read_template(value: str | None) -> str | None:
     """--template: a text that has {source}, else the file that holds one."""
     if value is None:
         return None
-    text = unescape(value) if "{source}" in value else read_text(value).removesuffix("\n")
+    text = utf8_text(value) if "{source}" in value else read_text(value).removesuffix("\n")
     unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
     fault = "must have {source}, and nothing in braces but {source_lang} and {target_lang}"
     require("{source}" in text and not unknown, f"--template {value[:60]}", fault)
     return text
 
 
-def unescape(text):
+def utf8_text(text):
     """A shell's "\\n" and "\\t" are two characters each; here they mean line break and tab."""
     text.encode()  # ValueError where the shell's bytes were not UTF-8
     return text.replace("\\n", "\n").replace("\\t", "\t")
@@ -990,7 +1006,7 @@ def unescape(text):
 
 # 4. Folders that a run owns
 
-MARK = {"program": "RaDis"}  # in a settings file: by it a folder or a ledger is known as ours
+MARK = {"program": "RaDis"}  # first in a settings file: by it a folder or a ledger is known as ours
 NOT_COMPARED = ("model", "versions", "program")  # recorded only
 LOCK = ".lock"
 
@@ -1016,19 +1032,19 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
     """
     known = [False]
     lock = None
-    if dist.get_rank() == 0:
-        require_own_or_empty(folder, name)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(folder)
-        require_own_or_empty(folder, name)  # nothing was put there meanwhile
-        file = folder / name
-        known[0] = file.exists()
-        if known[0]:
-            require_same(file, (defaults or {}) | read_object(file), settings, free)
-        else:
-            write_text(file, json.dumps(MARK | settings, indent=2))
-    dist.broadcast_object_list(known)
     try:
+        if dist.get_rank() == 0:
+            require_own_or_empty(folder, name)
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = take_lock(folder)
+            require_own_or_empty(folder, name)  # nothing was put there meanwhile
+            file = folder / name
+            known[0] = file.exists()
+            if known[0]:
+                require_same(file, (defaults or {}) | read_object(file), settings, free)
+            else:
+                write_text(file, json.dumps(MARK | settings, indent=2))
+        dist.broadcast_object_list(known)
         yield known[0]
     finally:
         if lock is not None:
@@ -1041,14 +1057,17 @@ def require_own_or_empty(folder, name):
     if not folder.exists():
         return
     require(folder.is_dir(), folder, "is not a folder; choose another --out")
+    # a run may have been killed before its settings file was complete
+    begun = {LOCK: "", f"{name}.tmp": json.dumps(MARK, indent=2)[:-2]}
     if not is_own(folder / name):
-        # a run may have been killed before its settings file was complete
-        others = set(os.listdir(folder)) - {LOCK, f"{name}.tmp"}
         fault = "is not empty and not written by this script; choose another --out"
-        require(not others, folder, fault)
-    for file in (folder / LOCK, folder / f"{name}.tmp"):
-        plain = not file.is_symlink() and (file.is_file() or not file.exists())
-        require(plain, file, "is not a file of this script; choose another --out")
+        require(begun.keys() >= set(os.listdir(folder)), folder, fault)
+    for file, start in begun.items():
+        file = folder / file
+        if file.exists() or file.is_symlink():
+            ours = file.is_file() and not file.is_symlink()
+            ours = ours and start.encode().startswith(file.read_bytes()[: len(start) or 1])
+            require(ours, file, "is not a file of this script; choose another --out")
 
 
 def take_lock(folder):
@@ -1062,6 +1081,7 @@ def take_lock(folder):
     except BlockingIOError:
         held = False
     except OSError as e:
+        file.unlink()
         fault = f"its file system has no locks (flock: {e.strerror}); choose another --out"
         raise UserError(f"{folder}: {fault}") from None
     require(held, folder, "another process is writing it; wait for it, or choose another --out")
@@ -1118,7 +1138,7 @@ VALUES = {
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
     "P": number_type(float, 0, 1, above=0),
-    "TEXT": unescape,
+    "TEXT": utf8_text,
 }
 PROMPT_OPTIONS = f"""
 --direction DE-EN...   direction of two-way pairs; several read each pair in each of them
@@ -1171,6 +1191,7 @@ def cli(main, parser):
     rank = int(os.environ.get("RANK", 0))
     try:
         main(parser.parse_args())
+        sys.stdout.flush()
         if torch.cuda.is_available() and dist.is_initialized():
             dist.destroy_process_group()  # NCCL warns of one that is left behind
         return

@@ -1,5 +1,6 @@
 """A tiny chat model for every test: random weights, a vocabulary trained on the lines below."""
 
+import io
 import json
 import os
 import random
@@ -60,7 +61,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# what JSON can hold and no field is meant to: each is JSON text
+# values that JSON can hold and no field is meant to have, as JSON text
 ODD = {
     "null": "null",
     "true": "true",
@@ -108,23 +109,35 @@ def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     return folder
 
 
-def write_tokenizer(folder: Path, **config) -> Path:
-    """tokenizer.model in the manner of Llama: BPE, bytes, a space before each text, 480 pieces."""
+SENTENCEPIECE = {
+    "model_type": "bpe",
+    "vocab_size": 480,
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "character_coverage": 1.0,
+    "control_symbols": ["<|im_start|>", "<|im_end|>"],
+    "minloglevel": 2,
+    "num_threads": 1,
+}
+
+
+def write_vocabulary(folder: Path, **options) -> Path:
+    """tokenizer.model like Llama's: BPE, bytes, a space before each text, 480 pieces."""
     folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()  # model_prefix would write the folder's name into the file
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(LINES),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=480,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        minloglevel=2,
-        num_threads=1,
+        model_writer=model,
+        **SENTENCEPIECE | options,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+def write_tokenizer(folder: Path, **config) -> Path:
+    """A vocabulary, and tokenizer_config.json with the chatml template."""
+    write_vocabulary(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHATML} | config))
     return folder
 
@@ -143,26 +156,35 @@ def read_jsonl(path: Path) -> list[dict]:
 ROW_FIELDS = [
     *("id", "source", "reference", "source_lang", "target_lang", "translation"),
     *("prompt", "response", "messages", "turns", "question_id", "role", "content"),
-    *("reference_ids", "rationale_ids", "rationale", "finish", "status", "meta", "where"),
+    *("prompt_ids", "reference_ids", "rationale_ids", "rationale", "tokenizer"),
+    *("finish", "status", "chat", "system", "template", "logprob", "where"),
 ]
+LEDGER_FIELDS = {
+    "prompt_ids": "[5]",
+    "reference_ids": "[6]",
+    "rationale_ids": "[7]",
+    "rationale": '"So."',
+    "finish": '"eos"',
+    "status": '"ok"',
+}
 SHAPES = ["{}", "[{}]", '{{"de": {}, "en": "x"}}', '[{{"role": "user", "content": {}}}]']
 
 
-def odd_row(seed: int) -> str:
-    """A pair, a conversation or a ledger's row with one to three fields that are odd."""
+def odd_row(seed: int, tokenizer: str = "x") -> str:
+    """A pair, a conversation or a ledger row in which one to three fields have odd values."""
     r = random.Random(seed)
     row = {name: json.dumps(value) for name, value in r.choice(PAIRS).items()}
     if r.random() < 0.3:
         row = {"prompt": '"Why?"', "response": '"So."'}
     if r.random() < 0.3:
-        row |= {"reference_ids": "[5]", "rationale_ids": "[6]", "rationale": '"So."'}
+        row |= LEDGER_FIELDS | {"tokenizer": json.dumps(tokenizer)}
     for name in r.sample(ROW_FIELDS, r.randint(1, 3)):
         row[name] = r.choice(SHAPES).format(r.choice([*ODD.values()]))
     return "{" + ", ".join(f'"{name}": {value}' for name, value in row.items()) + "}"
 
 
 def last_line(module, arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which a script ends, with status 2; empty where it ends well."""
+    """The one line with which a script ends (status 2), or "" where it ends well."""
     words = [str(argument) for argument in arguments]
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *words])
     monkeypatch.setattr("signal.signal", lambda *_: None)  # those of the tests stay
@@ -182,7 +204,7 @@ def last_line(module, arguments: list, monkeypatch, capsys) -> str:
 
 
 def error_of(module, arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which a script must end."""
+    """The one line with which a script must end (status 2)."""
     line = last_line(module, arguments, monkeypatch, capsys)
     assert line
     return line

@@ -1,16 +1,27 @@
-"""From files to ids: prompts as the official encoders make them, every mistake told by place."""
+"""What data.py does with rows, tokenizers, chat templates, folders and options.
 
+Expected ids come from transformers, mistral-common or SentencePiece.
+"""
+
+import errno
+import fcntl
+import inspect
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jinja2
 import pytest
+import torch
+import torch.distributed as dist
 from conftest import (
     CHATML,
     LINES,
@@ -21,557 +32,251 @@ from conftest import (
     odd_row,
     write_jsonl,
     write_tokenizer,
+    write_vocabulary,
 )
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import data
-from data import Encoder, Tokenizer, collate, read_json, read_rows, read_template
+from data import Encoder, Tokenizer, claim, collate, make_parser, read_rows, read_template, share
+from model import UserError, start_processes
 
-WORDS = "The harbour|waits|Ärger,|naïve|港は静かだ|你好|🚀|\n|\n\n|\t|don't|3.14|привет".split("|")
-WORDS.append("👩\u200d🚀")  # one letter of three code points
-TAGS = "[INST] [/INST] </s> <s> <<SYS>> <|user|> <|im_start|> <0x0A> <unk>".split()
-ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
-    "{{ '<|user|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'system' %}\n"
-    "{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n"
-    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
-    "{% endfor %}"
-)
-MENDER = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{'<|im_start|>system\nYou mend boats.<|im_end|>\n'}}{% endif %}"
-)
-BOS = "{{ bos_token }}"
-V1 = "tokenizer.model.v1"
-V3 = "mistral_instruct_tokenizer_240323.model.v3"
-MARKS = {
-    "llama2": "<<SYS>>",
-    "mistral": "[INST]",
-    "mistral_v3": "[INST]",
-    "zephyr": ZEPHYR,
-    "chatml": CHATML,
-    "plain": "",
-}
+WHY = "\n\nThe wind turns."
+START = "<|im_start|>"
+END = "<|im_end|>"
+PROMPT = f"""{START}user
+Translate this from German to English:
+German: {LINES[1]}
+English:{END}
+{START}assistant
+"""
 
 
-def write(path: Path, content) -> str:
-    """A file of bytes, of text, or of JSON."""
-    if isinstance(content, dict):
+def write(path: Path, content) -> Path:
+    """A file of bytes or text, or of a value as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, str | bytes):
         content = json.dumps(content)
     if isinstance(content, str):
         content = content.encode()
     path.write_bytes(content)
-    return str(path)
+    return path
 
 
 def said(role: str, text) -> dict:
     return {"role": role, "content": text}
 
 
-# 1. Prompts and answers
+def rows_of(folder: Path, rows: list, directions=(), prompts: bool = False) -> list:
+    """The rows of a file that holds `rows`."""
+    file = write_jsonl(folder / "rows.jsonl", rows)
+    return read_rows([str(file)], directions, prompts)
 
 
-def random_text(r: random.Random, words: list) -> str:
-    parts = []
-    for _ in range(r.randint(1, 8)):
-        parts += [r.choice(words), r.choice(["", " ", " ", "  "])]
-    text = "".join(parts)
-    if not text.strip():
-        return "A boat."
-    return r.choice(["", "", " ", "\n"]) + text
+def fault_of(function, *arguments, **options) -> str:
+    """The message of the UserError that a call must raise: one line."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
-def conversations(words: list):
-    """Seeded ones of one to three turns, each with an answer; half of them with a system prompt."""
-    for seed in range(100):
-        r = random.Random(seed)
-        messages = []
-        if seed % 2:
-            messages.append(said("system", random_text(r, words)))
-        for i in range(2 * r.randint(1, 3) - 1):
-            role = "assistant" if i % 2 else "user"
-            messages.append(said(role, random_text(r, words)))
-        yield messages, random_text(r, words)
-
-
-@pytest.mark.parametrize("file", [V1, V3], ids=["v1", "v3"])
-def test_mistral_prompts_and_answers_equal_the_official_encoder(tmp_path, file):
-    common = pytest.importorskip("mistral_common")
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-
-    proto = Path(common.__file__).parent / "data" / file
-    write(tmp_path / "tokenizer.model", proto.read_bytes())
-    write(tmp_path / "tokenizer_config.json", {"chat_template": "[INST]"})
-    t = Tokenizer(tmp_path)
-    official = getattr(MistralTokenizer, file[-2:])()
-    for messages, answer in conversations(WORDS + TAGS):
-        forced = said("assistant", answer.rstrip(" ")) | {"prefix": True}
-        asked = ChatCompletionRequest(messages=[*messages, forced])
-        wanted = official.encode_chat_completion(asked).tokens
-        assert t.chat(messages) + t.answer(forced["content"]) == wanted, messages
-
-
-def test_llama2_prompts_follow_the_recipe_of_meta(tmp_path):
-    common = pytest.importorskip("mistral_common")
-    proto = Path(common.__file__).parent / "data" / V1
-    write(tmp_path / "tokenizer.model", proto.read_bytes())
-    write(tmp_path / "tokenizer_config.json", {"chat_template": "<<SYS>>"})
-    t = Tokenizer(tmp_path)
-    assert t.chat_name == "llama2"
-    for messages, _ in conversations(WORDS + TAGS):
-        texts = [message["content"] for message in messages]
-        if messages[0]["role"] == "system":
-            first = f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"
-            texts = [first, *texts[2:]]
-        ids = []
-        for user, answer in zip(texts[::2], texts[1::2]):
-            turn = f"[INST] {user.strip()} [/INST] {answer.strip()} "
-            ids += [1, *t.sp.encode(turn), 2]
-        ids += [1, *t.sp.encode(f"[INST] {texts[-1].strip()} [/INST]")]
-        assert t.chat(messages) == ids, messages
-
-
-TEMPLATES = {
-    "zephyr": ZEPHYR,
-    "zephyr with BOS": BOS + ZEPHYR,
-    "chatml": CHATML,
-    "chatml with BOS": BOS + CHATML,
-    "chatml with a system prompt of its own": MENDER + CHATML,
-}
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["new", "legacy"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_zephyr_and_chatml_prompts_and_answers_equal_transformers(tmp_path, name, legacy):
-    pytest.importorskip("transformers")
-    from transformers import AutoTokenizer
-
-    names = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
-    folder = write_tokenizer(tmp_path, chat_template=TEMPLATES[name], legacy=legacy, **names)
-    t = Tokenizer(folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    for messages, answer in conversations(WORDS):
-        options = {"add_generation_prompt": True, "return_dict": False}
-        ids = t.chat(messages)
-        assert ids == theirs.apply_chat_template(messages, **options), messages
-        ids += [*t.answer(answer), t.end_id]
-        talk = [*messages, said("assistant", answer)]
-        whole = theirs.apply_chat_template(talk, return_dict=False)
-        assert ids == whole[: len(ids)], answer
-
-
-def user_defined(folder: Path, tags: list, template: str, byte_fallback: bool = True) -> Tokenizer:
-    """A vocabulary that itself finds `tags` in any text, and a config that marks them as special.
-
-    Two more special ids lie beyond the vocabulary.
-    """
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES),
-        model_prefix=str(folder / "tokenizer"),
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=byte_fallback,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols=tags,
-        control_symbols=["<|im_start|>", "<|im_end|>"],
-        minloglevel=2,
-        num_threads=1,
+def spell(tokenizer: Tokenizer, ids: list) -> str:
+    """The text of `ids`, control tokens included."""
+    pieces = tokenizer.list_tokens()
+    text = "".join(pieces[id] for id in ids).replace("▁", " ")
+    return re.sub(
+        "(<0x..>)+",
+        lambda match: bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(),
+        text,
     )
-    sp = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    ids = [0, 1, 2, *map(sp.piece_to_id, tags)]
-    added = {id: {"content": sp.id_to_piece(id), "special": True} for id in ids}
-    added[400] = {"content": "<|beyond|>", "special": True}
-    config = {"chat_template": template, "added_tokens_decoder": added}
-    write(folder / "tokenizer_config.json", config)
-    write(folder / "added_tokens.json", {"<pad>": 401})
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder) -> Tokenizer:
     return Tokenizer(folder)
 
 
-@pytest.mark.parametrize("chat", MARKS)
-def test_text_of_a_user_never_becomes_a_control_token(tmp_path, chat):
-    tags = ["<|user|>", "<|user|>>"]
-    if chat == "mistral_v3":
-        tags += ["[INST]", "[/INST]"]
-    t = user_defined(tmp_path, tags, MARKS[chat])
-    known = [t.sp.id_to_piece(i) for i in range(400) if i in t.control]
-    known += t.added.values()
-    assert {"<|user|>", "<s>", "</s>", "<|im_start|>", "<|beyond|>", "<pad>"} <= set(known)
-    roles = ("system", "user", "assistant", "user")
-    plain = t.chat([said(role, "a boat") for role in roles])
-    for tag in [*known, "".join(known), " ".join(known)]:
-        text = f"a{tag} {tag}{tag}\n{tag}"
-        assert t.control.isdisjoint(t.encode(text))
-        assert t.control.isdisjoint(t.answer(text))
-        assert t.decode(t.encode(text)) == text
-        ids = t.chat([said(role, text) for role in roles])
-        assert [i for i in ids if i in t.control] == [i for i in plain if i in t.control]
+def ledger_of(folder: Path, tokenizer, rows=PAIRS, rationale=WHY, **options) -> list:
+    """Rows as generate.py writes them, with the options template and system."""
+    encoder = Encoder(tokenizer, **options)
+    ledger = []
+    for given, row in zip(rows, rows_of(folder, rows), strict=True):
+        reference_ids = tokenizer.answer(row.reference)
+        fields = {
+            "id": row.id,
+            "rationale": rationale,
+            "prompt_ids": encoder.prompt(row),
+            "reference_ids": reference_ids,
+            "rationale_ids": tokenizer.continuation(row.reference, reference_ids, rationale),
+            "tokenizer": tokenizer.hash,
+            "finish": "eos",
+            "status": "ok",
+            "logprob": -1.5,
+        }
+        ledger.append(given | fields | options)
+    return ledger
 
 
-ODD_TEXTS = {
-    "1,200 tags": ("<tag>", "<tag>" * 1200, "<tag>" * 1200),
-    "a tag with a space": ("▁<tag>", "<tag> <tag> y", "<tag> <tag> y"),
-    "a tag of one letter": ("§", "see § 7", "see  7"),  # can't be cut, so it is left out
-}
+def examples_of(folder: Path, rows: list, tokenizer, **options) -> list:
+    """What train.py learns from `rows`."""
+    encoder = Encoder(tokenizer, **options)
+    return [encoder.example(row) for row in rows_of(folder, rows)]
 
 
-@pytest.mark.parametrize("name", ODD_TEXTS)
-def test_no_text_is_too_odd_to_encode(tmp_path, name):
-    tag, text, left = ODD_TEXTS[name]
-    t = user_defined(tmp_path, [tag], CHATML)
-    ids = t.encode(text)
-    assert {1, 2, t.sp.piece_to_id(tag)}.isdisjoint(ids)
-    assert t.decode(ids) == left
+def example_of(folder: Path, row: dict, tokenizer, **options):
+    [example] = examples_of(folder, [row], tokenizer, **options)
+    return example
 
 
-def test_a_vocabulary_without_bytes_encodes_what_it_does_not_know(tmp_path):
-    t = user_defined(tmp_path, ["<tag>"], CHATML, byte_fallback=False)
-    assert {1, 2, t.sp.piece_to_id("<tag>")}.isdisjoint(t.encode("a 🚀 <unk> <tag>"))
+# 1. From a row to what is learned
 
 
-# 2. Rows
-
-GERMAN = [pair["source"] for pair in PAIRS]
-ENGLISH = [pair["reference"] for pair in PAIRS]
-BACK = [
-    {"source": pair["reference"], "reference": pair["source"]}
-    | {"source_lang": "en", "target_lang": "de"}
-    for pair in PAIRS
-]
-BARE = [{"source": de, "reference": en} for de, en in zip(GERMAN, ENGLISH)]
-ALMA = [{"translation": {"de": de, "en": en}} for de, en in zip(GERMAN, ENGLISH)]
+def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, tmp_path):
+    example = example_of(tmp_path, PAIRS[0] | {"rationale": WHY}, tokenizer)
+    assert spell(tokenizer, example.prompt) == PROMPT
+    assert spell(tokenizer, example.reference) == LINES[0]
+    assert spell(tokenizer, example.rationale) == WHY + END
+    assert example.tokens == example.prompt + example.reference + example.rationale
+    assert len(example) == len(example.tokens)
 
 
-def lines(rows: list) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, tmp_path):
+    example = example_of(tmp_path, PAIRS[0], tokenizer)
+    assert spell(tokenizer, example.reference) == LINES[0] + END
+    assert example.rationale == []
 
 
-FORMATS = {
-    "ALMA array": (json.dumps(ALMA, indent=1), ["de-en"]),
-    "ALMA lines": (lines(ALMA), ["de-en"]),
-    "objects": (lines(PAIRS), []),
-    "objects in an array": (json.dumps(PAIRS, ensure_ascii=False), []),
-    "objects the other way": (lines(BACK), ["de-en"]),
-    "objects without languages": (lines(BARE), ["de-en"]),
-    "blank lines": ("\n" + lines(PAIRS).replace("\n", "\n \n"), []),
-    "fields of somebody": (lines([pair | {"score": [1]} for pair in PAIRS]), []),
-}
-ENDINGS = {"LF": ("\n", ""), "CRLF": ("\r\n", ""), "BOM": ("\n", "\ufeff")}
+def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, tmp_path):
+    alone = example_of(tmp_path, PAIRS[0], tokenizer).reference[:-1]
+    for rationale in (" s", "s", ".", "\n", " It turns."):
+        example = example_of(tmp_path, PAIRS[0] | {"rationale": rationale}, tokenizer)
+        assert example.reference == alone
+        assert spell(tokenizer, example.reference + example.rationale) == (
+            LINES[0] + rationale + END
+        )
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_rows_one_way_and_both(tmp_path, name, ending):
-    content, one = FORMATS[name]
-    end, mark = ENDINGS[ending]
-    path = write(tmp_path / "a.json", mark + content.replace("\n", end))
-    both = ["de-en", "en-de"]
-    for directions, wanted in ((one, PAIRS), (both, [*PAIRS, *BACK])):
-        rows = read_rows([path], directions)
-        assert [row["id"] for row in rows] == [*range(len(wanted))]
-        found = [{key: row[key] for key in PAIRS[0]} for row in rows]
-        assert sorted(found, key=str) == sorted(wanted, key=str)
-    first = {"ALMA array": 2, "blank lines": 2}.get(name, 1)
-    assert rows[0]["where"] == f"{path}:{first}"
-
-
-def test_conversations_are_read_alike_and_ids_are_kept_or_the_place_in_the_data(tmp_path):
-    asked = said("user", "Why?")
-    answered = said("assistant", "So.")
-    rows = [
-        {"prompt": "Why?", "response": "So."},
-        {"messages": [asked, answered], "id": "x"},
-        {"messages": [asked, answered], "source": "a textbook"},
-        {"question_id": 81, "turns": ["Why?", "And then?"]},
-        {"prompt": "Why?"},
-    ]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    found = read_rows([file], prompts=True)
-    assert [row["messages"] for row in found] == [[asked]] * 5
-    assert [row["reference"] for row in found] == ["So.", "So.", "So.", "", ""]
-    assert [row["id"] for row in found] == [0, "x", 2, 81, 4]
-    file = write_jsonl(tmp_path / "b.jsonl", rows[:3])
-    twice = read_rows([file], ["de-en", "en-de"])  # a conversation has no direction
-    assert [row["id"] for row in twice] == [0, "x", 2]
-
-
-def test_a_row_with_an_id_of_its_own_gets_another_for_each_direction(tmp_path):
-    rows = [PAIRS[0] | {"id": 0}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    ids = [row["id"] for row in read_rows([file], ["de-en", "en-de"])]
-    assert ids == [0, "x", 2, "0 en-de", "x en-de", 5]
-
-
-SAME_ID = {
-    "numbers": ({"id": 7}, {"id": 7}),
-    "texts": ({"id": "a"}, {"id": "a"}),
-    "the place of a row without": ({}, {"id": 0}),
-}
-
-
-@pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
-@pytest.mark.parametrize("name", SAME_ID)
-def test_an_id_that_stands_twice_is_refused_by_place(tmp_path, name, array):
-    first, second = SAME_ID[name]
-    rows = [PAIRS[0] | first, PAIRS[1], PAIRS[2] | second]
-    content = json.dumps(rows, indent=None).replace("}, {", "},\n{") if array else lines(rows)
-    path = write(tmp_path / "a.json", content)
-    with pytest.raises(ValueError, match=f"{path}:3: .*twice"):
-        read_rows([path])
-
-
-GOOD = json.dumps(PAIRS[0])
-ASKED = [said("user", "Why?")]
-BAD_FIELDS = {
-    "no reference": {"reference": None},
-    "a source of another type": {"source": 7},
-    "a blank source": {"source": "\u3000\n"},
-    "an empty reference": {"reference": ""},
-    "a lone surrogate": {"source": "\ud800x"},
-    "an id that is a list": {"id": [1]},
-    "an id that is half a number": {"id": 1.5},
-    "an id that is a truth": {"id": True},
-    "an id with a surrogate": {"id": "\ud800"},
-    "no language": {"source_lang": None},
-    "an unknown language": {"source_lang": "xx"},
-    "a language that is a list": {"source_lang": [1]},
-    "one language twice": {"source_lang": "en"},
-    "a source beside broken messages": {"messages": 3},
-}
-
-
-@pytest.mark.parametrize("name", BAD_FIELDS)
-def test_a_bad_field_is_told_by_line(tmp_path, name):
-    rows = [PAIRS[0], PAIRS[1] | BAD_FIELDS[name]]
-    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=rf"^{path}:2: [^\n]*$"):
-        read_rows([path])
-
-
-BAD_ROWS = {
-    "two users": {"messages": ASKED * 2},
-    "no answer": {"messages": ASKED},
-    "no turn": {"messages": []},
-    "messages in a list": {"messages": [ASKED]},
-    "a prompt alone": {"prompt": "Why?"},
-    "turns that are text": {"turns": "Why?"},
-    "turns of objects": {"turns": [{}]},
-    "a list": [1],
-    "a number": 5,
-    "no direction": BARE[0],
-    "a two-way row": ALMA[0],
-    "a translation that is null": {"translation": None},
-    "another field": {"text": "x"},
-    "a response alone": {"response": "x"},
-    "a prompt that is null": {"prompt": None, "response": "x"},
-    "a blank response": {"prompt": "Why?", "response": " "},
-    "an answer that is a number": {"messages": [*ASKED, said("assistant", 7)]},
-    "a role that is a list": {"messages": [said([1], "Why?")]},
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_a_row_that_is_none_is_told_by_line(tmp_path, name):
-    path = write(tmp_path / "a.jsonl", json.dumps(BAD_ROWS[name]) + "\n")
-    with pytest.raises(ValueError, match=rf"^{path}:1?[^\n]*$"):
-        read_rows([path])
-
-
-BAD_FILES = {
-    "empty": ("", ""),
-    "blank": (" \n \n", ""),
-    "an array of nothing": ("[]", ""),
-    "a broken line": (f"{GOOD}\n\n{{1}}", ":3"),
-    "a broken array": (f"[{GOOD}\n,{GOOD}\n,{{1}}]", ":3"),
-    "a torn array": (f"[{GOOD}\n,{GOOD}\n,", ":3"),
-    "no comma": (f"[{GOOD}\n{GOOD}]", ":2"),
-    "two arrays": (f"[{GOOD}]\n[{GOOD}]", ":2"),
-    "an array with a number": (f"[{GOOD}\n,3]", ":2"),
-    "Latin-1": (GOOD.encode() + b"\n\xfc", ":2"),
-    "UTF-16": (GOOD.encode("utf-16"), ":1"),
-    "a number of 5,000 digits": ('{"id": ' + "9" * 5000 + "}", ":1"),
-    "nesting": (f'{GOOD}\n{{"x": ' + "[" * 100_000, ":2"),
-    "a nested array": ("[" * 100_000, ":1"),
-    "no file": (None, ""),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_broken_file_is_told_by_place(tmp_path, name):
-    content, place = BAD_FILES[name]
-    path = str(tmp_path / "a.json")
-    if content is not None:
-        write(tmp_path / "a.json", content)
-    with pytest.raises(ValueError, match=rf"^{path}{place}: [^\n]*$"):
-        read_json(path)
-    with pytest.raises(ValueError, match=rf"^{path}{place}: [^\n]*$"):
-        read_rows([path])
-
-
-BAD_DIRECTIONS = {
-    "another language": ("fr-en", ALMA, "a.jsonl:1: .*fr-en"),
-    "another language of pairs": ("fr-en", PAIRS, "a.jsonl:1: .*fr-en"),
-    "a translation that is text": ("de-en", [{"translation": "Tor"}], "a.jsonl:1: .*de-en"),
-    "no language": ("xx-de", PAIRS, "--direction.*xx"),
-    "a word": ("german", PAIRS, "--direction.*german"),
-    "one language": ("de-de", PAIRS, "--direction.*de"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_DIRECTIONS)
-def test_a_direction_that_does_not_fit_is_refused(tmp_path, name):
-    direction, rows, words = BAD_DIRECTIONS[name]
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(ValueError, match=words):
-        read_rows([file], [direction])
-
-
-def test_templates_know_three_names_and_leave_the_braces_of_a_source_alone(folder, tmp_path):
-    for text in ("{source} {text}", "Translate it.", "{source} {target lang}"):
-        with pytest.raises(ValueError, match="--template"):
-            read_template(text)
-    source = {"source": "{target_lang} {x} {"}
-    [row] = read_rows([write_jsonl(tmp_path / "a.jsonl", [PAIRS[0] | source])])
-    file = write(tmp_path / "t.txt", "{target_lang}:\n{source}\n")
-    for text in (file, "{target_lang}:\\n{source}"):
-        encoder = Encoder(Tokenizer(folder), read_template(text))
-        [message] = encoder.messages(row)
-        assert message["content"] == "English:\n{target_lang} {x} {"
-
-
-# 3. Examples
-
-WHY = "\n\nThe wind turns."
-
-
-def ledger(t: Tokenizer, folder: Path, meta: dict | None = None, **fields) -> dict:
-    """One row as generate.py writes it, with some fields changed afterwards, read back."""
-    first = PAIRS[0]["reference"]
-    row = PAIRS[0] | {"id": 0, "finish": "eos", "status": "ok", "rationale": WHY}
-    row["reference_ids"] = t.answer(first)
-    row["rationale_ids"] = t.continuation(first, row["reference_ids"], WHY)
-    settings = {"tokenizer_hash": t.hash, "chat": t.chat_name, "system": None}
-    settings["template"] = data.TEMPLATE
-    write(folder / "l.meta.json", settings | (meta or {}))
-    file = write(folder / "l.jsonl", json.dumps(row | fields))
-    return read_rows([file])[0]
-
-
-def test_targets_are_reference_rationale_and_eos_and_no_prompt_token_carries_loss(folder, tmp_path):
-    t = Tokenizer(folder)
-    encoder = Encoder(t)
-    rows = []
-    for i, pair in enumerate(PAIRS):
-        rationale = f"\n\n{pair['source']}" * (i % 3)
-        rows.append(pair | {"rationale": rationale})
-    rows = read_rows([write_jsonl(tmp_path / "a.jsonl", rows)])
-    examples = [encoder.example(row) for row in rows]
-    tokens, (_, same), places, targets = collate(examples)
-    read = tokens[0][same]  # [B, T]
-    T = read.shape[1]
-    assert T == max(len(example) for example in examples) - 1
-    of_row = {}  # row -> the (place, target) that carry loss
-    for place, target in zip(places.tolist(), targets.tolist(), strict=True):
-        of_row.setdefault(place // T, []).append((place % T, target))
+def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, tmp_path):
+    rows = [row | {"rationale": i % 3 * WHY} for i, row in enumerate(PAIRS)]
+    examples = examples_of(tmp_path, rows, tokenizer)
+    batch = collate(examples)
+    T = batch.shared.token_at.shape[1]
+    assert T == max(map(len, examples)) - 1
+    answers = {}  # row -> place in the row -> the id to predict there
+    for place, target in zip(batch.places.tolist(), batch.targets.tolist(), strict=True):
+        answers.setdefault(place // T, {})[place % T] = target
+    read = batch.tokens[0][batch.shared.token_at]  # [B, T]
     for b, example in enumerate(examples):
-        learnt = sorted(of_row[b])
-        ids = [target for _, target in learnt]
-        assert t.decode(ids) == rows[b]["reference"] + rows[b]["rationale"]
-        assert t.decode(example.reference) == rows[b]["reference"]
-        assert ids[-1] == t.end_id
-        assert ids.count(t.end_id) == 1
         first = len(example.prompt) - 1  # it predicts the first token of the answer
-        assert [place for place, _ in learnt] == [*range(first, len(example) - 1)]
-        assert read[b, : len(example) - 1].tolist() == example.prompt + ids[:-1]
-        assert not same[b, len(example) - 1 :].any()
-    n = sum(len(example.reference) for example in examples)
+        assert sorted(answers[b]) == [*range(first, len(example) - 1)]
+        learned = [answers[b][place] for place in sorted(answers[b])]
+        text = rows[b]["reference"] + rows[b]["rationale"] + END
+        assert spell(tokenizer, learned) == text
+        assert read[b, : len(example) - 1].tolist() == example.tokens[:-1]
     references = [example.reference for example in examples]
-    assert targets[:n].tolist() == [*itertools.chain(*references)]
+    rationales = [example.rationale for example in examples]
+    assert batch.references == sum(map(len, references))
+    assert batch.targets.tolist() == [*itertools.chain(*references, *rationales)]
 
 
 def test_a_batch_without_examples_has_no_target():
-    tokens, _, places, targets = collate([])
-    assert tokens.numel() > 0
-    assert len(places) == len(targets) == 0
+    batch = collate([])
+    assert batch.tokens.numel() > 0
+    assert batch.places.tolist() == batch.targets.tolist() == []
+    assert batch.references == 0
 
 
-CUT = {"finish": "length"}
-COPY = {"status": "copy"}
-MUTE = {"rationale": "", "rationale_ids": []}
+def test_tokens_that_rows_share_at_their_beginning_are_read_once():
+    tokens, shared = share([[7, 8, 9], [7, 8, 5, 6], [8]])
+    assert tokens.tolist() == [[7, 8, 9, 5, 6, 8]]
+    assert shared.token_at.tolist() == [[0, 1, 2, 0], [0, 1, 3, 4], [5, 0, 0, 0]]
+    assert shared.first_at.tolist() == [0, 1, 2, 6, 7, 8]
+
+
+def test_shared_tokens_unfold_to_the_rows_and_differ_in_what_comes_before_them():
+    r = random.Random(0)
+    for _ in range(50):
+        rows = [r.choices([5, 6], k=r.randint(1, 6)) for _ in range(r.randint(1, 6))]
+        tokens, shared = share(rows)
+        before = {}  # index of a token -> the row up to it
+        for b, row in enumerate(rows):
+            indices = shared.token_at[b, : len(row)].tolist()
+            assert tokens[0][indices].tolist() == row
+            for t, index in enumerate(indices):
+                assert before.setdefault(index, row[: t + 1]) == row[: t + 1]
+        assert len(before) == tokens.numel()
+        assert len({tuple(beginning) for beginning in before.values()}) == len(before)
+        T = max(map(len, rows))
+        for index, place in enumerate(shared.first_at.tolist()):
+            assert rows[place // T][: place % T + 1] == before[index]
+
+
+TRUNCATED = {"finish": "length"}
+REPETITIVE = {"status": "repetitive"}
+SILENT = {"status": "empty", "rationale": "", "rationale_ids": []}
 ENDS = {
-    # fields, options -> whether the rationale is learnt, whether EOS is
-    "ended": ({}, {}, True, True),
-    "cut": (CUT, {}, True, False),
-    "any status by default": (COPY, {}, True, True),
-    "any status, cut": (COPY | CUT, {}, True, False),
-    "left out by status": (COPY, {"only_ok": True}, False, True),
-    "cut, and left out by status": (COPY | CUT, {"only_ok": True}, False, True),
-    "kept by status": ({}, {"only_ok": True}, True, True),
+    # fields of the ledger row, options -> whether the rationale is learned, whether EOS is
+    "by default": ({}, {}, True, True),
+    "truncated": (TRUNCATED, {}, True, False),
+    "repetitive": (REPETITIVE, {}, True, True),
+    "repetitive and truncated": (REPETITIVE | TRUNCATED, {}, True, False),
+    "ok with only_ok": ({}, {"only_ok": True}, True, True),
+    "repetitive with only_ok": (REPETITIVE, {"only_ok": True}, False, True),
+    "truncated, repetitive, only_ok": (REPETITIVE | TRUNCATED, {"only_ok": True}, False, True),
     "outside coverage": ({}, {"coverage": 0}, False, True),
-    "cut, and outside coverage": (CUT, {"coverage": 0}, False, True),
-    "nothing said": (MUTE, {}, False, True),
-    "nothing said in time": (MUTE | CUT, {}, False, True),
+    "truncated and outside coverage": (TRUNCATED, {"coverage": 0}, False, True),
+    "empty": (SILENT, {}, False, True),
+    "empty by length": (SILENT | TRUNCATED, {}, False, True),
+    "empty with only_ok": (SILENT, {"only_ok": True}, False, True),
 }
 
 
 @pytest.mark.parametrize("name", ENDS)
-def test_eos_ends_what_ended_and_nothing_that_was_cut(folder, tmp_path, name):
-    fields, options, learnt, ended = ENDS[name]
-    t = Tokenizer(folder)
-    row = ledger(t, tmp_path, **fields)
-    example = Encoder(t, **options).example(row)
-    end = [t.end_id] if ended else []
-    if learnt:
+def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(tokenizer, tmp_path, name):
+    fields, options, learned, ended = ENDS[name]
+    [row, *_] = ledger_of(tmp_path, tokenizer)
+    example = example_of(tmp_path, row | fields, tokenizer, **options)
+    end = [tokenizer.end_id] if ended else []
+    if learned:
         assert example.reference == row["reference_ids"]
         assert example.rationale == row["rationale_ids"] + end
-        assert example.left_out == ""
+        assert example.dropped == ""
     else:
         assert example.reference == row["reference_ids"] + end
         assert example.rationale == []
 
 
-def test_a_pair_may_have_a_field_finish_of_its_own_and_ends_with_eos(folder, tmp_path):
-    t = Tokenizer(folder)
-    rows = [PAIRS[0] | {"finish": "length", "status": "draft"}]
-    [row] = read_rows([write_jsonl(tmp_path / "a.jsonl", rows)])
-    example = Encoder(t).example(row)
-    assert example.reference == [*t.answer(row["reference"]), t.end_id]
-    assert example.rationale == []
-
-
-def test_a_rationale_that_is_left_out_says_why(folder, tmp_path):
-    t = Tokenizer(folder)
-    row = ledger(t, tmp_path, status="copy")
-    assert "copy" in Encoder(t, only_ok=True).example(row).left_out
-    assert "coverage" in Encoder(t, coverage=0).example(row).left_out
+def test_an_example_says_why_its_rationale_was_dropped(tokenizer, tmp_path):
+    [row, *_] = ledger_of(tmp_path, tokenizer)
+    example = example_of(tmp_path, row | REPETITIVE, tokenizer, only_ok=True)
+    assert "repetitive" in example.dropped
+    assert "coverage" in example_of(tmp_path, row, tokenizer, coverage=0).dropped
 
 
 @pytest.mark.parametrize("finish", ["eos", "length"])
-@pytest.mark.parametrize("said_nothing", [False, True])
-def test_an_answer_is_a_rationale_after_an_empty_reference(folder, tmp_path, finish, said_nothing):
-    t = Tokenizer(folder)
-    answer = "" if said_nothing else "Tomatoes."
-    ids = t.answer(answer)
-    fields = {"reference": "", "reference_ids": [], "rationale": answer, "rationale_ids": ids}
-    example = Encoder(t).example(ledger(t, tmp_path, finish=finish, **fields))
-    end = [t.end_id] if finish == "eos" else []
+@pytest.mark.parametrize("text", ["Tomatoes.", ""])
+def test_an_answer_without_reference_ends_with_eos_if_the_model_ended_it(
+    tokenizer, tmp_path, text, finish
+):
+    asked = [said("user", "What grows?")]
+    ids = tokenizer.answer(text)
+    [row, *_] = ledger_of(tmp_path, tokenizer)
+    row = {name: row[name] for name in ("tokenizer", "status")} | {"prompt": "What grows?"}
+    row |= {"rationale": text, "rationale_ids": ids, "finish": finish}
+    row |= {"prompt_ids": tokenizer.chat(asked), "reference_ids": []}
+    example = example_of(tmp_path, row, tokenizer)
+    assert example.prompt == tokenizer.chat(asked)
     assert example.reference == []
-    assert example.rationale == ids + end
+    assert example.rationale == ids + [tokenizer.end_id] * (finish == "eos")
 
 
-def test_a_larger_coverage_contains_a_smaller(folder, tmp_path):
-    t = Tokenizer(folder)
+def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_path):
     row = {"prompt": "Why?", "response": "So.", "rationale": "\nThus."}
-    rows = read_rows([write_jsonl(tmp_path / "a.jsonl", [row] * 1000)])
+    rows = rows_of(tmp_path, [row] * 1000)
     kept = []
     for coverage in (0, 0.25, 0.5, 0.9, 1):
-        encoder = Encoder(t, coverage=coverage)
-        kept.append({row["id"] for row in rows if encoder.example(row).rationale})
+        encoder = Encoder(tokenizer, coverage=coverage)
+        kept.append({row.id for row in rows if encoder.example(row).rationale})
     for smaller, larger in itertools.pairwise(kept):
         assert smaller < larger
     assert len(kept[0]) == 0
@@ -579,225 +284,1121 @@ def test_a_larger_coverage_contains_a_smaller(folder, tmp_path):
     assert abs(len(kept[2]) - 500) < 80  # five standard deviations
 
 
-def test_a_ledger_trains_on_its_own_ids_and_edited_or_foreign_rows_by_text(folder, tmp_path):
-    t = Tokenizer(folder)
-    encoder = Encoder(t)
-    first = PAIRS[0]["reference"]
-    pieces = [t.sp.piece_to_id(piece) for piece in ("<0x0A>", "b", "o", "a", "t")]
-    by_text = t.continuation(first, t.answer(first), "\nboat")
-    assert by_text != pieces
-    sampled = {"rationale": "\nboat", "rationale_ids": pieces}
-    own = encoder.example(ledger(t, tmp_path, **sampled))
-    assert own.rationale == [*pieces, t.end_id]
-    foreign = ledger(t, tmp_path, {"tokenizer_hash": "other", "chat": "llama2"}, **sampled)
-    assert encoder.example(foreign).rationale == [*by_text, t.end_id]
-    edited = encoder.example(ledger(t, tmp_path, rationale="\nship", rationale_ids=pieces))
-    assert t.decode(edited.rationale) == "\nship"
-    edited = encoder.example(ledger(t, tmp_path, reference="The ship waits."))
-    assert t.decode(edited.reference) == "The ship waits."
-    assert t.decode(edited.rationale) == WHY
+# 2. Ledgers: rows that carry the ids of prompt, reference and rationale
 
 
-OTHERS = {
-    # options, settings of the ledger, fields of its row -> what is named
-    "an id beyond the vocabulary": ({}, {}, {"rationale_ids": [480]}, "480"),
-    "a negative id": ({}, {}, {"reference_ids": [5, -1]}, "-1"),
-    "an id that is a truth": ({}, {}, {"reference_ids": [True]}, "true"),
-    "ids that are text": ({}, {"tokenizer_hash": "x"}, {"rationale_ids": "5"}, ""),
-    "a rationale that is a number": ({}, {}, {"rationale": 7}, "rationale"),
-    "a rationale of a surrogate": ({}, {}, {"rationale": "\ud800"}, ""),
-    "another chat": ({}, {"chat": "llama2"}, {}, "--chat.*llama2"),
-    "another template": ({"template": "{source}"}, {}, {}, "--template"),
-    "another system prompt": ({"system": "Be brief."}, {}, {}, "--system"),
-    "another template, and tokenizer": (
-        {"template": "{source}"},
-        {"tokenizer_hash": "x"},
-        {},
-        "--template",
-    ),
+def sampled_ledger(folder: Path, tokenizer) -> list:
+    """A ledger whose rationales were sampled as other pieces than their text is encoded to."""
+    pieces = [tokenizer.sp.piece_to_id(piece) for piece in ("<0x0A>", "b", "o", "a", "t")]
+    rows = ledger_of(folder, tokenizer, rationale="\nboat")
+    assert rows[0]["rationale_ids"] != pieces
+    return [row | {"rationale_ids": pieces} for row in rows]
+
+
+def test_a_ledger_trains_on_the_ids_that_were_sampled(tokenizer, tmp_path):
+    [row, *_] = sampled_ledger(tmp_path, tokenizer)
+    example = example_of(tmp_path, row, tokenizer)
+    assert example.prompt == row["prompt_ids"]
+    assert example.reference == row["reference_ids"]
+    assert example.rationale == row["rationale_ids"] + [tokenizer.end_id]
+
+
+def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(tokenizer, tmp_path):
+    rows = sampled_ledger(tmp_path, tokenizer)
+    examples = examples_of(tmp_path, rows, tokenizer)
+    order = [4, 0, 6, 2]
+    parts = [[rows[i] for i in order], [rows[5]]]
+    files = [write_jsonl(tmp_path / f"part{i}.jsonl", part) for i, part in enumerate(parts)]
+    encoder = Encoder(tokenizer)
+    found = [encoder.example(row) for row in read_rows([str(file) for file in files])]
+    assert found == [examples[i] for i in [*order, 5]]
+
+
+def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(tokenizer, tmp_path):
+    [row, *_] = sampled_ledger(tmp_path, tokenizer)
+    foreign = row | {"tokenizer": "another", "prompt_ids": [7]}
+    [plain] = [PAIRS[0] | {"rationale": "\nboat"}]
+    example = example_of(tmp_path, foreign, tokenizer)
+    assert example == example_of(tmp_path, plain, tokenizer)
+    foreign |= {"prompt_ids": [10**6], "rationale_ids": [10**6]}  # of a larger vocabulary
+    assert example == example_of(tmp_path, foreign, tokenizer)
+
+
+def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(tokenizer, tmp_path):
+    [row, *_] = sampled_ledger(tmp_path, tokenizer)
+    edited = example_of(tmp_path, row | {"rationale": "\nship"}, tokenizer)
+    assert spell(tokenizer, edited.rationale) == "\nship" + END
+    assert edited.prompt == row["prompt_ids"]
+    assert edited.reference == row["reference_ids"]
+    edited = example_of(tmp_path, row | {"reference": "The ship waits."}, tokenizer)
+    assert spell(tokenizer, edited.reference) == "The ship waits."
+    assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
+    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
+    assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], "Das Schiff.")
+    assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
+
+
+BRIEF = "Be brief."
+TO = "To {target_lang}: {source}"
+
+
+@pytest.mark.parametrize("options", [{"template": TO}, {"system": BRIEF}, {"system": ""}])
+def test_an_edited_source_is_asked_by_the_options_of_its_row(tokenizer, tmp_path, options):
+    [row, *_] = ledger_of(tmp_path, tokenizer, **options)
+    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
+    new = example_of(tmp_path, PAIRS[0] | {"source": "Das Schiff."}, tokenizer, **options)
+    assert edited.prompt == new.prompt
+    assert edited.prompt != example_of(tmp_path, row, tokenizer).prompt
+
+
+def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, tmp_path):
+    rows = [{"messages": [said("user", "Why?"), said("assistant", "So.")]}]
+    [row] = ledger_of(tmp_path, tokenizer, rows)
+    assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
+    asked = [said("user", "How?")]
+    row["messages"] = [*asked, said("assistant", "So.")]
+    assert example_of(tmp_path, row, tokenizer).prompt == tokenizer.chat(asked)
+
+
+CHANGED_PROMPTS = {
+    # options when the ledger was written, options now -> whether they give the same prompt
+    "the same template": ({"template": TO}, {"template": TO}, True),
+    "the default template": ({}, {"template": data.TEMPLATE}, True),
+    "another template": ({}, {"template": TO}, False),
+    "the default for another": ({"template": TO}, {"template": data.TEMPLATE}, False),
+    "the same system prompt": ({"system": BRIEF}, {"system": BRIEF}, True),
+    "a new system prompt": ({}, {"system": BRIEF}, False),
+    "a new empty system prompt": ({}, {"system": ""}, False),
+    "another system prompt": ({"system": BRIEF}, {"system": ""}, False),
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_ledger_of_other_settings_is_refused_by_place(folder, tmp_path, name):
-    options, meta, fields, words = OTHERS[name]
-    t = Tokenizer(folder)
-    with pytest.raises(ValueError, match=rf"l\.jsonl:1: .*{words}"):
-        Encoder(t, **options).example(ledger(t, tmp_path, meta, **fields))
-
-
-@pytest.mark.parametrize("odd", ODD)
-def test_an_odd_file_of_settings_is_told_by_its_name(folder, tmp_path, odd):
-    t = Tokenizer(folder)
-    ledger(t, tmp_path)
-    meta = write(tmp_path / "l.meta.json", ODD[odd])
-    if odd == "object":  # settings of no tokenizer and no prompt: the row is read by its text
-        assert Encoder(t).example(read_rows([str(tmp_path / "l.jsonl")])[0]).rationale
-        return
-    with pytest.raises(ValueError, match=rf"^{meta}:1: [^\n]*$"):
-        read_rows([str(tmp_path / "l.jsonl")])
-
-
-@pytest.mark.parametrize("name", ["system", "template"])
-def test_a_setting_that_must_be_text_is_told_by_file(folder, tmp_path, name):
-    with pytest.raises(ValueError, match=rf"l\.meta\.json: {name}"):
-        ledger(Tokenizer(folder), tmp_path, {name: 3})
-
-
-# 4. Odd input: one line, whatever a file holds
-
-BROKEN_FOLDERS = {
-    "no tokenizer": ("tokenizer.model", None, "tokenizer.model: "),
-    "no SentencePiece": ("tokenizer.model", "x", "tokenizer.model: "),
-    "an empty tokenizer": ("tokenizer.model", "", "tokenizer.model: "),
-    "broken JSON": ("tokenizer_config.json", '{\n"a": }', "tokenizer_config.json:2: "),
-    "half a file": ("generation_config.json", "{", "generation_config.json:1: "),
-    "a list": ("tokenizer_config.json", "[]", "tokenizer_config.json:1: "),
-    "an unknown chat": ("tokenizer_config.json", {"chat_template": "x"}, "--chat"),
-    "an id that is no number": (
-        "tokenizer_config.json",
-        {"added_tokens_decoder": {"x": {"content": "<a>"}}},
-        "added token",
-    ),
-    "an id of -5": ("added_tokens.json", {"<a>": -5}, "-5"),
-    "a template in Latin-1": ("chat_template.jinja", b"x\n\xfc", "chat_template.jinja:2: "),
-    "an EOS of letters": ("generation_config.json", {"eos_token_id": ["x"]}, "generation_config"),
-    "an EOS of -1": ("generation_config.json", {"eos_token_id": -1}, "generation_config"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN_FOLDERS)
-def test_a_broken_tokenizer_folder_is_told_by_file(folder, tmp_path, name):
-    file, content, words = BROKEN_FOLDERS[name]
-    write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
-    if content is None:
-        (tmp_path / file).unlink()
+@pytest.mark.parametrize("edited", [False, True], ids=["as written", "edited"])
+@pytest.mark.parametrize("other", [False, True], ids=["own tokenizer", "another's"])
+@pytest.mark.parametrize("name", CHANGED_PROMPTS)
+def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
+    tokenizer, tmp_path, name, other, edited
+):
+    written, now, same = CHANGED_PROMPTS[name]
+    [row, *_] = ledger_of(tmp_path, tokenizer, **written)
+    pair = PAIRS[0]
+    if other:
+        row["tokenizer"] = "another"
+    if edited:
+        row["source"] = "Das Schiff."
+        pair = pair | {"source": "Das Schiff."}
+    if same:
+        prompt = example_of(tmp_path, row, tokenizer, **now).prompt
+        assert prompt == example_of(tmp_path, pair, tokenizer, **now).prompt
     else:
-        write(tmp_path / file, content)
-    with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        Tokenizer(tmp_path)
-    assert str(caught.value).startswith(str(tmp_path))
+        fault = fault_of(example_of, tmp_path, row, tokenizer, **now)
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        assert "another --template or --system" in fault
 
 
-def test_a_vocabulary_without_the_tags_of_its_chat_is_told(folder, tmp_path):
-    proto = (folder / "tokenizer.model").read_bytes()
-    write(tmp_path / "tokenizer.model", proto.replace(b"<|im_", b"<|IM_"))
-    write(tmp_path / "tokenizer_config.json", {"chat_template": CHATML})
-    with pytest.raises(ValueError, match="--chat"):
-        Tokenizer(tmp_path)
+def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused(
+    folder, tokenizer, tmp_path
+):
+    file = write(tmp_path / "chatml.jinja", CHATML)
+    [row, *_] = ledger_of(tmp_path, tokenizer)
+    for chat in (str(file), "chatml"):
+        same = Tokenizer(folder, chat)
+        assert example_of(tmp_path, row, same).prompt == row["prompt_ids"]
+    for chat in ("plain", "vicuna"):
+        fault = fault_of(example_of, tmp_path, row, Tokenizer(folder, chat))
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        assert "another --chat" in fault
 
 
-READ = {
-    "tokenizer_config.json": ["bos_token", "eos_token", "chat_template", "added_tokens_decoder"],
-    "generation_config.json": ["eos_token_id"],
-    "added_tokens.json": ["<new>", "<|im_end|>"],
+def test_a_prompt_that_was_made_with_chat_is_kept_without_it_and_not_made_anew(
+    folder, tokenizer, tmp_path
+):
+    plain = Tokenizer(folder, "plain")
+    [row, *_] = ledger_of(tmp_path, plain)
+    row["chat"] = "plain"
+    assert example_of(tmp_path, row, plain).prompt == row["prompt_ids"]
+    assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
+    row["source"] = "Das Schiff."
+    assert spell(plain, example_of(tmp_path, row, plain).prompt).endswith("Das Schiff.\nEnglish:")
+    assert "--chat" in fault_of(example_of, tmp_path, row, tokenizer)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
+    rows = ledger_of(tmp_path, tokenizer)
+    for name in ("prompt_ids", "reference_ids", "rationale_ids"):
+        rows[1] |= {name: [5, tokenizer.vocab_size]}
+        fault = fault_of(examples_of, tmp_path, rows, tokenizer)
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:2: token id {tokenizer.vocab_size}")
+        rows[1] |= {name: [5]}
+
+
+def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(tokenizer, tmp_path):
+    [row, *_] = ledger_of(tmp_path, tokenizer)
+    for name in sorted(row.keys() - PAIRS[0].keys() - {"id", "logprob"}):
+        fields = {field: value for field, value in row.items() if field != name}
+        fault = fault_of(rows_of, tmp_path, [fields])
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        assert f'"{name}"' in fault
+        assert "generate.py" in fault
+
+
+def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, tmp_path):
+    fields = {"finish": "length", "status": "draft", "tokenizer": 3, "system": ["x"]}
+    example = example_of(tmp_path, PAIRS[0] | fields, tokenizer)
+    assert example == example_of(tmp_path, PAIRS[0], tokenizer)
+
+
+# 3. Chat templates: a folder's own is rendered as transformers renders it
+
+# one construct each
+TEMPLATES = {
+    "a loop": """
+{% for message in messages %}
+{% if message['role'] == 'user' %}
+{{ '<|user|>\n' + message['content'] + eos_token }}
+{% elif message['role'] == 'system' %}
+{{ '<|system|>\n' + message['content'] + eos_token }}
+{% else %}
+{{ '<|assistant|>\n' + message['content'] + eos_token }}
+{% endif %}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}
+{% endfor %}""",
+    "a default system prompt in a variable": """
+{%- if messages[0].role == 'system' -%}
+    {%- set system = messages[0].content -%}
+    {%- set turns = messages[1:] -%}
+{%- else -%}
+    {%- set system = 'You mend boats.' -%}
+    {%- set turns = messages -%}
+{%- endif -%}
+{{ bos_token + system }}
+{%- for turn in turns -%}
+    {{ ' ' + turn.role | upper + ': ' + turn.content }}
+    {{- eos_token + '\n' if turn.role == 'assistant' }}
+{%- endfor -%}
+{{ ' ASSISTANT:' if add_generation_prompt }}""",
+    "a namespace, and quotation marks": """
+{%- set chat = namespace(system='You\\'re "Bo", who mends boats.') -%}
+{%- for message in messages if message.role == 'system' -%}
+{%- set chat.system = message.content -%}
+{%- endfor -%}
+<|im_start|>system
+{{ chat.system }}<|im_end|>
+{% for message in messages if message.role != 'system' %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}""",
+    "a macro": """
+{%- macro turn(role, text) -%}
+<|im_start|>{{ role }}
+{{ text }}<|im_end|>
+{% endmacro -%}
+{{ bos_token }}
+{%- for message in messages -%}
+{{ turn(message.role, message.content) }}
+{%- endfor -%}
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
+    "filters": """
+{%- for message in messages -%}
+{{ bos_token if loop.first }}### {{ message.role | title }}:
+{{ message.content | trim }}
+
+{% endfor -%}
+{{ '### Answer:' if add_generation_prompt }}""",
+    "the system prompt in the last turn": """
+{{- bos_token -}}
+{% set start = namespace(system='') %}
+{% if messages[0].role == 'system' %}
+{% set start.system = messages[0].content + '\n\n' %}
+{% set messages = messages[1:] %}
+{% endif %}
+{% for message in messages %}
+{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must alternate') }}
+{% elif message.role == 'user' %}
+{{ '[INST] ' + (start.system if loop.last else '') + message.content + ' [/INST]' }}
+{%- else %}
+{{ message.content + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "a refusal": """
+{{- bos_token -}}
+{%- if messages[0]['role'] == 'system' -%}
+{{- raise_exception('No "system" role here') -}}
+{%- endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ 'model' if message.role == 'assistant' else message.role }}
+{{ message.content | trim }}<|im_end|>
+{% endfor -%}
+<|im_start|>model
+""",
+    "loop controls": """
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}
+<|system|>{{ message.content }}
+{%- continue -%}
+{%- endif -%}
+<|{{ message.role }}|>{{ message.content }}<|end|>
+{%- if loop.last -%}
+{%- break -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}<|assistant|>{% endif -%}""",
+    "generation marks": """
+{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+<|im_start|>assistant
+{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+
+{% else -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif -%}
+{%- endfor -%}
+{{ '<|im_start|>assistant\n' if add_generation_prompt }}""",
+    "JSON": """
+{{- bos_token -}}
+{% for message in messages %}
+{{ {'role': message.role, 'text': message.content} | tojson }}
+{% endfor %}
+{{ messages[0] | tojson(indent=1, sort_keys=true) }}
+{{ messages[-1].content | tojson(ensure_ascii=true) }}""",
+    "the date": """
+<|im_start|>system
+Today is in {{ strftime_now('%B %Y') }}.
+{%- for message in messages if message.role == 'system' %}
+ {{ message.content }}
+{%- endfor %}<|im_end|>
+{% for message in messages if message.role != 'system' %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+<|im_start|>assistant
+""",
+    "tokens that take the space on their right": """
+{{- bos_token -}}
+{% for message in messages %}
+{{ '<|' + message['role'] + '|>' + '\n' + message['content'] + '<|end|>' + '\n' -}}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|assistant|>\n' -}}
+{% else %}
+{{ eos_token -}}
+{% endif %}""",
+    "what is defined": """
+{%- if tools is none and documents is none -%}
+NO TOOLS {{ pad_token is defined }} {{ unk_token is defined }} {{ tools }}
+{%- endif -%}
+{{ cls_token }}
+{%- for message in messages -%}
+{{ message.get('name', message['role']) }}> {{ message.content ~ eos_token }}
+{%- endfor -%}
+{{ 'assistant>' if add_generation_prompt is defined and add_generation_prompt }}""",
+    "methods": """
+{%- set names = dict(user='Q', assistant='A', system='S') -%}
+{%- for message in messages[::-1] | reverse -%}
+{{ names[message.role] ~ ': ' ~ message.content.replace('\n\n', '\n').strip() ~ '\n' }}
+{%- endfor -%}
+{{ 'A: '.rstrip() }}""",
+    "a list by name": [
+        {"name": "tool_use", "template": "TOOLS {{ messages[0].content }}"},
+        {"name": "default", "template": CHATML},
+    ],
+}
+TAGS = ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>")
+WORDS = [
+    *("The harbour", "waits", "Ärger,", "naïve", "港は静かだ", "你好", "🚀", "\n", "\n\n"),
+    *("\t", "don't", '"3.14"', "привет", "<b>", "👩\u200d🚀"),  # the last: one of three characters
+]
+
+
+def added_tokens(texts, start: int = 480, **flags) -> dict:
+    """`added_tokens_decoder` of tokenizer_config.json; the vocabulary has 480 pieces."""
+    return {str(id): {"content": text, **flags} for id, text in enumerate(texts, start)}
+
+
+def write_llama(folder: Path, **config) -> Path:
+    """A tokenizer folder that transformers reads, too."""
+    return write_tokenizer(folder, tokenizer_class="LlamaTokenizer", **config)
+
+
+def theirs_of(folder: Path):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def render_theirs(theirs, messages: list, prompt: bool = True) -> list:
+    options = {"add_generation_prompt": prompt, "return_dict": False}
+    return theirs.apply_chat_template(messages, **options)
+
+
+def random_text(r: random.Random, words: list) -> str:
+    """One to six words, never with two spaces in a row."""
+    text = "".join(r.choice(words) + r.choice(["", " "]) for _ in range(r.randint(1, 6)))
+    return text.strip() or "A boat."
+
+
+def conversations(words: list = WORDS):
+    """One turn and three, half of them with a system prompt; each with an answer."""
+    for seed in range(24):
+        r = random.Random(seed)
+        roles = ["user", "assistant"] * (seed % 4 // 2) + ["user"]
+        if seed % 2:
+            roles = ["system", *roles]
+        yield [said(role, random_text(r, words)) for role in roles], random_text(r, words)
+
+
+LEGACY = {"legacy": {"legacy": True}, "not legacy": {"legacy": False}, "unspecified": {}}
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_prompt_has_the_ids_of_transformers(tmp_path, name, legacy):
+    strip = {"rstrip": "right" in name, "lstrip": name == "loop controls"}
+    tags = added_tokens(TAGS, special=True, **strip)
+    config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
+    folder = write_llama(tmp_path, added_tokens_decoder=tags, **config)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, _ in conversations():
+        if name == "a refusal" and messages[0]["role"] == "system":
+            with pytest.raises(jinja2.TemplateError, match='No "system" role here'):
+                render_theirs(theirs, messages)
+            fault = fault_of(tokenizer.chat, messages, where="a.jsonl:7")
+            assert fault.startswith("a.jsonl:7: ")
+            assert 'No "system" role here' in fault
+        else:
+            assert tokenizer.chat(messages) == render_theirs(theirs, messages)
+
+
+CONTINUED = [
+    "a loop",
+    "a default system prompt in a variable",
+    "a macro",
+    "generation marks",
+]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", CONTINUED)
+def test_prompt_answer_and_eos_have_the_ids_of_the_whole_conversation(tmp_path, name, legacy):
+    config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
+    folder = write_llama(tmp_path, **config)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, answer in conversations():
+        ids = tokenizer.chat(messages) + tokenizer.answer(answer) + [tokenizer.end_id]
+        whole = render_theirs(theirs, [*messages, said("assistant", answer)], prompt=False)
+        assert ids == whole[: len(ids)]
+
+
+def test_where_two_spaces_meet_sentencepiece_decides(tmp_path):
+    folder = write_llama(tmp_path, chat_template="{{ bos_token + ' [INST]' }}", legacy=True)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.chat([said("user", "x")]) == [1, *tokenizer.sp.encode(" [INST]")]
+
+
+REFUSED_TEMPLATES = {
+    # a template -> the reason that transformers, too, gives
+    "an undefined value": ("{{ chat.system }}", "'chat' is undefined"),
+    "a syntax error": ("{% for %}", "Expected an expression"),
+    "an unknown tag": ("{% do 3 %}", "unknown tag 'do'"),
+    "Python's classes": ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
+    "a changed conversation": ("{{ messages.append(1) }}", "access to attribute 'append'"),
+    "private names": ("{% set x = namespace() %}{% set x._y = 1 %}", "_y"),
+    "a long range": ("{% for i in range(100001) %}{% endfor %}", "Range too big"),
+    "another file": ("{% include 'x' %}", "no loader"),
+    "a wrong type": ("{{ messages + 1 }}", "can only concatenate list"),
+    "its own text": ("{{ raise_exception('Only two turns') }}", "Only two turns"),
 }
 
 
-@pytest.mark.parametrize("file", READ)
-def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
-    folder, pairs, tmp_path, monkeypatch, capsys, file
+@pytest.mark.parametrize("name", REFUSED_TEMPLATES)
+def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(tmp_path, name):
+    template, reason = REFUSED_TEMPLATES[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    [row] = rows_of(tmp_path, PAIRS[:1])
+    with pytest.raises(Exception, match=re.escape(reason)):
+        render_theirs(theirs_of(folder), [said("user", "x")])
+    fault = fault_of(Encoder(Tokenizer(folder)).prompt, row)
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: the chat template refuses this")
+    assert reason in fault
+
+
+ENDLESS = {
+    "over a million characters": (
+        "{% for i in range(1001) %}{{ 'x' * 1000 }}{% endfor %}",
+        "more than 1,000,000 characters",
+    ),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "more memory than there is": ("{{ 'x' * 10 ** 15 }}", "MemoryError"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_template_without_end_is_refused(tmp_path, name):
+    template, reason = ENDLESS[name]
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    fault = fault_of(tokenizer.chat, [said("user", "x")], where="a.jsonl:7")
+    assert fault.startswith("a.jsonl:7: ")
+    assert reason in fault
+
+
+def test_a_prompt_of_a_million_characters_is_rendered(tmp_path):
+    template = "{% for i in range(1000) %}{{ 'x' * 1000 }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    assert tokenizer.decode(tokenizer.chat([said("user", "x")])) == "x" * 10**6
+
+
+def test_jinja_with_a_sandbox_that_is_not_safe_is_refused(folder, monkeypatch):
+    data.compile_template.cache_clear()
+    monkeypatch.setattr(jinja2, "__version__", "3.1.5")
+    fault = fault_of(Tokenizer(folder).chat, [said("user", "x")])
+    assert fault == "jinja2: older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
+    monkeypatch.setattr(jinja2, "__version__", "3.10.0")
+    assert Tokenizer(folder).chat([said("user", "x")])
+
+
+def test_an_empty_system_prompt_is_one_and_not_the_default(tmp_path):
+    template = TEMPLATES["a namespace, and quotation marks"]
+    folder = write_llama(tmp_path, chat_template=template)
+    tokenizer = Tokenizer(folder)
+    asked = [said("user", "Why?")]
+    ids = tokenizer.chat(asked, system="")
+    assert ids == render_theirs(theirs_of(folder), [said("system", ""), *asked])
+    assert spell(tokenizer, ids).startswith(f"{START}system\n{END}\n")
+    assert "You're" in spell(tokenizer, tokenizer.chat(asked))
+
+
+def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer):
+    asked = [said("user", "Why?")]
+    ids = tokenizer.chat([said("system", BRIEF), *asked])
+    assert ids == tokenizer.chat(asked, system=BRIEF)
+    assert ids == tokenizer.chat([said("system", BRIEF), *asked], system="Another.")
+    assert spell(tokenizer, ids).startswith(f"{START}system\n{BRIEF}{END}\n")
+
+
+@pytest.mark.parametrize("system", [BRIEF, "Why?"], ids=["another text", "a text of the prompt"])
+def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path, system):
+    dropped = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=dropped))
+    fault = fault_of(tokenizer.chat, [said("user", "Why? Because.")], system, "a.jsonl:7")
+    assert fault.startswith("a.jsonl:7: the chat template drops the system prompt")
+
+
+def test_a_system_prompt_that_the_template_changes_is_not_dropped(tmp_path):
+    changed = "{% for m in messages %}{{ m.content | upper | tojson }}{% endfor %}"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=changed))
+    ids = tokenizer.chat([said("user", "x")], 'Say "a".\n')
+    assert tokenizer.decode(ids) == r'"SAY \"A\".\n""X"'
+
+
+SOURCES = {
+    # files, template in tokenizer_config.json -> the template that counts
+    "the configuration": ({}, "A", "A"),
+    "a file": ({"chat_template.jinja": "B"}, "A", "B"),
+    "a file for tools beside it": (
+        {"chat_template.jinja": "B", "additional_chat_templates/tool_use.jinja": "C"},
+        "A",
+        "B",
+    ),
+    "a default among the others": (
+        {"chat_template.jinja": "B", "additional_chat_templates/default.jinja": "C"},
+        "A",
+        "C",
+    ),
+    "a list": ({}, [{"name": "x", "template": "A"}, {"name": "default", "template": "B"}], "B"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_template_is_read_where_transformers_reads_it(tmp_path, name):
+    files, template, text = SOURCES[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    for file, content in files.items():
+        write(folder / file, content)
+    asked = [said("user", "x")]
+    assert theirs_of(folder).apply_chat_template(asked, tokenize=False) == text
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(tokenizer.chat(asked)) == text
+
+
+NO_DEFAULT = {
+    "a list without a default": ({}, [{"name": "tool_use", "template": "A"}]),
+    "only a file for tools": ({"additional_chat_templates/tool_use.jinja": "C"}, "A"),
+}
+
+
+@pytest.mark.parametrize("name", NO_DEFAULT)
+def test_a_template_that_transformers_does_not_choose_is_an_error(tmp_path, name):
+    files, template = NO_DEFAULT[name]
+    folder = write_llama(tmp_path, chat_template=template)
+    for file, content in files.items():
+        write(folder / file, content)
+    with pytest.raises(ValueError, match="no default"):
+        render_theirs(theirs_of(folder), [said("user", "x")])
+    assert "--chat" in fault_of(Tokenizer, folder)
+
+
+def test_a_folder_without_a_template_encodes_and_is_refused_where_a_prompt_is_rendered(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=None))
+    assert tokenizer.decode(tokenizer.encode("a boat")) == "a boat"
+    assert tokenizer.eos_ids == [2]
+    fault = fault_of(tokenizer.chat, [said("user", "x")])
+    assert fault.startswith(f"{tmp_path}: has no chat template; give --chat")
+    for name in data.NAMES:
+        assert name in fault
+    assert "no such file" in fault_of(Tokenizer, tmp_path, "chatlm")
+
+
+def test_chat_takes_a_file_with_a_template(folder, tmp_path):
+    file = write(tmp_path / "mine.jinja", "{{ messages[0].content }}, please:")
+    tokenizer = Tokenizer(folder, str(file))
+    assert tokenizer.decode(tokenizer.chat([said("user", "Go")])) == "Go, please:"
+    assert tokenizer.end_id == tokenizer.eos_id
+
+
+def test_an_answer_ends_with_what_the_template_writes_after_one_else_with_eos(tmp_path):
+    ends = {
+        CHATML: "<|im_end|>",
+        TEMPLATES["a loop"]: "</s>",
+        "{% for m in messages %}<|im_start|>Reply: {{ m.content }}{% endfor %}": "</s>",
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %} by you": "<|im_end|>",
+        "{{ bos_token + messages[0].content }}": "</s>",
+        "{% if messages[1] %}{{ raise_exception('x') }}{% endif %}": "</s>",
+    }
+    for template, end in ends.items():
+        tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+        assert spell(tokenizer, [tokenizer.end_id]) == end
+        assert tokenizer.eos_ids == sorted({2, tokenizer.end_id})
+
+
+def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer(tmp_path):
+    tokenizer = Tokenizer(write_llama(tmp_path, eos_token=None))
+    assert spell(tokenizer, tokenizer.eos_ids) == END
+    plain = write_llama(tmp_path, eos_token=None, chat_template="{{ messages[0].content }}")
+    assert "no eos_token" in fault_of(lambda: Tokenizer(plain).end_id)
+
+
+# 4. Text of a user never becomes a control token, and none of it is lost
+
+WRITTEN = ["<|user|>", "<think>"]
+HOSTILE_TEMPLATE = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
+)
+USER_DEFINED = ["<|user|>", "<|user|>>", "§", "▁<tag>"]
+SPECIAL = ["<|end|>", "¤", "<two words>"]
+NOT_SPECIAL = ["<think>", "<word>"]
+KNOWN = ["<unk>", "<s>", "</s>", START, END, *SPECIAL, *NOT_SPECIAL]
+KNOWN += [piece.replace("▁", " ") for piece in USER_DEFINED]
+HARMLESS = ["§", " <tag>", "<word>"]  # not special, and no template writes them
+
+
+def hostile_tokenizer(folder: Path, template: str, **options) -> Tokenizer:
+    """Control, user-defined and added tokens; of one character and with a space."""
+    write_vocabulary(folder, user_defined_symbols=USER_DEFINED, **options)
+    added = added_tokens(SPECIAL, special=True) | added_tokens(NOT_SPECIAL, start=490)
+    config = {"chat_template": template, "added_tokens_decoder": added}
+    write(folder / "tokenizer_config.json", config)
+    return Tokenizer(folder)
+
+
+def hostile_texts(tokens: list):
+    """Each token alone, next to itself and in a text, and texts of their fragments."""
+    for token in tokens:
+        yield token
+        yield f"a{token} {token}{token}\n{token}b"
+        yield token[:1] + token + token[1:]
+    yield "".join(tokens)
+    fragments = [token[:i] for token in tokens for i in range(1, len(token))]
+    fragments += [token[i:] for token in tokens for i in range(len(token))]
+    r = random.Random(0)
+    for _ in range(300):
+        yield "".join(r.choices([*fragments, " ", "\n", "x"], k=r.randint(1, 8)))
+
+
+@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
+@pytest.mark.parametrize("written", [WRITTEN, []], ids=["template has them", "chatml"])
+def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lost(
+    tmp_path, written, legacy
 ):
-    write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
-    write(tmp_path / "tokenizer_config.json", {"chat_template": CHATML})
-    shapes = ["{}", "[{}]", '{{"content": {}}}', '{{"7": {{"content": {}}}}}']
-    for name, shape, odd in itertools.product(READ[file], shapes, ODD.values()):
-        value = shape.format(odd)
-        write(tmp_path / file, f'{{"chat_template": "<|im_start|>", "{name}": {value}}}')
-        last_line(data, ["--model", tmp_path, "--data", pairs], monkeypatch, capsys)
+    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE if written else CHATML)
+    tokenizer.legacy = legacy
+    names = {text: id for id, text in tokenizer.list_tokens().items()}
+    control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
+    roles = ("system", "user", "assistant", "user")
+    harmless = tokenizer.chat([said(role, "a boat") for role in roles])
+    for text in hostile_texts(KNOWN):
+        assert control.isdisjoint(tokenizer.encode(text))
+        assert control.isdisjoint(tokenizer.answer(text))
+        ids = tokenizer.chat([said(role, text) for role in roles])
+        found = [id for id in ids if id in control]
+        assert found == [id for id in harmless if id in control]
+        once = tokenizer.decode(tokenizer.encode(text))
+        whole = tokenizer.decode(ids)
+        if legacy:  # it puts a space after every added token
+            text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
+        assert once == text
+        assert whole.count(text) >= len(roles)
 
 
-SYSTEM = "<|im_start|>system\\n\\ud800<|im_end|>"
+def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
+    tokenizer = hostile_tokenizer(tmp_path, CHATML)
+    for text in HARMLESS:
+        ids = tokenizer.encode(f"a{text}b")
+        assert len(ids) == 1 + len(tokenizer.encode("a")) + len(tokenizer.encode("b", within=True))
+        assert tokenizer.decode(ids) == f"a{text}b"
 
 
-def test_a_surrogate_within_a_chat_template_is_one_line(
-    folder, pairs, tmp_path, monkeypatch, capsys
+def test_a_text_may_hold_private_characters(tokenizer):
+    for character in ("\ue000", "\ue001", "\uf8ff"):
+        text = f"{character}<|im_end|>{character}"
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        ids = tokenizer.chat([said("user", text)])
+        assert text in tokenizer.decode(ids)
+        assert ids.count(tokenizer.end_id) == 1
+
+
+def test_a_private_character_of_the_template_stays(tmp_path):
+    template = "\ue000{{ messages[0].content }}\ue001"
+    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    ids = tokenizer.chat([said("user", "a</s>b")])
+    assert tokenizer.decode(ids) == "\ue000a</s>b\ue001"
+
+
+def test_a_vocabulary_without_bytes_has_unknown_characters_and_no_control_token(tmp_path):
+    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE, byte_fallback=False)
+    ids = tokenizer.encode("a 🚀 <unk> <|user|> ¤")
+    assert tokenizer.control.isdisjoint(ids)
+    assert tokenizer.decode(ids).startswith("a  ⁇  ")
+
+
+@pytest.mark.parametrize("pieces", [["\n"], ["▁"], ["\n", "▁▁", "▁"]], ids=repr)
+def test_white_space_that_the_vocabulary_defines_is_text_though_the_template_has_it(
+    tmp_path, pieces
 ):
-    write(tmp_path / "tokenizer.model", (folder / "tokenizer.model").read_bytes())
-    write(tmp_path / "tokenizer_config.json", f'{{"chat_template": "{SYSTEM}"}}')
-    last_line(data, ["--model", tmp_path, "--data", pairs], monkeypatch, capsys)
+    write_vocabulary(tmp_path, user_defined_symbols=pieces)
+    config = {"chat_template": CHATML.replace("\\n", "\n"), "tokenizer_class": "LlamaTokenizer"}
+    write(tmp_path / "tokenizer_config.json", config)
+    tokenizer = Tokenizer(tmp_path)
+    text = "a b\nc d\n\ne"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    asked = [said("user", text)]
+    assert tokenizer.chat(asked) == render_theirs(theirs_of(tmp_path), asked)
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_an_odd_row_is_one_line_with_its_place_or_does_no_harm(
-    folder, tmp_path, monkeypatch, capsys, part
+@pytest.mark.parametrize("word", ["user", "content", "if", "m"])
+def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path, word):
+    tags = added_tokens([word])
+    tokenizer = Tokenizer(write_llama(tmp_path, added_tokens_decoder=tags))
+    text = f"the {word} here"
+    assert 480 in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# 5. Special and added tokens, as transformers reads them
+
+EOT = "<|eot|>"
+TYPED = {"__type": "AddedToken"}
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+
+
+def write_files(folder: Path, files: dict) -> Path:
+    """tokenizer.model of write_vocabulary, and other files as JSON."""
+    write_vocabulary(folder)
+    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": CHATML}
+    config |= files.pop("tokenizer_config.json", {})
+    for name, content in ({"tokenizer_config.json": config} | files).items():
+        write(folder / name, content)
+    return folder
+
+
+def config_of(**fields) -> dict:
+    return {"tokenizer_config.json": fields}
+
+
+NAMED = {
+    "as in the vocabulary": {},
+    "a dictionary": config_of(eos_token={"content": END} | TYPED),
+    "no BOS": config_of(bos_token=None),
+    "no BOS, but add_bos_token": config_of(bos_token=None, add_bos_token=True),
+    "no EOS": config_of(eos_token=None),
+    "<unk> as EOS": config_of(eos_token="<unk>"),
+    "an added EOS": config_of(eos_token=EOT, added_tokens_decoder=added_tokens([EOT])),
+    "an added PAD": config_of(pad_token=EOT, added_tokens_decoder=added_tokens([EOT])),
+    "an EOS of added_tokens.json": config_of(eos_token=EOT) | {"added_tokens.json": {EOT: 480}},
+    "special_tokens_map.json": config_of(eos_token="</s>")
+    | {"special_tokens_map.json": {"eos_token": {"content": END}, "pad_token": "<unk>"}},
+    "special_tokens_map.json beside added tokens": config_of(
+        added_tokens_decoder=added_tokens([EOT])
+    )
+    | {"special_tokens_map.json": {"eos_token": END}},
+    "a list of others": config_of(
+        additional_special_tokens=[EOT, START, END],
+        added_tokens_decoder=added_tokens([EOT], special=True),
+    ),
+    "a list of others in transformers 5": config_of(
+        extra_special_tokens=[EOT, START, END],
+        added_tokens_decoder=added_tokens([EOT], special=True),
+    ),
+    "others by name": config_of(
+        extra_special_tokens={"call_token": EOT},
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+    "others by name in transformers 5": config_of(
+        model_specific_special_tokens={"call_token": EOT},
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+    "another by a field": config_of(
+        call_token=EOT,
+        added_tokens_decoder=added_tokens([EOT]),
+    ),
+}
+VARIABLES = """
+{% set names = [bos_token, eos_token, unk_token, pad_token, call_token] %}
+{% for name in names %}{{ loop.index }}{{ name }}{% endfor %}"""
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_tokens_have_the_ids_of_transformers(tmp_path, name):
+    files = dict(NAMED[name])
+    files["tokenizer_config.json"] = files.get("tokenizer_config.json", {})
+    files["tokenizer_config.json"] |= {"chat_template": VARIABLES}
+    folder = write_files(tmp_path, files)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    assert tokenizer.bos_id == theirs.bos_token_id
+    assert tokenizer.eos_id == theirs.eos_token_id
+    assert tokenizer.vocab_size == len(theirs)
+    asked = [said("user", "x")]
+    assert tokenizer.chat(asked) == render_theirs(theirs, asked)
+    for id in range(1, tokenizer.vocab_size):  # SentencePiece shows <unk> as " ⁇ "
+        shown = theirs.decode([430, id], skip_special_tokens=True)
+        assert bool(tokenizer.decode([430, id])) == bool(shown)
+
+
+MISSING = {
+    "an absent EOS": config_of(eos_token=EOT),
+    "an EOS with a space": config_of(eos_token=" </s>"),
+    "an absent BOS": config_of(bos_token={"content": EOT} | TYPED),
+    "an empty EOS": config_of(eos_token=""),
+    "an absent special token": config_of(additional_special_tokens=[EOT]),
+    "an absent token by name": config_of(call_token=EOT),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_named_token_that_the_vocabulary_lacks_is_an_error(tmp_path, name):
+    folder = write_files(tmp_path, dict(MISSING[name]))
+    [[field, value]] = MISSING[name]["tokenizer_config.json"].items()
+    fault = fault_of(Tokenizer, folder)
+    assert fault.startswith(f"{folder}/tokenizer_config.json: ")
+    assert "which the vocabulary lacks" in fault
+
+
+def test_a_padding_token_need_not_be_in_the_vocabulary(tmp_path):
+    files = config_of(pad_token="[PAD]", mask_token="[MASK]")
+    tokenizer = Tokenizer(write_files(tmp_path, files))
+    assert tokenizer.vocab_size == 480
+    assert tokenizer.decode(tokenizer.encode("a [PAD]")) == "a [PAD]"
+
+
+EOS_FILES = {
+    # generation_config.json, config.json -> where generation stops; the template ends with 4
+    "neither": (None, None, [2, 4]),
+    "one id": ({"eos_token_id": 7}, {"eos_token_id": 8}, [2, 4, 7]),
+    "several": ({"eos_token_id": [7, 2]}, None, [2, 4, 7]),
+    "config.json": (None, {"eos_token_id": [8, 9]}, [2, 4, 8, 9]),
+    "config.json where the other has none": ({"top_p": 0.9}, {"eos_token_id": 8}, [2, 4, 8]),
+}
+
+
+@pytest.mark.parametrize("name", EOS_FILES)
+def test_generation_stops_at_the_ids_of_the_configuration_files(tmp_path, name):
+    *contents, ids = EOS_FILES[name]
+    files = dict(zip(("generation_config.json", "config.json"), contents))
+    files = {file: content for file, content in files.items() if content is not None}
+    tokenizer = Tokenizer(write_files(tmp_path, files))
+    assert tokenizer.eos_ids == ids
+    for id in ids:
+        assert id not in tokenizer.encode(tokenizer.list_tokens()[id])
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("single_word", [False, True], ids=["part of a word", "single_word"])
+@pytest.mark.parametrize("rstrip", [False, True], ids=["", "rstrip"])
+@pytest.mark.parametrize("lstrip", [False, True], ids=["", "lstrip"])
+def test_added_tokens_are_found_where_transformers_finds_them(
+    tmp_path, lstrip, rstrip, single_word, legacy
 ):
-    file = tmp_path / "odd.jsonl"
-    refused = 0
-    for seed in range(75 * part, 75 * (part + 1)):
-        write(file, f"{GOOD}\n{odd_row(seed)}\n")
-        line = last_line(data, ["--model", folder, "--data", file], monkeypatch, capsys)
-        if line:
-            assert line.startswith(f"error: {file}:2: ")
-            refused += 1
-    assert 0 < refused < 75
+    flags = {"lstrip": lstrip, "rstrip": rstrip, "single_word": single_word}
+    texts = ["a<call>b", "x \n<call>\n\ny", "<call><call>", "été<call>", "_<call>_", "3<call>."]
+    texts += ["x\u3000<call>\u3000y", "the long <call>", "a b<call>b", "<call>", "don't <call>s"]
+    tags = added_tokens(["<call>", "long <call>", "<call>b"], **flags)
+    for text in texts:
+        fields = LEGACY[legacy] | {"chat_template": text, "added_tokens_decoder": tags}
+        folder = write_files(tmp_path, config_of(**fields))
+        asked = [said("user", "x")]
+        assert Tokenizer(folder).chat(asked) == render_theirs(theirs_of(folder), asked)
 
 
-# 5. The command
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_without_a_prefix_space_ids_are_those_of_transformers(tmp_path, legacy):
+    fields = LEGACY[legacy] | {"add_prefix_space": False, "chat_template": CHATML}
+    folder = write_files(tmp_path, config_of(**fields))
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for messages, answer in conversations():
+        assert tokenizer.chat(messages) == render_theirs(theirs, messages)
+        assert tokenizer.encode(answer) == theirs.encode(answer, add_special_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(answer)) == answer
 
 
-def test_the_command_counts_and_shows_an_example_in_colour(folder, pairs, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    words = ["--model", str(folder), "--data", str(pairs), "--show", "2"]
-    data.main(data.parser().parse_args(words))
-    out = capsys.readouterr().out
-    t = Tokenizer(folder)
-    examples = [Encoder(t).example(row) for row in read_rows([pairs])]
-    assert out.startswith("7 rows")
-    for name in ("prompt", "reference"):
-        total = sum(len(getattr(example, name)) for example in examples)
-        assert f"{name}: {total} tokens" in out
-    assert "row 2" in out
-    shown = re.sub("\033.*?m", "", out)
-    for ids in (examples[2].prompt, examples[2].reference):
-        pieces = [t.sp.id_to_piece(i) for i in ids]
-        assert "".join(pieces) in shown
-    assert re.search(r"\033\[90m<s>|\033\[90m<\|im_start\|>", out)
-    assert re.search(r"\033\[32m▁?Please", out)
+@pytest.mark.parametrize("piece", ["▁the", "<0x0A>", "▁"])
+def test_an_added_token_that_is_a_piece_of_the_vocabulary_deletes_no_text(tmp_path, piece):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    id = tokenizer.sp.piece_to_id(piece)
+    assert id > 4
+    text = "the boat\n<0x0A> the ▁the"
+    ids = tokenizer.encode(text)
+    for flags in ({}, {"special": True}):
+        decoder = added_tokens([piece], start=id, **flags)
+        same = Tokenizer(write_tokenizer(tmp_path, added_tokens_decoder=decoder))
+        assert same.encode(text) == ids
+        assert same.decode(ids) == tokenizer.decode(ids)
 
 
-def test_the_command_counts_the_statuses_and_openings_of_a_ledger(folder, tmp_path, capsys):
-    t = Tokenizer(folder)
-    row = json.dumps(ledger(t, tmp_path))
-    rows = [json.loads(row) | {"id": i} for i in range(3)]
-    rows[1] |= {"status": "copy", "finish": "length"}
-    write_jsonl(tmp_path / "l.jsonl", rows)
-    words = ["--model", str(folder), "--data", str(tmp_path / "l.jsonl")]
-    data.main(data.parser().parse_args(words))
-    out = capsys.readouterr().out
-    assert re.search("2 .*ok", out)
-    assert re.search("1 .*copy", out)
-    assert re.search("3 .*The wind turns.", out)
+CONTRADICTIONS = {
+    "an id of another piece": config_of(added_tokens_decoder=added_tokens([EOT], start=7)),
+    "two ids": config_of(added_tokens_decoder=added_tokens([EOT, EOT])),
+    "an id that is no number": config_of(added_tokens_decoder={"x": {"content": EOT}}),
+    "a negative id": {"added_tokens.json": {EOT: -5}},
+    "a token without text": config_of(added_tokens_decoder={"480": {"content": ""}}),
+    "a token that is text": config_of(added_tokens_decoder={"480": EOT}),
+}
 
 
-def test_a_mistake_on_the_command_line_is_one_line(folder, pairs, tmp_path, monkeypatch, capsys):
-    given = ["--model", folder, "--data", pairs]
-    assert "--show" in error_of(data, [*given, "--show", -1], monkeypatch, capsys)
-    assert "--colour" in error_of(data, [*given, "--colour"], monkeypatch, capsys)
-    assert "absent" in error_of(data, [*given, "--model", "absent"], monkeypatch, capsys)
-    line = error_of(data, [*given, "--direction", "fr-en"], monkeypatch, capsys)
-    assert line.startswith(f"error: {pairs}:1: ")
-    for option in ("--system", "--template"):  # a byte that is no UTF-8 reaches Python like this
-        error_of(data, [*given, option, "{source}\udcff"], monkeypatch, capsys)
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_an_added_token_that_contradicts_the_vocabulary_is_an_error_of_its_file(tmp_path, name):
+    [file] = CONTRADICTIONS[name]
+    folder = write_files(tmp_path, dict(CONTRADICTIONS[name]))
+    assert fault_of(Tokenizer, folder).startswith(f"{folder}/{file}: ")
 
 
-def test_the_command_itself_ends_with_status_2_and_one_line(folder, tmp_path):
-    file = write(tmp_path / "a.jsonl", f'{GOOD}\n{{"source": "x"}}\n')
-    command = [sys.executable, data.__file__, "--model", str(folder), "--data", file]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert re.fullmatch(rf"error: {file}:2: [^\n]*\n", done.stderr), done.stderr
+def saved_by_transformers(folder: Path, **config) -> Path:
+    """A folder that transformers saved; tokenizer.model lies beside its tokenizer.json."""
+    theirs = theirs_of(write_files(folder / "original", config_of(**config)))
+    saved = folder / "saved"
+    theirs.save_pretrained(saved)
+    write(saved / "tokenizer.model", (folder / "original/tokenizer.model").read_bytes())
+    return saved
 
 
-IMPORTED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+def test_a_folder_saved_by_transformers_has_its_ids(tmp_path):
+    tags = added_tokens([EOT], special=True)
+    fields = {"eos_token": EOT, "added_tokens_decoder": tags, "add_bos_token": True}
+    saved = saved_by_transformers(tmp_path, **fields)
+    names = {file.name for file in saved.iterdir()}
+    assert names >= {"tokenizer.json", "chat_template.jinja"}
+    assert "added_tokens_decoder" not in json.loads((saved / "tokenizer_config.json").read_text())
+    tokenizer = Tokenizer(saved)
+    theirs = theirs_of(saved)
+    assert tokenizer.eos_id == theirs.eos_token_id == 480
+    assert tokenizer.bos_id == theirs.bos_token_id == 1
+    assert tokenizer.adds_bos
+    for messages, _ in conversations():
+        assert tokenizer.chat(messages) == render_theirs(theirs, messages)
 
 
-@pytest.mark.parametrize("name", ["data", "generate", "train", "evaluate"])
-def test_ctrl_c_while_torch_is_imported_ends_a_script_without_a_word(tmp_path, name):
-    write(tmp_path / "torch.py", IMPORTED)  # it comes in place of the true one
-    script = Path(data.__file__).with_name(f"{name}.py")
-    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGINT
-    assert done.stdout == done.stderr == b""
+ADD_BOS = {
+    # fields of tokenizer_config.json
+    "unspecified": {},
+    "null": {"add_bos_token": None},
+    "true": {"add_bos_token": True},
+    "false": {"add_bos_token": False},
+    "true without a BOS": {"add_bos_token": True, "bos_token": None},
+}
+
+
+@pytest.mark.parametrize("name", ADD_BOS)
+def test_plain_text_gets_a_bos_where_transformers_adds_one(tmp_path, name):
+    folder = write_files(tmp_path, config_of(**ADD_BOS[name]))
+    assert Tokenizer(folder).adds_bos == (theirs_of(folder).encode("x")[0] == 1)
+
+
+BOS = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+PROCESSORS = {
+    # `single` of the post_processor -> whether a text gets BOS
+    "BOS": ([BOS, TEXT], True),
+    "nothing": ([TEXT], False),
+}
+
+
+@pytest.mark.parametrize("add_bos", [True, False], ids=["add_bos_token", "not"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_post_processor_decides_and_not_the_settings(tmp_path, name, add_bos):
+    single, adds = PROCESSORS[name]
+    saved = saved_by_transformers(tmp_path, add_bos_token=True)
+    file = json.loads((saved / "tokenizer.json").read_text())
+    file["post_processor"]["single"] = single
+    write(saved / "tokenizer.json", file)
+    settings = json.loads((saved / "tokenizer_config.json").read_text())
+    write(saved / "tokenizer_config.json", settings | {"add_bos_token": add_bos})
+    assert (theirs_of(saved).encode("x")[0] == 1) == adds
+    assert Tokenizer(saved).adds_bos == adds
+    file["post_processor"] = {"type": "Sequence", "processors": [file["post_processor"]]}
+    write(saved / "tokenizer.json", file)
+    assert (theirs_of(saved).encode("x")[0] == 1) == adds
+    assert Tokenizer(saved).adds_bos == adds
+    file["post_processor"] = None
+    write(saved / "tokenizer.json", file)
+    assert theirs_of(saved).encode("x")[0] != 1
+    assert not Tokenizer(saved).adds_bos
+
+
+def test_a_bos_beyond_ascii_is_found_in_a_post_processor(tmp_path):
+    bos = "<｜begin▁of▁text｜>"
+    tags = added_tokens([bos], special=True)
+    fields = {"bos_token": bos, "added_tokens_decoder": tags, "add_bos_token": True}
+    saved = saved_by_transformers(tmp_path, **fields)
+    assert theirs_of(saved).encode("x")[0] == 480
+    assert Tokenizer(saved).adds_bos
+
+
+def test_a_tokenizer_json_that_contradicts_tokenizer_model_is_refused_and_both_are_named(tmp_path):
+    saved = saved_by_transformers(tmp_path)
+    file = json.loads((saved / "tokenizer.json").read_text())
+    pieces = file["model"]["vocab"]
+    pieces["e"], pieces["n"] = pieces["n"], pieces["e"]
+    write(saved / "tokenizer.json", file)
+    fault = fault_of(Tokenizer, saved)
+    assert "tokenizer.json" in fault
+    assert "tokenizer.model" in fault
+
+
+# fields of tokenizer_config.json that transformers reads
+IMPLEMENTED = {
+    *("chat_template", "legacy", "add_prefix_space", "add_bos_token", "added_tokens_decoder"),
+    *("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"),
+    *("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
+}
+WITHOUT_EFFECT = {  # on ids, with a value to show it
+    "add_eos_token": True,  # of plain text only
+    "auto_map": {"AutoTokenizer": ["a.B", "a.C"]},
+    "backend": "sentencepiece",
+    "chat_control_tokens": ["<call>"],
+    "clean_up_tokenization_spaces": True,
+    "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True,
+    "files_loaded": ["x"],
+    "fix_mistral_regex": True,
+    "init_inputs": [],
+    "is_local": False,
+    "max_len": 3,
+    "max_length": 3,
+    "merges": [["a", "b"]],
+    "model_input_names": ["input_ids"],
+    "model_max_length": 3,
+    "name_or_path": "x",
+    "pad_to_multiple_of": 8,
+    "pad_token_type_id": 1,
+    "padding_side": "left",
+    "post_processor": None,
+    "processor_class": "X",
+    "response_schema": {"x": 1},
+    "response_template": "x",
+    "stride": 2,
+    "tokenizer": "x",
+    "tokenizer_class": "LlamaTokenizerFast",
+    "tokenizer_file": "x.json",
+    "tokenizer_object": None,
+    "tokenizer_padding": None,
+    "tokenizer_truncation": {
+        "max_length": 3,
+        "stride": 0,
+        "strategy": "longest_first",
+        "direction": "right",
+    },
+    "truncation_side": "left",
+    "truncation_strategy": "x",
+    "unk_id": 5,
+    "use_default_system_prompt": True,
+    "verbose": True,
+    "vocab": {"<unk>": 0},
+    "vocab_file": "y.model",
+}
+ARGUMENTS = {  # of calls in Python, and nothing that a file holds
+    *(
+        "self",
+        "args",
+        "kwargs",
+        "init_configuration",
+        "pretrained_model_name_or_path",
+        "gguf_file",
+        "token",
+    ),
+    *("resolved_vocab_files", "cache_dir", "local_files_only", "trust_remote_code", "_is_local"),
+    *("_json_padding", "_json_truncation", "_spm_precompiled_charsmap"),
+}
+
+
+def fields_read(function) -> set:
+    """The names of settings that a method of a tokenizer takes."""
+    names = set(inspect.signature(function).parameters)
+    source = inspect.getsource(function)
+    for pattern in (
+        r'kwargs\.(?:pop|get|setdefault)\(\s*"(\w+)"',
+        r'kwargs\["(\w+)"\]',
+        r'"(\w+)" (?:not )?in (?:init_)?kwargs',
+    ):
+        names |= set(re.findall(pattern, source))
+    return names
+
+
+def test_each_field_that_transformers_reads_is_implemented_without_effect_or_refused():
+    transformers = pytest.importorskip("transformers")
+    base = transformers.PreTrainedTokenizerBase
+    names = set(base.SPECIAL_TOKENS_ATTRIBUTES)
+    for function in (
+        base.__init__,
+        base._from_pretrained,
+        transformers.LlamaTokenizer.__init__,
+        transformers.TokenizersBackend.__init__,
+    ):
+        found = fields_read(function)
+        assert len(found) > 8
+        names |= found
+    known = IMPLEMENTED | WITHOUT_EFFECT.keys() | ARGUMENTS | set(data.REFUSED)
+    assert names - known == set()
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+def test_a_field_without_effect_changes_no_id_of_ours_and_none_of_transformers(
+    folder, tokenizer, tmp_path, name
+):
+    other = write_files(tmp_path, config_of(**{name: WITHOUT_EFFECT[name]}))
+    asked = [said("user", "a boat, <call> .")]
+    ids = tokenizer.chat(asked)
+    assert render_theirs(theirs_of(other), asked) == ids
+    same = Tokenizer(other)
+    assert same.chat(asked) == ids
+    assert same.hash == tokenizer.hash
+
+
+@pytest.mark.parametrize("name", data.REFUSED)
+def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path, name):
+    folder = write_files(tmp_path, config_of(**{name: True}))
+    assert fault_of(Tokenizer, folder).startswith(f"{folder}/tokenizer_config.json: {name} ")
+    assert Tokenizer(write_files(tmp_path, config_of(**{name: None}))).hash
+
+
+def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
+    fields = {"x": [1], "y_token": None, "sampling": {"a": {}}}
+    folder = write_files(tmp_path, config_of(**fields))
+    write(folder / "generation_config.json", {"temperature": 0.6, "do_sample": True, "x": [1]})
+    assert Tokenizer(folder).hash == tokenizer.hash
