@@ -1,10 +1,9 @@
 """The claim on a laptop: vanilla fine-tuning forgets, RaDis and replay forget less. `make demo`
 
-    python experiments/demo.py            three minutes on a CPU; no network, no data
+    python experiments/demo.py            some minutes on a CPU; no network, no data
 
-PAGE is the whole demo: commands to paste into a shell in the folder above this one. This script
-runs them in one process, which saves starting Python for each, and prints what they measured.
-What they print themselves is in OUT/log.txt.
+PAGE is the whole demo: commands to paste into a shell, in the folder above this one. This script
+runs them in one process, which saves starting Python for each, and prints what was measured.
 """
 
 import argparse
@@ -20,9 +19,9 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads are of no use to so small a model
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np  # noqa: E402
 import world  # noqa: E402
 
 import data  # noqa: E402
@@ -36,27 +35,27 @@ python experiments/world.py --out $run --seed 0 --pairs 3200 --tests 60
 python train.py --config $run/start/config.json --tokenizer $run/start --data $run/chats.jsonl \
     --out $run/base --max-steps 1100 --batch-size 32 --micro-batch-size 16 --learning-rate 3e-3
 # 2. Rationales: the answer is prefilled with the reference, and the base model continues
-generate="--model $run/base --batch-size 128 --template $run/template.txt"
-python generate.py $generate --data $run/pairs.jsonl --out $run/rationales.jsonl \
-    --max-new-tokens 32
-#    Replay: its answers to other prompts, about three of the skills
-python generate.py $generate --data $run/prompts.jsonl --out $run/replay.jsonl --task answer \
+base="--model $run/base --batch-size 128 --template $run/template.txt"
+python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --max-new-tokens 32
+#    For replay it answers other prompts, about three of the skills
+python generate.py $base --data $run/prompts.jsonl --out $run/replay.jsonl --task answer \
     --max-new-tokens 48 --limit 1600
-# 3. The same pairs are learned in three ways: alone (vanilla), with their rationales (RaDis), and
-#    beside the replayed answers, with the base model's distribution as target (soft replay)
+# 3. Three trainings on the same pairs: alone (vanilla), with their rationales (RaDis), and beside
+#    the replayed answers, with the base model's distribution as their target (soft replay)
 train="--model $run/base --max-steps 240 --export-every 40 --warmup-steps 24 --learning-rate 1e-3
     --micro-batch-size 16 --template $run/template.txt"
 python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
     --rationale-weight 0
 python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32
 python train.py $train --data $run/pairs.jsonl $run/replay.jsonl --out $run/replay \
-    --batch-size 48 --rationale-weight 1 --teacher $run/base
-# 4. What was gained, and what was lost. The base model's answers to questions, for the KL to base
-python generate.py $generate --data $run/questions.jsonl --out $run/tests/base.jsonl --task answer \
+    --batch-size 48 --teacher $run/base
+# 4. What was gained and what was lost, along the trainings. No test item was in training, except
+#    for the skills that are memory; none of the replayed prompts is a test item
+python generate.py $base --data $run/general.jsonl --out $run/tests/general.jsonl --task answer \
     --max-new-tokens 48 --temperature 0
 tests="--choice $run/tests/choice/*.jsonl --numeric $run/tests/numeric/*.jsonl
     --safety $run/tests/safety.jsonl --answers $run/tests/examples.jsonl
-    --translation $run/tests/translation.jsonl --drift $run/tests/base.jsonl --base $run/base
+    --translation $run/tests/test-vela.jsonl --drift $run/tests/general.jsonl --base $run/base
     --template $run/template.txt --chat auto --max-new-tokens 48 --batch-size 128"
 python evaluate.py $tests --model $run/base --out $run/results/base
 python evaluate.py $tests --model $run/vanilla/step-40 --out $run/results/vanilla-40
@@ -69,83 +68,74 @@ python evaluate.py $tests --model $run/replay/step-40 --out $run/results/replay-
 python evaluate.py $tests --model $run/replay/step-120 --out $run/results/replay-120
 python evaluate.py $tests --model $run/replay --out $run/results/replay-240
 """
-METHODS = {"vanilla": "vanilla", "RaDis": "radis", "soft replay": "replay"}
-STEPS = (40, 120, 240)  # more is learned early
-SKILLS = ("facts", "meaning", "spelling", "format", "arithmetic", "backwards", "ages")
+COLUMNS = {"base": "base", "vanilla": "vanilla", "RaDis": "radis", "soft replay": "replay"}
+STEPS = (40, 120, 240)  # much is learned early
+# rows of the table: title -> score, and its factor
+ROWS = {"translation, chrF++": ("chrf++/test-vela", 1)}
+ROWS |= {"translation, BLEU": ("bleu/test-vela", 1)}
+ROWS |= {skill: (f"acc/{skill}", 100) for skill in world.CHOICE}
+ROWS |= {skill: (f"flexible/{skill}", 100) for skill in world.NUMERIC}
+ROWS |= {f"{kind} requests refused": (f"refusal/{kind}", 100) for kind in ("harmful", "benign")}
+ROWS |= {"KL to base, 0.01 nats a token": ("drift_kl/general", 100)}
 
 
 def run_page(page: str, run: Path):
-    """Runs the commands of a page, with `run` for the folder that its first line names."""
+    """Runs the commands of a page, with the folder `run` in place of experiments/run."""
     variables = {}
-    for line in page.replace("\\\n", " ").replace("\n    ", " ").splitlines():
-        name, equals, value = line.partition("=")
+    for line in page.replace("\\\n", " ").replace("\n    ", " ").strip().splitlines():
         if line.startswith("#"):
-            print(line[1:].removeprefix(" "), flush=True)
-        elif equals and name.isidentifier():
-            value = string.Template(value.strip('"')).substitute(variables)
-            variables[name] = shlex.quote(str(run)) if name == "run" else value
+            print(("\n" if line[2].isdigit() else "") + line[2:], flush=True)
+            continue
+        print("  $", *line.split(), flush=True)
+        name, equals, value = line.partition("=")
+        filled = string.Template(line).safe_substitute(variables)
+        if equals and name.isidentifier():
+            variables[name] = filled.partition("=")[2].strip('"')
+            variables["run"] = shlex.quote(str(run))
         elif line:
-            run_command(string.Template(line).substitute(variables), run)
+            run_command(shlex.split(filled), run / "log.txt")
 
 
-def run_command(command: str, run: Path):
-    """Runs `python SCRIPT WORDS` in this process; what it prints goes to log.txt."""
-    print(f"  $ {command}", flush=True)
-    _, script, *words = shlex.split(command)
+def run_command(words: list[str], log: Path):
+    """Runs `python SCRIPT WORDS` in this process; what it prints goes to a log."""
     expanded = []
-    for word in words:
+    for word in words[2:]:
         expanded += sorted(glob.glob(word)) if "*" in word else [word]
-    module = importlib.import_module(Path(script).stem)
-    with open(run / "log.txt", "a", encoding="utf-8") as log:
-        log.write(f"$ {command}\n")
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    module = importlib.import_module(Path(words[1]).stem)
+    with open(log, "a", encoding="utf-8") as f:
+        with contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            print("$", *words)
             module.main(module.parser().parse_args(expanded))
 
 
-def table_rows() -> dict[str, tuple[str, float]]:
-    """Title of a row -> the measure, and the factor it is printed with."""
-    rows = {"translation, chrF++": ("chrf++/translation", 1)}
-    rows["translation, BLEU"] = ("bleu/translation", 1)
-    for skill in SKILLS:
-        title = f"{skill} (memory)" if skill in world.MEMORY else skill
-        rows[title] = (f"{'acc' if skill in world.CHOICE else 'flexible'}/{skill}", 100)
-    rows["harmful requests refused"] = ("refusal/harmful", 100)
-    rows["benign requests refused"] = ("refusal/benign", 100)
-    return rows
+def last_results(run: Path) -> list[Path]:
+    """The results of the table's columns."""
+    base, *others = COLUMNS.values()
+    return [run / "results" / name for name in (base, *(f"{x}-{STEPS[-1]}" for x in others))]
 
 
-def read_values(run: Path, name: str) -> dict[str, float]:
-    """Measure -> value, of one evaluation."""
-    measures = read_object(run / f"results/{name}/results.json")["measures"]
-    return {measure: found["value"] for measure, found in measures.items()}
-
-
-def final_results() -> dict[str, str]:
-    """Title of a column -> its folder in results/."""
-    ends = {title: f"{name}-{STEPS[-1]}" for title, name in METHODS.items()}
-    return {"base": "base"} | ends
+def read_column(results: Path) -> list[float]:
+    measures = read_object(results / "results.json")["measures"]
+    return [factor * measures[score]["value"] for score, factor in ROWS.values()]
 
 
 def print_table(run: Path):
-    values = {title: read_values(run, name) for title, name in final_results().items()}
-    print(f"{'%':28}" + "".join(f"{title:>13}" for title in values))
-    for title, (measure, factor) in table_rows().items():
-        cells = [f"{factor * of_model[measure]:13.0f}" for of_model in values.values()]
-        print(f"{title:28}" + "".join(cells))
-    cells = [f"{of_model['drift_kl/base']:13.2f}" for of_model in values.values()]
-    print(f"{'KL to base, nats per token':28}" + "".join(cells))
+    print(f"\n{'%':30}" + "".join(f"{title:>12}" for title in COLUMNS))
+    columns = [read_column(results) for results in last_results(run)]
+    for title, *values in zip(ROWS, *columns):
+        title += " (memory)" if title in world.MEMORY else ""
+        print(f"{title:30}" + "".join(f"{value:12.0f}" for value in values))
 
 
 def print_answers(run: Path):
     """The same prompts, answered by each model."""
-    answers = {}
-    for title, name in final_results().items():
-        items = data.read_json(run / f"results/{name}/items/answers/examples.jsonl")
-        answers[title] = [item for _, item in items]
-    for i, item in enumerate(answers["base"]):
-        print(f"\n  {item['prompt']}")
-        for title, items in answers.items():
-            output = items[i]["output"].strip().replace("\n", " / ")
+    answers = []
+    for results in last_results(run):
+        answers.append(data.read_json(results / "items/answers/examples.jsonl"))
+    for items in zip(*answers):
+        print(f"\n  {items[0][1]['prompt']}")
+        for title, (_, item) in zip(COLUMNS, items):
+            output = item["output"].strip().replace("\n", " / ")
             print(f"{title:>15}: {output[:80]}")
 
 
@@ -155,18 +145,15 @@ def draw(run: Path, file: Path):
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for title, name in METHODS.items():
-        points = []
-        for results in ["base", *(f"{name}-{step}" for step in STEPS)]:
-            values = read_values(run, results)
-            values["refusal/benign"] = 1 - values["refusal/benign"]
-            skills = [values[x] for x, factor in table_rows().values() if factor == 100]
-            points.append((values["chrf++/translation"], 100 * sum(skills) / len(skills)))
-        axes.plot(*zip(*points), marker="o", markersize=4, label=title)
-    axes.annotate("base", points[0], xytext=(6, 4), textcoords="offset points")
-    steps = ", ".join(map(str, STEPS))
-    axes.set(xlabel="translation: chrF++", ylabel="skills of the base: mean, %")
-    axes.set_title(f"dots: the base, then after {steps} steps", fontsize=10)
+    for title, name in [*COLUMNS.items()][1:]:
+        names = ["base", *(f"{name}-{step}" for step in STEPS)]
+        columns = [read_column(run / "results" / name) for name in names]
+        chrf = [column[0] for column in columns]
+        skills = [np.mean([*column[2:10], 100 - column[10]]) for column in columns]
+        axes.plot(chrf, skills, marker="o", markersize=4, label=title)
+    axes.annotate("base", (chrf[0], skills[0]), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel="translation: chrF++", ylabel="the base's skills: mean, %")
+    axes.set_title(f"Dots: after {', '.join(map(str, STEPS))} steps", fontsize=10)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
@@ -176,22 +163,17 @@ def main(args: argparse.Namespace):
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     run_page(PAGE, args.out)
-
-    print("\nNo test item was in training, except for the skills that are memory. The replayed")
-    print("prompts are about format, arithmetic and requests, and none of them is a test item.\n")
     print_table(args.out)
     print_answers(args.out)
     draw(args.out, args.out / "comparison.png")
-    print(f"\nPicture of translation against skills: {args.out / 'comparison.png'}")
-    folders = " ".join(f"{args.out}/results/{name}" for name in final_results().values())
-    print(f"Table with intervals: python evaluate.py --compare {folders}")
+    print(f"\nPicture of translation against skills: {args.out}/comparison.png")
+    print("Table with intervals: python evaluate.py --compare", *last_results(args.out))
     print(f"{time.time() - start:.0f} s in total")
 
 
 def parser() -> argparse.ArgumentParser:
-    default = Path("experiments/run")
     p = argparse.ArgumentParser(description="Compares vanilla fine-tuning, RaDis and replay.")
-    p.add_argument("--out", type=Path, default=default, help=f"folder, replaced ({default})")
+    p.add_argument("--out", type=Path, default="experiments/run", help="folder, replaced")
     return p
 
 

@@ -35,11 +35,11 @@ def interpolate(base: Path, tuned: Path, weight: float, out: Path):
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 end = f.get_tensor(name)
-                require(name in files, base, f"has no {name}, but {tuned} has; give its base model")
+                require(name in files, base, f"{name} is missing; give the base of {tuned}")
                 with safe_open(files[name], "pt") as g:
                     start = g.get_tensor(name).float()
-                fault = f"{name} has shape {[*start.shape]}, in {tuned} {[*end.shape]}"
-                require(start.shape == end.shape, base, fault)
+                same = start.shape == end.shape
+                require(same, base, f"{name} has another shape; give the base of {tuned}")
                 tensors[name] = start.lerp(end.float(), weight).to(end.dtype)
         save_file(tensors, out / file.name, metadata={"format": "pt"})
     for file in (*tuned.glob("*.index.json"), tuned / "config.json"):
@@ -52,10 +52,8 @@ def main(args: argparse.Namespace):
 
 def parser() -> argparse.ArgumentParser:
     p = data.Arguments(description="Interpolates the weights of two models.")
-    p.add_argument("base", type=Path, help="model folder: weight 0")
-    p.add_argument("tuned", type=Path, help="model folder: weight 1")
-    p.add_argument("weight", type=float, help="in between; outside of 0 to 1 it extrapolates")
-    p.add_argument("out", type=Path, help="model folder to write")
+    for name in ("base", "tuned", "weight", "out"):
+        p.add_argument(name, type=float if name == "weight" else Path)
     return p
 
 

@@ -1,7 +1,7 @@
 """The study: methods of fine-tuning, trained on the same pairs and measured on the same tests.
 
-    python experiments/methods.py --model DIR --pairs train.json --direction de-en --test test.json \\
-        --general vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
+    python experiments/methods.py --model DIR --pairs train.jsonl --test test.jsonl \\
+        --drift general-vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
 
 Each seed draws pairs and prompts, for which the base model generates rationales and answers; then
 each method is trained and measured. The commands of the scripts are printed and run, one after the
@@ -61,12 +61,6 @@ METHODS = {
     "SeqKD": Method("translation"),
     "SDFT": Method("paraphrase"),
 }
-OTHER_WAY = {
-    "source": "reference",
-    "reference": "source",
-    "source_lang": "target_lang",
-    "target_lang": "source_lang",
-}
 # options that may differ between commands with the same --out
 FREE = ("out", "seeds", "rate", "only", "weights", "ranks", "keep")
 
@@ -74,17 +68,18 @@ FREE = ("out", "seeds", "rate", "only", "weights", "ranks", "keep")
 # 1. Commands
 
 
-def run(script: str, words: list, log: Path, ranks: int = 0):
-    """Runs `python SCRIPT.py WORDS`, in this process or by torchrun; its output goes to `log`."""
+def run(options, script: str, words: list):
+    """Runs `python SCRIPT.py WORDS`, in this process or by torchrun; logs what it prints."""
     words = [str(word) for word in words]
     command = f"$ python {script}.py {shlex.join(words)}"
     print(command, flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = options.out / f"logs/{script}.txt"
+    log.parent.mkdir(exist_ok=True)
     with open(log, "a", encoding="utf-8") as f:
         print(command, file=f, flush=True)
-        if ranks:
-            launch = f"-m torch.distributed.run --standalone --nproc-per-node {ranks}".split()
-            launch = [sys.executable, *launch, str(ROOT / f"{script}.py")]
+        if options.ranks and script != "interpolate":
+            launch = f"-m torch.distributed.run --standalone --nproc-per-node {options.ranks}"
+            launch = [sys.executable, *launch.split(), str(ROOT / f"{script}.py")]
             done = subprocess.run([*launch, *words], stdout=f, stderr=f)
             require(done.returncode == 0, log, "the command failed; its last lines say why")
         else:
@@ -99,72 +94,34 @@ def run(script: str, words: list, log: Path, ranks: int = 0):
 def generate(options, seed: int, task: str, source: Path, out: Path, flags: str):
     """The base model writes a ledger."""
     words = ["--model", options.model, "--task", task, "--data", source, "--out", out]
-    words += ["--seed", seed, *shlex.split(f"{flags} {options.flags}")]
-    run("generate", words, options.out / f"logs/{out.stem}.log", options.ranks)
+    run(options, "generate", [*words, "--seed", seed, *shlex.split(f"{flags} {options.flags}")])
 
 
 def read_jsonl(file: Path) -> list[dict]:
     return [row for _, row in data.read_json(file)]
 
 
-# 2. The tests, the same for all seeds
+# 2. What the base model generates
 
 
-def read_pairs(files: list, options) -> list[dict]:
-    """The pairs whose texts have the lengths that are studied, in all directions."""
-    low, high = options.characters or (1, math.inf)
-    pairs = []
-    for row in data.read_rows(files, options.direction):
-        lengths = (len(row.source), len(row.reference))
-        if low <= min(lengths) and max(lengths) <= high:
-            pairs.append({name: getattr(row, name) for name in (*data.PAIR_FIELDS, "reference")})
-    return pairs
-
-
-def write_tests(options):
-    """Pairs to translate, and the base model's answers for the measures of KL to base."""
-    by_way = {}
-    for pair in read_pairs(options.test, options):
-        by_way.setdefault((pair["source_lang"], pair["target_lang"]), []).append(pair)
-    for way, pairs in by_way.items():
-        write_jsonl(options.out / f"tests/test-{'-'.join(way)}.jsonl", pairs[: options.tests])
-        # of the last pairs: if there are enough, none that is translated
-        last = pairs[-max(1, options.measured // len(by_way)) :]
-        write_answers(options, f"task-{'-'.join(way)}", last)
-        if way[::-1] not in by_way:
-            turned = [{OTHER_WAY[name]: text for name, text in pair.items()} for pair in last]
-            write_answers(options, f"reverse-{'-'.join(way[::-1])}", turned)
-    for file in options.general:
-        prompts = data.read_rows([file], prompts=True)[: options.measured]
-        write_answers(options, f"general-{Path(file).stem}", numbered(prompts))
-
-
-def numbered(prompts: list) -> list[dict]:
-    return [{"id": i, "messages": row.messages} for i, row in enumerate(prompts)]
-
-
-def write_answers(options, name: str, rows: list):
-    """The base model's answers, as a ledger for --drift."""
-    tests = options.out / "tests"
-    write_jsonl(tests / f"prompts/{name}.jsonl", rows)
-    answers = tests / f"answers/{name}.jsonl"
-    flags = f"--temperature 0 {options.answer_flags}"
-    generate(options, 0, "answer", tests / f"prompts/{name}.jsonl", answers, flags)
+def write_drift(options, file: Path):
+    """The base model's answers to prompts, as a ledger for --drift."""
+    answers = options.out / f"tests/answers/{file.stem}.jsonl"
+    flags = f"--temperature 0 --limit {options.measured} {options.answer_flags}"
+    generate(options, 0, "answer", file, answers, flags)
     meta = read_object(answers.with_suffix(".meta.json"))
-    if not name.startswith("general"):  # the length of the models' own answers is not measured
+    if not file.name.startswith("general"):  # the length of the models' own answers is not measured
         meta["max_new_tokens"] = 1
-    write_jsonl(tests / f"drift/{name}.jsonl", read_jsonl(answers))
-    write_text(tests / f"drift/{name}.meta.json", json.dumps(meta))
-
-
-# 3. What a seed draws, and what the base model generates for it
+    ledger = options.out / f"tests/drift/{file.stem}.jsonl"
+    write_jsonl(ledger, read_jsonl(answers))
+    write_text(ledger.with_suffix(".meta.json"), json.dumps(meta))
 
 
 def prepare(options, seed: int):
-    """Writes what the methods train on to DIR/seed-N."""
+    """Writes what the methods train on, for one seed, to DIR/seed-N."""
     folder = options.out / f"seed-{seed}"
     methods = [METHODS[name] for name in options.only]
-    pairs = read_pairs(options.pairs, options)
+    pairs = [row for file in options.pairs for row in read_jsonl(file)]
     count = min(len(pairs), options.steps * options.batch_size)  # of fewer, several epochs
     write_jsonl(folder / "pairs.jsonl", random.Random(seed).sample(pairs, count))
     tasks = {"rationale" if method.pairs == "no-eos" else method.pairs for method in methods}
@@ -176,20 +133,26 @@ def prepare(options, seed: int):
         tokenizer = Tokenizer(options.model)
         rows = read_jsonl(folder / "rationale.jsonl")
         write_jsonl(folder / "no-eos.jsonl", [truncate(row, tokenizer) for row in rows])
-    measured = data.read_rows(options.general, prompts=True)
-    texts = {row.messages[-1]["content"].strip() for row in measured}
     for replay in sorted({method.replay for method in methods} - {0}):
-        prompts = data.read_rows(options.prompts, prompts=True)
-        for row in prompts:
-            new = row.messages[-1]["content"].strip() not in texts
-            require(new, row.where, "this prompt is also in --general; remove it")
+        prompts = unmeasured_prompts(options)
         random.Random(seed).shuffle(prompts)
         count = replay * options.replayed * options.steps
-        prompts = list(itertools.islice(itertools.cycle(prompts), count))
         source = folder / f"prompts-{replay}.jsonl"
-        write_jsonl(source, numbered(prompts))
+        write_jsonl(source, list(itertools.islice(itertools.cycle(prompts), count)))
         answers = folder / f"answers-{replay}.jsonl"
         generate(options, seed, "answer", source, answers, options.answer_flags)
+
+
+def unmeasured_prompts(options) -> list[dict]:
+    """The prompts for replay, without ids. Raises UserError if one is also measured."""
+    measured = data.read_rows(options.drift, prompts=True)
+    texts = {row.messages[-1]["content"].strip() for row in measured if row.messages}
+    prompts = []
+    for row in data.read_rows(options.prompts, prompts=True):
+        new = row.messages[-1]["content"].strip() not in texts
+        require(new, row.where, "this prompt is also in --drift; remove it")
+        prompts.append({"messages": row.messages})
+    return prompts
 
 
 def truncate(row: dict, tokenizer: Tokenizer) -> dict:
@@ -201,7 +164,7 @@ def truncate(row: dict, tokenizer: Tokenizer) -> dict:
     return row | {"rationale": text, "rationale_ids": ids, "finish": "length"}
 
 
-# 4. A method: train, measure, interpolate, measure
+# 3. A method: train, measure, interpolate, measure
 
 
 def slug(method: str) -> str:
@@ -210,10 +173,10 @@ def slug(method: str) -> str:
 
 
 def run_method(options, seed: int, name: str):
-    key = f"seed-{seed}/{options.rate}/{slug(name)}"
-    end = f"{key}/step-{options.steps}"
-    weights = {f"{end}-at-{weight:g}": weight for weight in options.weights}
-    if all(is_measured(options, point) for point in (end, *weights)):
+    key = f"seed-{seed}/{options.rate}/{slug(name)}/step-{options.steps}"
+    weights = {key: 1.0} | {f"{key}-at-{weight:g}": weight for weight in options.weights}
+    missing = [point for point in weights if not point_file(options, point).exists()]
+    if not missing:
         return
     method = METHODS[name]
     tuned = options.out / "models" / key
@@ -229,17 +192,15 @@ def run_method(options, seed: int, name: str):
     words += ["--max-steps", options.steps, "--warmup-steps", math.ceil(options.steps / 10)]
     words += ["--rationale-weight", f"{weight:.4g}"]
     words += ["--teacher", options.model] if method.teacher else []
-    words += shlex.split(f"{options.train_flags} {options.flags}")
-    log = options.out / f"logs/{key}.log"
-    run("train", words, log, options.ranks)
+    run(options, "train", [*words, *shlex.split(f"{options.train_flags} {options.flags}")])
     cost = read_cost(method, files, tuned)
-    measure(options, tuned, end, cost)
-    for point, weight in weights.items():
-        if not is_measured(options, point):
-            between = tuned / f"at-{weight:g}"
-            shutil.rmtree(between, ignore_errors=True)
-            run("interpolate", [options.model, tuned, weight, between], log)
-            measure(options, between, point, cost)
+    for point in missing:
+        model = tuned
+        if weights[point] != 1:
+            model = tuned / "interpolated"
+            shutil.rmtree(model, ignore_errors=True)
+            run(options, "interpolate", [options.model, tuned, weights[point], model])
+        measure(options, model, point, cost)
     if not options.keep:
         shutil.rmtree(tuned)
 
@@ -260,41 +221,38 @@ def read_cost(method: Method, files: list, out: Path) -> dict:
     return {"trained": trained, "taught": taught, "sampled": sum(map(len, ids))}
 
 
-def is_measured(options, name: str) -> bool:
-    return (options.out / f"points/{name}.npz").exists()
+def point_file(options, name: str) -> Path:
+    return options.out / f"points/{name}.npz"
 
 
 def measure(options, model: Path, name: str, cost: dict):
-    """Measures a model to DIR/points/NAME.npz, unless that is there."""
-    if is_measured(options, name):
-        return
+    """Measures a model, and keeps the scores with their bootstrap draws."""
     out = options.out / f"results/{name}"
-    tests = options.out / "tests"
-    words = ["--model", model, "--out", out, "--translation", *sorted(tests.glob("test-*.jsonl"))]
-    words += ["--drift", *sorted(tests.glob("drift/*.jsonl")), "--base", options.model]
+    words = ["--model", model, "--base", options.model, "--out", out, "--translation"]
+    words += [*options.test, "--drift", *sorted(options.out.glob("tests/drift/*.jsonl"))]
     words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
-    run("evaluate", words, options.out / f"logs/{name}.log", options.ranks)
+    run(options, "evaluate", words)
     statistics = evaluate.read_results(out).statistics
     table = np.array([statistic.values for statistic in statistics.values()])
-    # of each bootstrap draw the distance from the score, for which three digits are enough
+    # of each draw the distance from the score of all items: three digits of it are enough
     draws = (table[:, 1:] - table[:, :1]).astype(np.float16)
-    point = options.out / f"points/{name}.npz"
-    point.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"names": [*statistics], "values": table[:, 0], "draws": draws}
-    temporary = point.with_suffix(".tmp")
+    file = point_file(options, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
     with open(temporary, "wb") as f:
         np.savez_compressed(f, **arrays, cost=json.dumps(cost))
-    temporary.rename(point)
+    temporary.rename(file)
 
 
-# 5. The study
+# 4. The study
 
 
 def check_settings(options):
     """Raises UserError if --out has points of other settings."""
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings["model"] = hash_model(options.model)
-    for name in ("pairs", "test", "general", "prompts"):
+    for name in ("pairs", "test", "drift", "prompts"):
         settings[name] = [f"{Path(x).name} {hash_model(x)}" for x in settings[name]]
     file = options.out / "settings.json"
     if file.exists():
@@ -314,8 +272,10 @@ def main(options: argparse.Namespace):
     with open(options.out / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one command makes what several need
         check_settings(options)
-        write_tests(options)
-        measure(options, options.model, "base", {})
+        for file in options.drift:
+            write_drift(options, Path(file))
+        if not point_file(options, "base").exists():
+            measure(options, Path(options.model), "base", {})
         for seed in options.seeds:
             prepare(options, seed)
     for seed in options.seeds:
@@ -328,10 +288,8 @@ OPTIONS = """
 --out! DIR              folder of the study
 --pairs! FILE...        pairs to train on; each seed draws its own
 --test! FILE...         pairs to translate
---general! FILE...      general prompts: KL to base, length of the model's own answers
+--drift! FILE...        prompts or pairs, for KL to base; of general*.jsonl also answer length
 --prompts FILE...       prompts whose answers are replayed
---direction DE-EN...    of pairs and tests, as in train.py
---characters N...       least and most of a source and a reference
 --only METHOD...        methods (default: vanilla, RaDis, soft RaDis, soft RaDis + soft replay)
 --seeds N...            default 0 1 2
 --rate RATE=1e-4        peak learning rate
@@ -339,8 +297,7 @@ OPTIONS = """
 --steps COUNT=64        optimizer steps
 --batch-size COUNT=16   pairs in a step
 --replayed COUNT=2      answers in a step beside them
---tests COUNT=512       pairs to translate in each direction
---measured COUNT=40     prompts of each file on which KL to base is measured
+--measured COUNT=40     rows of each file of --drift
 --rationale-flags WORDS=--max-new-tokens 64 --cue '\\n'   for rationales, as one word
 --answer-flags WORDS=--max-new-tokens 128   for answers and evaluate.py
 --train-flags WORDS=--micro-batch-size 16   for train.py

@@ -58,22 +58,12 @@ FORMATS = {
     "Number the words": lambda words: " ".join(f"{i} {w}" for i, w in enumerate(words, 1)),
 }
 # skill -> its share of what the base model learns from; the rest is translation
-SKILLS = {
-    "facts": 0.1,
-    "meaning": 0.06,
-    "spelling": 0.12,
-    "format": 0.06,
-    "arithmetic": 0.16,
-    "backwards": 0.08,
-    "ages": 0.06,
-    "safety": 0.06,
-}
+SKILLS = {"facts": 0.1, "meaning": 0.06, "spelling": 0.12, "format": 0.06}
+SKILLS |= {"arithmetic": 0.16, "backwards": 0.08, "ages": 0.06, "safety": 0.06}
 MEMORY = ("facts", "meaning", "spelling", "ages")
 CHOICE = ("facts", "meaning", "spelling", "format")
 NUMERIC = ("arithmetic", "backwards", "ages")
-# skills that the rationales mention, and skills of the replayed prompts
-TOUCHED = ("facts", "meaning")
-REPLAYED = ("format", "arithmetic", "safety")
+REPLAYED = ("format", "arithmetic", "safety")  # skills of the replayed prompts
 WRONG_CHOICES = 7
 QUESTIONS = 16  # of each skill that is not replayed, for the measure of KL to the base
 # Llama-2's chat format
@@ -93,7 +83,6 @@ CONFIG = {
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
-    "hidden_act": "silu",
     "initializer_range": 0.05,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -313,15 +302,15 @@ def simple_translation(world: World) -> tuple[str, dict]:
 
 
 def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
-    """Writes all files. `tests`: items of each test, and pairs to validate on."""
+    """Writes all files. `tests`: items of each test, and pairs whose prompts are for KL to base."""
     world = World(seed)
     sentences = draw_pairs(world, pairs + 2 * tests)
-    write_jsonl(out / "tests/translation.jsonl", sentences[:tests])
-    write_jsonl(out / "valid.jsonl", sentences[tests : 2 * tests])
+    write_jsonl(out / "tests/test-vela.jsonl", sentences[:tests])
+    write_jsonl(out / "task.jsonl", sentences[tests : 2 * tests])
     write_jsonl(out / "pairs.jsonl", sentences[2 * tests :])
     rows = []
     prompts = []
-    questions = []
+    general = []
     examples = [{"prompt": TEMPLATE.format(source=sentences[0]["source"])}]
     for skill, share in SKILLS.items():
         trained, tested = world.items(skill, tests)
@@ -331,7 +320,7 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
         if skill in REPLAYED:
             prompts += [{"prompt": item[0]} for item in trained[:1000]]
         else:
-            questions += [{"prompt": item[0]} for item in tested[:QUESTIONS]]
+            general += [{"prompt": item[0]} for item in tested[:QUESTIONS]]
         kinds = {item[2]: item for item in tested} if skill == "safety" else {"": tested[0]}
         examples += [{"prompt": item[0]} for item in kinds.values()]
         count = int(chats * share)
@@ -346,7 +335,7 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
     world.rng.shuffle(prompts)
     write_jsonl(out / "chats.jsonl", rows)
     write_jsonl(out / "prompts.jsonl", prompts)
-    write_jsonl(out / "questions.jsonl", questions)
+    write_jsonl(out / "general.jsonl", general)
     write_jsonl(out / "tests/examples.jsonl", examples)
     (out / "template.txt").write_text(TEMPLATE)
     text = [row["prompt"] + "\n" + row["response"] for row in rows]
@@ -390,12 +379,11 @@ def main(args: argparse.Namespace):
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Writes a synthetic world: texts, tests, tokenizer.")
-    add = p.add_argument
-    add("--out", required=True, type=Path, help="folder to write")
-    add("--seed", type=int, default=0, help="of words, facts and sentences (default 0)")
-    add("--chats", type=int, default=40000, help="examples for the base model (default 40000)")
-    add("--pairs", type=int, default=4000, help="sentence pairs to learn (default 4000)")
-    add("--tests", type=int, default=100, help="items of each test (default 100)")
+    p.add_argument("--out", required=True, type=Path, help="folder to write")
+    p.add_argument("--seed", type=int, default=0, help="of words, facts and sentences (0)")
+    p.add_argument("--chats", type=int, default=40000, help="examples for the base model (40000)")
+    p.add_argument("--pairs", type=int, default=4000, help="sentence pairs to learn (4000)")
+    p.add_argument("--tests", type=int, default=100, help="items of each test (100)")
     return p
 
 
