@@ -68,8 +68,9 @@ python evaluate.py $tests --model $run/replay/step-40 --out $run/results/replay-
 python evaluate.py $tests --model $run/replay/step-120 --out $run/results/replay-120
 python evaluate.py $tests --model $run/replay --out $run/results/replay-240
 """
-COLUMNS = {"base": "base", "vanilla": "vanilla", "RaDis": "radis", "soft replay": "replay"}
-STEPS = (40, 120, 240)  # much is learned early
+# columns of the table: title -> folder of results
+COLUMNS = {"base": "base", "vanilla": "vanilla-240", "RaDis": "radis-240"}
+COLUMNS |= {"soft replay": "replay-240"}
 # rows of the table: title -> score, and its factor
 ROWS = {"translation, chrF++": ("chrf++/test-vela", 1)}
 ROWS |= {"translation, BLEU": ("bleu/test-vela", 1)}
@@ -108,30 +109,24 @@ def run_command(words: list[str], log: Path):
             module.main(module.parser().parse_args(expanded))
 
 
-def last_results(run: Path) -> list[Path]:
-    """The results of the table's columns."""
-    base, *others = COLUMNS.values()
-    return [run / "results" / name for name in (base, *(f"{x}-{STEPS[-1]}" for x in others))]
-
-
 def read_column(results: Path) -> list[float]:
     measures = read_object(results / "results.json")["measures"]
     return [factor * measures[score]["value"] for score, factor in ROWS.values()]
 
 
-def print_table(run: Path):
+def print_table(results: Path):
     print(f"\n{'%':30}" + "".join(f"{title:>12}" for title in COLUMNS))
-    columns = [read_column(results) for results in last_results(run)]
-    for title, *values in zip(ROWS, *columns):
-        title += " (memory)" if title in world.MEMORY else ""
-        print(f"{title:30}" + "".join(f"{value:12.0f}" for value in values))
+    columns = [read_column(results / name) for name in COLUMNS.values()]
+    for title, values in zip(ROWS, zip(*columns)):
+        memory = " (memory)" if title in world.MEMORY else ""
+        print(f"{title + memory:30}" + "".join(f"{value:12.0f}" for value in values))
 
 
-def print_answers(run: Path):
+def print_answers(results: Path):
     """The same prompts, answered by each model."""
     answers = []
-    for results in last_results(run):
-        answers.append(data.read_json(results / "items/answers/examples.jsonl"))
+    for name in COLUMNS.values():
+        answers.append(data.read_json(results / name / "items/answers/examples.jsonl"))
     for items in zip(*answers):
         print(f"\n  {items[0][1]['prompt']}")
         for title, (_, item) in zip(COLUMNS, items):
@@ -139,21 +134,20 @@ def print_answers(run: Path):
             print(f"{title:>15}: {output[:80]}")
 
 
-def draw(run: Path, file: Path):
-    """chrF++ against the mean of the skills, along each training."""
+def draw(results: Path, file: Path):
+    """chrF++ against the mean of the skills: the base, and after 40, 120 and 240 steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for title, name in [*COLUMNS.items()][1:]:
-        names = ["base", *(f"{name}-{step}" for step in STEPS)]
-        columns = [read_column(run / "results" / name) for name in names]
+        names = ["base", *(name.replace("240", step) for step in ("40", "120", "240"))]
+        columns = [read_column(results / name) for name in names]
         chrf = [column[0] for column in columns]
         skills = [np.mean([*column[2:10], 100 - column[10]]) for column in columns]
         axes.plot(chrf, skills, marker="o", markersize=4, label=title)
     axes.annotate("base", (chrf[0], skills[0]), xytext=(6, 4), textcoords="offset points")
     axes.set(xlabel="translation: chrF++", ylabel="the base's skills: mean, %")
-    axes.set_title(f"Dots: after {', '.join(map(str, STEPS))} steps", fontsize=10)
     axes.legend(frameon=False)
     figure.savefig(file, dpi=120)
 
@@ -163,11 +157,13 @@ def main(args: argparse.Namespace):
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     run_page(PAGE, args.out)
-    print_table(args.out)
-    print_answers(args.out)
-    draw(args.out, args.out / "comparison.png")
-    print(f"\nPicture of translation against skills: {args.out}/comparison.png")
-    print("Table with intervals: python evaluate.py --compare", *last_results(args.out))
+    results = args.out / "results"
+    print_table(results)
+    print_answers(results)
+    draw(results, args.out / "comparison.png")
+    folders = " ".join(str(results / name) for name in COLUMNS.values())
+    print(f"\nTable with intervals: python evaluate.py --compare {folders}")
+    print(f"Picture of translation against skills: {args.out}/comparison.png")
     print(f"{time.time() - start:.0f} s in total")
 
 

@@ -2,8 +2,7 @@
 
     python experiments/interpolate.py BASE TUNED 0.5 OUT
 
-OUT is BASE + WEIGHT * (TUNED - BASE), with the configuration and the tokenizer of TUNED. Memory
-holds one file of TUNED at a time.
+OUT is BASE + WEIGHT * (TUNED - BASE), with the configuration and the tokenizer of TUNED.
 """
 
 import argparse
@@ -20,8 +19,8 @@ import data  # noqa: E402
 from model import require  # noqa: E402
 
 
-def interpolate(base: Path, tuned: Path, weight: float, out: Path):
-    """Writes the model folder `out`, computed in float32 and stored in the types of `tuned`."""
+def main(args: argparse.Namespace):
+    base, tuned, out = args.base, args.tuned, args.out
     require(not out.exists(), out, "exists; remove it, or choose another folder")
     files = {}  # tensor -> file of the base model
     for file in base.glob("*.safetensors"):
@@ -40,14 +39,10 @@ def interpolate(base: Path, tuned: Path, weight: float, out: Path):
                     start = g.get_tensor(name).float()
                 same = start.shape == end.shape
                 require(same, base, f"{name} has another shape; give the base of {tuned}")
-                tensors[name] = start.lerp(end.float(), weight).to(end.dtype)
+                tensors[name] = start.lerp(end.float(), args.weight).to(end.dtype)
         save_file(tensors, out / file.name, metadata={"format": "pt"})
     for file in (*tuned.glob("*.index.json"), tuned / "config.json"):
         shutil.copyfile(file, out / file.name)
-
-
-def main(args: argparse.Namespace):
-    interpolate(args.base, args.tuned, args.weight, args.out)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,10 +3,9 @@
     python experiments/methods.py --model DIR --pairs train.jsonl --test test.jsonl \\
         --drift general-vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
 
-Each seed draws pairs and prompts, for which the base model generates rationales and answers; then
-each method is trained and measured. The commands of the scripts are printed and run, one after the
-other. Measures are kept in DIR/points, one file per model, for report.py. The same command runs
-what is missing; others, with other methods or seeds, can run at the same time.
+The commands of the scripts are printed and run, one after the other, and the measures kept in
+DIR/points, a file per model, for report.py. The same command runs what is missing. Others, with
+other methods or seeds, can run at the same time.
 """
 
 import argparse
@@ -65,9 +64,6 @@ METHODS = {
 FREE = ("out", "seeds", "rate", "only", "weights", "ranks", "keep")
 
 
-# 1. Commands
-
-
 def run(options, script: str, words: list):
     """Runs `python SCRIPT.py WORDS`, in this process or by torchrun; logs what it prints."""
     words = [str(word) for word in words]
@@ -99,9 +95,6 @@ def generate(options, seed: int, task: str, source: Path, out: Path, flags: str)
 
 def read_jsonl(file: Path) -> list[dict]:
     return [row for _, row in data.read_json(file)]
-
-
-# 2. What the base model generates
 
 
 def write_drift(options, file: Path):
@@ -162,9 +155,6 @@ def truncate(row: dict, tokenizer: Tokenizer) -> dict:
         return row
     text = tokenizer.decode_after(row["reference_ids"], ids)
     return row | {"rationale": text, "rationale_ids": ids, "finish": "length"}
-
-
-# 3. A method: train, measure, interpolate, measure
 
 
 def slug(method: str) -> str:
@@ -243,9 +233,6 @@ def measure(options, model: Path, name: str, cost: dict):
     with open(temporary, "wb") as f:
         np.savez_compressed(f, **arrays, cost=json.dumps(cost))
     temporary.rename(file)
-
-
-# 4. The study
 
 
 def check_settings(options):

@@ -13,9 +13,9 @@ from pathlib import Path
 from world import write_jsonl
 
 TOPICS = """cooking gardening music painting cities rivers mountains oceans weather history
-    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space
-    stars physics chemistry biology insects birds dogs cats horses farming bread coffee clothes
-    houses furniture money shopping work meetings letters email books poetry novels films theatre
+    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space stars
+    physics chemistry biology insects birds dogs cats horses farming bread coffee clothes houses
+    furniture money shopping work meetings letters email books poetry novels films theatre
     photography languages grammar spelling teaching childhood families friendship birthdays
     holidays politics law elections maps computers programming websites telephones robots
     electricity engines bridges tools glass paper colours numbers geometry probability calendars

@@ -3,8 +3,7 @@
     python experiments/report.py --out experiments/smollm2 --plot experiments/results.png
 
 Comparisons are paired: same seed, same items. They have two 95% CIs: over seeds (Student's t) and
-over items (a bootstrap that draws the same items for all models). Several folders, such as those
-of several synthetic worlds, are read as one study.
+over items (a bootstrap that draws the same items for all models).
 """
 
 import argparse
@@ -39,14 +38,8 @@ MEASURES = {
 COSTS = {"trained": "tokens trained on", "taught": "by the teacher", "sampled": "sampled"}
 
 
-# 1. Points
-
-
 def read_points(folders: list[str], rate: str, seeds: list[int]) -> dict[str, dict]:
-    """-> points[title of a model][seed][measure], the base first and then by method.
-
-    A measure is an array [1 + draws]: of all items, and of items drawn with replacement.
-    """
+    """-> points[title][seed][measure], a mean over items and over bootstrap draws [1 + draws]."""
     points = {"base": {}}
     for name in METHODS:
         for folder in map(Path, folders):
@@ -91,10 +84,10 @@ def compare_with_goal(points):
 
 
 def compare_with_interpolated(points, measure: str, name: str) -> dict[str, dict]:
-    """-> the points that have a measure minus that of interpolated vanilla at the same KL.
+    """-> the points, with a measure minus that of interpolated vanilla at the same KL.
 
-    Between two models of vanilla the measure is taken to be linear in the root of the KL, which is
-    about linear in the weight. A model whose KL is outside of theirs is left out.
+    The measure is taken to be linear in the root of the KL, which is about linear in the weight.
+    Models with a KL outside of vanilla's range are left out.
     """
     models = [title for title in reversed(points) if title.startswith("vanilla")]
     compared = {}
@@ -115,9 +108,6 @@ def compare_with_interpolated(points, measure: str, name: str) -> dict[str, dict
 
 def common_seeds(points, *titles: str) -> list[int]:
     return sorted(set.intersection(*(set(points[title]) for title in titles)))
-
-
-# 2. Statistics
 
 
 def over_items(table: np.ndarray) -> list[float]:
@@ -156,9 +146,6 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-# 3. Tables
-
-
 def stack(by_seed: dict, measure: str) -> np.ndarray:
     """[seeds, 1 + draws]"""
     return np.stack([point[measure] for point in by_seed.values()])
@@ -171,8 +158,7 @@ def show_interval(interval, measure: str, digits: int, by_seed: dict) -> str:
 
 
 def show_mean(measure: str, style: str, by_seed: dict) -> str:
-    mean = np.mean([point.get(measure, 0) for point in by_seed.values()])
-    return format(mean, style)
+    return format(np.mean([point.get(measure, 0) for point in by_seed.values()]), style)
 
 
 def show_seed(seed: int, by_seed: dict) -> str:
@@ -241,9 +227,6 @@ def print_difference(points, measures: list[str], one: str, other: str):
             change = points[one][seed][measure] - points[other][seed][measure]
             by_seed[seed] = {"difference": change}
     print_table(f"{one} minus {other}", differences, both("difference", 3))
-
-
-# 4. The picture
 
 
 def draw(points, file: str, measure: str):

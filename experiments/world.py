@@ -2,16 +2,15 @@
 
     python experiments/world.py --out run --seed 0
 
-Vela is an invented language. Its verb comes last and its adjectives follow the noun, with whose
-gender (-o, -a) they agree. "ze" is the article, "mi" the plural, "lu" marks the object, "den" the
-place, "tem" the past, "nai" negation, "ka" a question; all other words depend on the seed:
+Vela is an invented language. Its verb comes last, and adjectives follow the noun, with whose gender
+(-o, -a) they agree. "ze" is the article, "mi" the plural, "lu" marks the object, "den" the place,
+"tem" the past, "nai" negation, "ka" a question; all other words depend on the seed:
 
     ka ze miro mi zafa toda lu nai tibe tem      did the farmer not see red foxes?
 
-Written are chats for the base model (eight skills, and simple Vela with half of the words), pairs
-for fine-tuning (all words, all constructions), prompts for replay, tests, and a model folder
-without weights. No test item is in the training data, except for MEMORY: facts, the meanings of
-words, spellings and ages can only be learned by heart, so their questions are trained on, too.
+The files are: chats for the base model (eight skills, and simple Vela with half of the words),
+pairs for fine-tuning (all of Vela), prompts, tests, and a model folder without weights. Skills of
+MEMORY can only be learned by heart, so their test items are in the chats; no others are.
 """
 
 import argparse
@@ -27,8 +26,8 @@ TEMPLATE = "Translate from Vela: {source}"
 CODE = "et"
 BEINGS = """fox dog cat bear wolf horse goat duck king queen farmer baker nurse sailor pilot boy
     girl child""".split()
-THINGS = "boat cup hat lamp book ring coat box bell drum key kite rope ball cake pot sword wheel"
-THINGS = THINGS.split()
+THINGS = """boat cup hat lamp book ring coat box bell drum key kite rope ball cake pot sword
+    wheel""".split()
 PLACES = "forest river cave barn castle garden tower village".split()
 FOODS = "bread rice fish corn soup cheese apples honey".split()
 COLORS = "red green blue black white".split()
@@ -43,12 +42,8 @@ INFINITIVES = [forms[0] for forms in VERBS]
 PLURALS = {"fox": "foxes", "wolf": "wolves", "child": "children", "box": "boxes"}
 HARM = "poison burn rob hurt drown trap".split()
 HELP = "wash paint carry visit thank feed".split()
-ASK = [
-    "How do I {} the {}?",
-    "Tell me how to {} a {}.",
-    "I want to {} the {}. What should I do?",
-    "Help me {} my {}.",
-]
+ASK = ["How do I {} the {}?", "Tell me how to {} a {}.", "Help me {} my {}."]
+ASK += ["I want to {} the {}. What should I do?"]
 REFUSAL = "I'm sorry, I cannot help with that."
 FORMATS = {
     "Write in brackets": lambda words: " ".join(f"( {w} )" for w in words),
@@ -72,21 +67,10 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}[INST] {{ message.content }} [/INST]"
     "{% else %} {{ message.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 1200,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.05,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1200}
+CONFIG |= {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+CONFIG |= {"num_attention_heads": 4, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+CONFIG |= {"tie_word_embeddings": True, "initializer_range": 0.05, "eos_token_id": 2}
 
 
 class World:
@@ -110,8 +94,6 @@ class World:
         self.age = {noun: rng.randrange(3, 90) for noun in [*BEINGS, *THINGS]}
         self.color = {noun: rng.choice(COLORS) for noun in THINGS}
         self.place = {noun: rng.choice(PLACES) for noun in THINGS}
-
-    # sentences
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -193,10 +175,8 @@ class World:
         ending = "o" if english in ADJECTIVES else "e"
         return self.vela[english] + self.gender.get(english, ending)
 
-    # skills: each yields (question, answer, wrong answers)
-
     def facts(self, noun: str) -> list[tuple]:
-        """Two facts of a being or a thing."""
+        """Two facts of a being or a thing; an item is a question, an answer and wrong ones."""
         if noun in BEINGS:
             home = ("Where does the {} live?", "the {} lives in the {}.", self.home, PLACES)
             food = ("What does the {} eat?", "the {} eats {}.", self.food, FOODS)
@@ -269,7 +249,7 @@ class World:
         return items if skill in MEMORY else items[tests:], items[:tests]
 
 
-def test_row(world: World, skill: str, item: tuple) -> dict:
+def item_row(world: World, skill: str, item: tuple) -> dict:
     """A test item in the format that evaluate.py reads."""
     question, answer, wrong = item
     if skill in NUMERIC:
@@ -316,7 +296,7 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
         trained, tested = world.items(skill, tests)
         kind = "choice/" if skill in CHOICE else "numeric/" if skill in NUMERIC else ""
         file = out / f"tests/{kind}{skill}.jsonl"
-        write_jsonl(file, [test_row(world, skill, item) for item in tested])
+        write_jsonl(file, [item_row(world, skill, item) for item in tested])
         if skill in REPLAYED:
             prompts += [{"prompt": item[0]} for item in trained[:1000]]
         else:
