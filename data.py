@@ -185,14 +185,13 @@ class Encoder:
         require(same, row.where, fault)
         own = row.tokenizer == self.tokenizer.hash
         unedited = own and self.holds_text(row)
-        if unedited and self.tokenizer.chat_option is None:
-            fault = f"its prompt was made with --chat {row.chat}; give that"
-            require(row.chat is None, row.where, fault)
+        same_chat = row.chat == self.tokenizer.chat_option
+        if unedited and same_chat and row.chat is None:
             return row.prompt_ids
         prompt = self.tokenizer.chat(messages, where=row.where)
         if own:
-            same = prompt == row.prompt_ids if unedited else row.chat == self.tokenizer.chat_option
-            require(same, row.where, "its prompt was made with another --chat; give that, or none")
+            fault = f"its prompt was made with --chat {row.chat or 'auto'}; give that"
+            require(prompt == row.prompt_ids if unedited else same_chat, row.where, fault)
         return prompt
 
     def holds_text(self, row: Row) -> bool:
@@ -384,6 +383,7 @@ class Tokenizer:
             require(not config.get(name), where, fault)
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
+        self.check_vocabulary()
         self.added = self.read_added_tokens(config, where)  # text -> AddedToken
         self.variables = self.read_named_tokens(config, where)  # of a template
         self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
@@ -469,7 +469,8 @@ class Tokenizer:
                 require(str(id) not in listed, file, f"two tokens have the id {id}")
                 listed[str(id)] = (file, {"content": text})
             file = self.folder / "tokenizer.json"
-            for fields in read_field(self.read_json(file.name), "added_tokens", list, file, []):
+            saved = self.read_json(file.name)
+            for fields in read_field(saved, "added_tokens", list, file, []):
                 require(isinstance(fields, dict), file, "an added token must be an object")
                 listed[str(fields.get("id"))] = (file, fields)
         for number, (file, fields) in listed.items():
@@ -492,6 +493,15 @@ class Tokenizer:
             flags["special"] |= known.special
             added[text] = AddedToken(id, **flags)
         return added
+
+    def check_vocabulary(self):
+        """Raises UserError where tokenizer.json has other pieces than tokenizer.model."""
+        file = self.folder / "tokenizer.json"
+        vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab", {})
+        pieces = vocab.items() if isinstance(vocab, dict) else []
+        for piece, id in pieces:
+            same = type(id) is int and (id >= self.size or self.sp.id_to_piece(id) == piece)
+            require(same, file, f"{piece!r} has the id {id}, in tokenizer.model another has it")
 
     def read_named_tokens(self, config, where) -> dict[str, str]:
         """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
@@ -1014,7 +1024,9 @@ def read_template(value: str | None) -> str | None:
     """--template: a text that has {source}, else the file that holds one."""
     if value is None:
         return None
-    text = utf8_text(value) if "{source}" in value else read_text(value).removesuffix("\n")
+    text = utf8_text(value)
+    if "{source}" not in value and Path(value).is_file():
+        text = read_text(value).removesuffix("\n")
     unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
     fault = "must have {source}, and nothing in braces but {source_lang} and {target_lang}"
     require("{source}" in text and not unknown, f"--template {value[:60]}", fault)

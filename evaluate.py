@@ -634,7 +634,7 @@ def main(args):
     settings = read_settings(args, subject)
 
     # 2. the items, then their scores
-    out = Path(args.out)
+    out = Path(args.out).resolve()
     with data.claim(out, "settings.json", settings, free=FREE):
         for (name, test), questions in tests.items():
             produce = partial(produce_items, measures()[name], subject)

@@ -407,7 +407,7 @@ def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused
     for chat in ("plain", "vicuna"):
         fault = fault_of(example_of, tmp_path, row, Tokenizer(folder, chat))
         assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
-        assert "another --chat" in fault
+        assert "--chat auto" in fault
 
 
 def test_rows_that_were_written_with_chat_bring_their_format_along(folder, tokenizer, tmp_path):

@@ -1080,7 +1080,7 @@ two tests  | --model base --out x --choice quiz.jsonl --choice ./quiz.jsonl
 two tests  | --model base --out x --safety adv.csv harmful.jsonl
 is into de | --model base --out x --translation pairs.jsonl --direction de-en en-de
 --limit    | --model base --out x --choice quiz.jsonl --limit 0
-x: cannot  | --model base --out x --choice quiz.jsonl --template x
+must have {source} | --model base --out x --choice quiz.jsonl --template x
 nowhere    | --compare nowhere
 --model    |
 """.strip("\n")
