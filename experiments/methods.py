@@ -288,7 +288,7 @@ OPTIONS = """
 --rationale-flags WORDS=--max-new-tokens 64 --cue '\\n'   for rationales, as one word
 --answer-flags WORDS=--max-new-tokens 128   for answers and evaluate.py
 --train-flags WORDS=--micro-batch-size 16   for train.py
---evaluate-flags WORDS=   for evaluate.py, such as "--choice piqa.jsonl"
+--evaluate-flags WORDS=--batch-size 64   for evaluate.py, such as "--choice piqa.jsonl"
 --flags WORDS=--dtype float32   for all scripts, such as --template
 --ranks N=0             GPUs for each command, by torchrun; 0: in this process
 --keep                  keep the tuned models
