@@ -1402,3 +1402,208 @@ def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
     folder = write_files(tmp_path, config_of(**fields))
     write(folder / "generation_config.json", {"temperature": 0.6, "do_sample": True, "x": [1]})
     assert Tokenizer(folder).hash == tokenizer.hash
+
+
+def test_the_hash_ignores_which_pieces_of_the_vocabulary_are_listed(tokenizer, tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", START, END]
+    listed = added_tokens(pieces, start=0, special=True)
+    assert Tokenizer(write_files(tmp_path, {})).hash == tokenizer.hash
+    for fields in (
+        {"added_tokens_decoder": listed},
+        {"added_tokens_decoder": {}},
+        {"eos_token": END, "pad_token": "<unk>"},
+        {"additional_special_tokens": [START, END]},
+        {"chat_template": "{{ messages }}", "legacy": False, "add_bos_token": True},
+    ):
+        assert Tokenizer(write_files(tmp_path, config_of(**fields))).hash == tokenizer.hash
+
+
+def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
+    hashes = [tokenizer.hash]
+    tag = added_tokens(["<call>"])
+    for fields in (
+        {"legacy": True},
+        {"add_prefix_space": False},
+        {"added_tokens_decoder": tag},
+        {"added_tokens_decoder": added_tokens(["<call>"], start=481)},
+        {"added_tokens_decoder": added_tokens(["<cell>"])},
+        {"added_tokens_decoder": added_tokens(["<call>"], special=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], lstrip=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], rstrip=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], single_word=True)},
+    ):
+        hashes.append(Tokenizer(write_files(tmp_path, config_of(**fields))).hash)
+    for options in ({"vocab_size": 470}, {"add_dummy_prefix": False}):
+        write_files(tmp_path, {})
+        hashes.append(Tokenizer(write_vocabulary(tmp_path, **options)).hash)
+    assert len(set(hashes)) == len(hashes)
+
+
+TOKENIZER_FILES = {
+    "added_tokens.json": "{}",
+    "special_tokens_map.json": "{}",
+    "generation_config.json": '{"eos_token_id": 2}',
+    "chat_template.jinja": "{{ messages[0].content }}",
+    "additional_chat_templates/tool_use.jinja": "tools",
+}
+
+
+def test_the_files_of_a_tokenizer_are_their_bytes_also_in_a_folder_of_links(tmp_path):
+    store = write_files(tmp_path / "store", dict(TOKENIZER_FILES))
+    names = {*TOKENIZER_FILES, "tokenizer.model", "tokenizer_config.json"}
+    contents = {name: (store / name).read_bytes() for name in names}
+    links = tmp_path / "links"
+    for name in names:
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        (links / name).symlink_to(store / name)
+    for name in ("model.safetensors", "README.md", "config.json", "additional_chat_templates/x"):
+        write(links / name, b"not a tokenizer's")
+    (links / "config.json").write_text("{}")
+    tokenizer = Tokenizer(links)
+    assert tokenizer.files == contents
+    write(store / "tokenizer_config.json", {"legacy": True})  # as it was read, not as it is
+    assert tokenizer.files == contents
+
+
+# 6. --chat NAME: the official encodings
+
+
+def folder_of_mistral(folder: Path, version: str, **fields) -> Path:
+    """The tokenizer that mistral-common has."""
+    names = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+    common = pytest.importorskip("mistral_common")
+    model = Path(common.__file__).parent / "data" / names[version]
+    write(folder / "tokenizer.model", model.read_bytes())
+    write(folder / "tokenizer_config.json", fields)
+    return folder
+
+
+HOSTILE = [*WORDS, "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<0x0A>", "<unk>", "  "]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_chat_mistral_has_the_ids_of_mistral_common(tmp_path, version, legacy):
+    tokenizer = Tokenizer(folder_of_mistral(tmp_path, version, **LEGACY[legacy]), "mistral")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    official = getattr(MistralTokenizer, version)()
+    for messages, answer in conversations(HOSTILE):
+        forced = said("assistant", answer) | {"prefix": True}
+        request = ChatCompletionRequest(messages=[*messages, forced])
+        ids = official.encode_chat_completion(request).tokens
+        assert tokenizer.chat(messages) + tokenizer.answer(answer) == ids
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
+    tokenizer = Tokenizer(folder_of_mistral(tmp_path, "v1", **LEGACY[legacy]), "llama2")
+    encode = tokenizer.sp.encode
+    for messages, answer in conversations(HOSTILE):
+        texts = [message["content"] for message in messages]
+        if messages[0]["role"] == "system":
+            texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
+        ids = []
+        for user, reply in zip(texts[::2], texts[1::2]):
+            ids += [1, *encode(f"[INST] {user.strip()} [/INST] {reply.strip()} "), 2]
+        ids += [1, *encode(f"[INST] {texts[-1].strip()} [/INST]")]
+        assert tokenizer.chat(messages) == ids
+        assert tokenizer.answer(answer) == encode(answer)
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def zephyr_text(messages):
+    turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in messages]
+    return "".join(turns) + "<|assistant|>\n"
+
+
+def chatml_text(messages):
+    turns = [f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages]
+    return "".join(turns) + f"{START}assistant\n"
+
+
+def vicuna_text(messages):
+    text = VICUNA_SYSTEM
+    if messages[0]["role"] == "system":
+        text = messages[0]["content"]
+        messages = messages[1:]
+    text += " "
+    for user, answer in zip(messages[::2], messages[1::2]):
+        text += f"USER: {user['content']} ASSISTANT: {answer['content']}</s>"
+    return f"<s>{text}USER: {messages[-1]['content']} ASSISTANT:"
+
+
+def plain_text(messages):
+    return "<s>" + "\n\n".join(message["content"] for message in messages)
+
+
+DEFINITIONS = {
+    # the prompt as text, and what ends an answer
+    "zephyr": (zephyr_text, "</s>"),
+    "chatml": (chatml_text, END),
+    "vicuna": (vicuna_text, "</s>"),
+    "plain": (plain_text, "</s>"),
+}
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
+    prompt_text, end = DEFINITIONS[name]
+    folder = write_llama(tmp_path, **LEGACY[legacy])
+    tokenizer = Tokenizer(folder, name)
+    theirs = theirs_of(folder)
+    assert spell(tokenizer, [tokenizer.end_id]) == end
+    for messages, answer in conversations():
+        text = prompt_text(messages)
+        if text.startswith("<s>") and legacy != "legacy":
+            text = text.replace("<s>", "<s> ", 1)  # SentencePiece's, before every text
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.chat(messages) == ids
+        text += answer if text.endswith("\n") else f" {answer}"
+        ids += tokenizer.answer(answer)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+
+
+MISTRAL_V3 = [START, END, "[INST]", "[/INST]"]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", [*data.NAMES, "mistral v3", "a file"])
+def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, legacy):
+    fields = LEGACY[legacy] | {"chat_template": [{"name": "default", "template": "another"}]}
+    folder = write_files(tmp_path / "folder", config_of(**fields))
+    write(folder / "additional_chat_templates/tool_use.jinja", "tools")
+    chat = name
+    if name == "mistral v3":
+        write_vocabulary(folder, control_symbols=MISTRAL_V3)
+        chat = "mistral"
+    elif name == "a file":
+        chat = str(write(tmp_path / "x.jinja", TEMPLATES["a macro"]))
+    tokenizer = Tokenizer(folder, chat)
+    for file, content in tokenizer.files.items():
+        write(tmp_path / "export" / file, content)
+    theirs = theirs_of(tmp_path / "export")
+    again = Tokenizer(tmp_path / "export")
+    assert again.hash == tokenizer.hash
+    assert again.end_id == tokenizer.end_id
+    for messages, _ in conversations():
+        ids = tokenizer.chat(messages)
+        assert again.chat(messages) == ids
+        assert render_theirs(theirs, messages) == ids
+
+
+def test_a_folder_with_a_template_named_default_is_exported_with_that_of_chat(tmp_path):
+    folder = write_llama(tmp_path / "folder")
+    write(folder / "additional_chat_templates/default.jinja", "another")
+    for file, content in Tokenizer(folder, "plain").files.items():
+        write(tmp_path / "export" / file, content)
+    asked = [said("user", "x")]
+    ids = Tokenizer(folder, "plain").chat(asked)
+    assert render_theirs(theirs_of(tmp_path / "export"), asked) == ids
