@@ -1607,3 +1607,331 @@ def test_a_folder_with_a_template_named_default_is_exported_with_that_of_chat(tm
     asked = [said("user", "x")]
     ids = Tokenizer(folder, "plain").chat(asked)
     assert render_theirs(theirs_of(tmp_path / "export"), asked) == ids
+
+
+# 7. Rows
+
+BACK = [
+    {"source": pair["reference"], "reference": pair["source"]}
+    | {"source_lang": "en", "target_lang": "de"}
+    for pair in PAIRS
+]
+BARE = [{"source": pair["source"], "reference": pair["reference"]} for pair in PAIRS]
+ALMA = [{"translation": {"de": pair["source"], "en": pair["reference"]}} for pair in PAIRS]
+
+
+def lines_of(rows: list) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+FORMATS = {
+    # content of a file, --direction for one way
+    "pairs": (lines_of(PAIRS), []),
+    "pairs in an array": (json.dumps(PAIRS), []),
+    "pairs without languages": (lines_of(BARE), ["de-en"]),
+    "pairs of the other direction": (lines_of(BACK), ["de-en"]),
+    "ALMA": (lines_of(ALMA), ["de-en"]),
+    "ALMA in an array": (json.dumps(ALMA, indent=1), ["de-en"]),
+    "with blank lines": ("\n" + lines_of(PAIRS).replace("\n", "\n \n"), []),
+    "with fields of somebody": (lines_of([pair | {"score": [1]} for pair in PAIRS]), []),
+    "with null fields": (lines_of([pair | {"prompt": None} for pair in PAIRS]), []),
+}
+ENDINGS = {"LF": ("\n", ""), "CRLF": ("\r\n", ""), "BOM": ("\n", "\ufeff")}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_pairs_in_one_direction_and_in_both(tmp_path, name, ending):
+    content, one_way = FORMATS[name]
+    end, mark = ENDINGS[ending]
+    file = write(tmp_path / "a.json", mark + content.replace("\n", end))
+    for directions, pairs in ((one_way, PAIRS), (["de-en", "en-de"], PAIRS + BACK)):
+        rows = read_rows([str(file)], directions)
+        assert [row.id for row in rows] == [*range(len(pairs))]
+        found = [{field: getattr(row, field) for field in PAIRS[0]} for row in rows]
+        assert sorted(found, key=str) == sorted(pairs, key=str)
+    assert rows[0].where == f"{file}:{2 if name in ('with blank lines', 'ALMA in an array') else 1}"
+
+
+def test_each_row_knows_its_line(tmp_path):
+    pair = json.dumps(PAIRS[0])
+    file = write(tmp_path / "a.json", f"[\n{pair},\n\n{pair}, {pair}\n,{pair}]")
+    lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)])]
+    assert lines == ["2", "4", "4", "5"]
+    file = write(tmp_path / "b.json", json.dumps(ALMA, indent=2))
+    lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)], ["de-en"])]
+    assert lines == [str(line) for line in range(2, 2 + 6 * len(ALMA), 6)]
+
+
+ASKED = [said("user", "Why?")]
+ANSWERED = [*ASKED, said("assistant", "So.")]
+TALK = [said("system", ""), *ANSWERED, said("user", "How?"), said("assistant", "Thus.")]
+CONVERSATIONS = {
+    # row -> the conversation before the answer, and the answer
+    "prompt and response": ({"prompt": "Why?", "response": "So."}, ASKED, "So."),
+    "messages": ({"messages": ANSWERED}, ASKED, "So."),
+    "several turns and an empty system prompt": ({"messages": TALK}, TALK[:-1], "Thus."),
+    "messages of somebody": ({"messages": ANSWERED, "source": "web"}, ASKED, "So."),
+    "messages and their prompt": ({"messages": ANSWERED, "prompt": "Why?"}, ASKED, "So."),
+    "null messages": ({"prompt": "Why?", "response": "So.", "messages": None}, ASKED, "So."),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
+    fields, messages, answer = CONVERSATIONS[name]
+    for directions in ([], ["de-en", "en-de"]):
+        [row] = rows_of(tmp_path, [fields], directions)
+        assert row.messages == messages
+        assert row.reference == answer
+        assert row.source is row.source_lang is None
+
+
+PROMPTS = {
+    "a prompt": {"prompt": "Why?"},
+    "a prompt of somebody": {"prompt": "Why?", "source": "web", "reference": None},
+    "FastChat's": {"question_id": 81, "turns": ["Why?", "And?"], "reference": ["x"]},
+    "messages": {"messages": ASKED},
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name):
+    [row] = rows_of(tmp_path, [PROMPTS[name]], prompts=True)
+    assert row.messages == ASKED
+    assert row.reference == ""
+    assert row.id == PROMPTS[name].get("question_id", 0)
+    fault = fault_of(rows_of, tmp_path, [PROMPTS[name]])
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: the row has no answer")
+
+
+def test_a_row_without_id_gets_its_place_in_the_data(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        rows = [PAIRS[0], PAIRS[1] | {"id": name}, PAIRS[2] | {"id": None}]
+        files.append(str(write_jsonl(tmp_path / name, rows)))
+    assert [row.id for row in read_rows(files)] == [0, "a", 2, 3, "b", 5]
+
+
+def test_a_row_that_is_read_in_two_directions_has_two_ids(tmp_path):
+    rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
+    ids = [row.id for row in rows_of(tmp_path, rows, ["de-en", "en-de"])]
+    assert ids == [7, "x", 2, "7 en-de", "x en-de", 5]
+    assert len(rows_of(tmp_path, rows, ["de-en", "de-en"])) == 3
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
+@pytest.mark.parametrize("ids", [(7, 7), ("a", "a"), (None, 0), (1.0, 1.0)], ids=repr)
+def test_a_duplicate_id_is_refused_by_line(tmp_path, ids, array):
+    rows = [PAIRS[0] | {"id": ids[0]}, PAIRS[1], PAIRS[2] | {"id": ids[1]}]
+    content = ",\n".join(map(json.dumps, rows)) if array else lines_of(rows)
+    file = write(tmp_path / "a.json", f"[{content}]" if array else content)
+    fault = fault_of(read_rows, [str(file)])
+    if ids[0] == 1.0:
+        assert fault == f'{file}:1: "id" must be a whole number or a text'
+    else:
+        assert fault == f"{file}:3: duplicate id {ids[1]!r} in {file}"
+
+
+def test_a_number_and_a_text_are_two_ids(tmp_path):
+    rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "7"}]
+    assert [row.id for row in rows_of(tmp_path, rows)] == [7, "7"]
+
+
+BAD_FIELDS = {
+    # fields that replace those of a pair -> what the message names
+    "no source": ({"source": None}, "a row needs"),
+    "no reference": ({"reference": None}, '"reference" is missing'),
+    "a source that is a number": ({"source": 7}, '"source" must be text'),
+    "a blank source": ({"source": "\u3000\n"}, '"source" is empty'),
+    "an empty reference": ({"reference": ""}, '"reference" is empty'),
+    "half a surrogate pair": ({"source": "\ud800x"}, "surrogates not allowed"),
+    "an id that is a list": ({"id": [1]}, '"id" must be'),
+    "an id that is a fraction": ({"id": 1.5}, '"id" must be'),
+    "an id that is true": ({"id": True}, '"id" must be'),
+    "no language": ({"source_lang": None}, "two languages"),
+    "an unknown language": ({"source_lang": "xx"}, "two languages"),
+    "a language by its name": ({"source_lang": "German"}, "two languages"),
+    "a language that is a list": ({"source_lang": [1]}, "two languages"),
+    "one language twice": ({"source_lang": "en"}, "two languages"),
+    "a rationale that is a number": ({"rationale": 7}, '"rationale" must be text'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_field_of_a_pair_is_refused_by_line(tmp_path, name):
+    fields, words = BAD_FIELDS[name]
+    rows = [PAIRS[0], PAIRS[1] | fields]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    fault = fault_of(read_rows, [str(file)])
+    assert fault.startswith(f"{file}:2: ")
+    assert words in fault
+
+
+BAD_ROWS = {
+    "a list": ([1], "a row must be a JSON object"),
+    "a number": (5, "a row must be"),
+    "two users": ({"messages": ASKED * 2 + ANSWERED[1:]}, "roles must be user, assistant"),
+    "only a system prompt": ({"messages": [said("system", "x")]}, "no answer"),
+    "a tool": ({"messages": [*ASKED, said("tool", "x"), *ANSWERED]}, "roles must be"),
+    "a late system prompt": ({"messages": [*ASKED, said("system", "x"), *ANSWERED]}, "roles"),
+    "no turn": ({"messages": []}, "no answer"),
+    "messages that are text": ({"messages": "Why?"}, '"messages" must be a list'),
+    "messages in a list": ({"messages": [ANSWERED]}, "a message must be an object"),
+    "a role that is a list": ({"messages": [said([1], "Why?")]}, '"role" must be text'),
+    "a message without content": ({"messages": [{"role": "user"}]}, '"content" is missing'),
+    "content in parts": (
+        {"messages": [said("user", [{"type": "text", "text": "Why?"}])]},
+        '"content" must be text',
+    ),
+    "an answer that is a number": ({"messages": [*ASKED, said("assistant", 7)]}, '"content"'),
+    "a blank answer": ({"messages": [*ASKED, said("assistant", " ")]}, '"content" is empty'),
+    "turns that are text": ({"turns": "Why?"}, '"turns" must be a list'),
+    "turns that are objects": ({"turns": [{}]}, '"prompt" must be text'),
+    "no turns": ({"turns": []}, '"prompt" is missing'),
+    "a response alone": ({"response": "x"}, '"prompt" is missing'),
+    "a null prompt": ({"prompt": None, "response": "x"}, '"prompt" is missing'),
+    "a prompt that is a list": ({"prompt": ASKED, "response": "x"}, '"prompt" must be text'),
+    "a blank response": ({"prompt": "Why?", "response": " "}, '"response" is empty'),
+    "a pair without languages": (BARE[0], "two languages are needed, such as --direction de-en"),
+    "a two-way row": (ALMA[0], "choose --direction, such as de-en"),
+    "a translation that is text": ({"translation": "Tor"}, '"translation" must be an object'),
+    "an empty object": ({}, "a row needs"),
+}
+FOREIGN_ROWS = {
+    "ARC": {"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
+    "GSM8K": {"question": "Why?", "answer": "So. #### 42"},
+    "AdvBench": {"goal": "Why?", "target": "So."},
+    "Alpaca": {"instruction": "Why?", "input": "", "output": "So."},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}]},
+    "LLaVA's text": {"text": "Why?"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_refused_by_line(tmp_path, name):
+    fields, words = BAD_ROWS[name]
+    file = write(tmp_path / "a.jsonl", json.dumps(fields) + "\n")
+    fault = fault_of(read_rows, [str(file)])
+    assert fault.startswith(f"{file}:1: ")
+    assert words in fault
+
+
+@pytest.mark.parametrize("name", FOREIGN_ROWS)
+def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name):
+    fault = fault_of(rows_of, tmp_path, [FOREIGN_ROWS[name]])
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: a row needs translation, source and")
+    for field in FOREIGN_ROWS[name]:
+        assert f'"{field}"' in fault
+
+
+BAD_LEDGERS = {
+    "an id that is negative": ({"prompt_ids": [5, -1]}, "-1"),
+    "an id that is a fraction": ({"prompt_ids": [1.0]}, "1.0"),
+    "an id that is true": ({"rationale_ids": [True]}, "true"),
+    "an id beyond any vocabulary": ({"reference_ids": [2**31]}, "2147483648"),
+    "ids that are text": ({"rationale_ids": "5"}, '"rationale_ids" must be a list'),
+    "another finish": ({"finish": "stop"}, '"finish" must be eos or length'),
+    "another status": ({"status": "copy"}, '"status" must be ok or empty or repetitive'),
+    "a tokenizer that is a number": ({"tokenizer": 5}, '"tokenizer" must be text'),
+    "a template that is a list": ({"template": []}, '"template" must be text'),
+    "a chat that is a number": ({"chat": 5}, '"chat" must be text'),
+    "a system prompt that is a number": ({"system": 5}, '"system" must be text'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LEDGERS)
+def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tokenizer, tmp_path, name):
+    fields, words = BAD_LEDGERS[name]
+    rows = ledger_of(tmp_path, tokenizer)
+    rows[1] |= fields
+    fault = fault_of(rows_of, tmp_path, rows)
+    assert fault.startswith(f"{tmp_path}/rows.jsonl:2: ")
+    assert words in fault
+
+
+GOOD = json.dumps(PAIRS[0])
+PRETTY = json.dumps(PAIRS[0], indent=1)
+BAD_FILES = {
+    # content -> line and what is wrong
+    "empty": ("", "", "the file is empty"),
+    "blank": (" \n \n", "", "the file is empty"),
+    "an array of nothing": ("[]", "", "the file holds no rows"),
+    "a broken line": (f"{GOOD}\n\n{{1}}", ":3", "broken JSON"),
+    "half a line": (f"{GOOD}\n{GOOD[:-9]}", ":2", "one JSON object on one line"),
+    "a broken array": (f"[{GOOD}\n,{GOOD}\n,{{1}}]", ":3", "broken JSON"),
+    "half an array": (f"[{GOOD}\n,{GOOD}\n,", ":3", "broken JSON"),
+    "no comma": (f"[{GOOD}\n{GOOD}]", ":2", "broken JSON"),
+    "two arrays": (f"[{GOOD}]\n[{GOOD}]", ":2", "broken JSON"),
+    "an array with a number": (f"[{GOOD}\n,3]", ":2", "a row must be a JSON object"),
+    "a pretty-printed object": (PRETTY, ":1", "one JSON object on one line"),
+    "one after a good line": (f"{GOOD}\n{PRETTY}", ":2", "one JSON object on one line"),
+    "one that begins at once": (PRETTY.replace("{\n", "{"), ":1", "one JSON object on one line"),
+    "Latin-1": (GOOD.encode() + b"\n\xfc", ":2", "not UTF-8"),
+    "UTF-16": (GOOD.encode("utf-16"), ":1", "not UTF-8"),
+    "a number of 5,000 digits": ('{"id": ' + "9" * 5000 + "}", ":1", "broken JSON"),
+    "a line 100,000 deep": (f'{GOOD}\n{{"x": ' + "[" * 10**5 + "]" * 10**5 + "}", ":2", "broken"),
+    "an array 100,000 deep": ("[" * 10**5 + "]" * 10**5, ":1", "broken JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_broken_file_is_refused_by_line(tmp_path, name):
+    content, line, words = BAD_FILES[name]
+    file = write(tmp_path / "a.json", content)
+    fault = fault_of(read_rows, [str(file)])
+    assert fault.startswith(f"{file}{line}: ")
+    assert words in fault
+
+
+def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(tmp_path):
+    for file in (tmp_path / "absent.jsonl", tmp_path):
+        assert fault_of(read_rows, [str(file)]).startswith(f"{file}: ")
+
+
+DIRECTIONS = {
+    # --direction, rows -> what the message names
+    "another language": (["fr-en"], ALMA, "a.jsonl:1: --direction fr-en needs both"),
+    "another language of pairs": (["fr-en"], PAIRS, "a.jsonl:1: --direction fr-en needs both"),
+    "no language": (["xx-de"], PAIRS, "--direction: two languages"),
+    "a word": (["german"], PAIRS, "--direction: two languages"),
+    "three": (["de-en-fr"], PAIRS, "--direction: two languages"),
+    "one twice": (["de-de"], PAIRS, "--direction: two languages"),
+    "a blank text": (["de-en"], [{"translation": {"de": " ", "en": "x"}}], '"de" is empty'),
+    "a text that is a number": (["de-en"], [{"translation": {"de": "x", "en": 3}}], '"en" must'),
+    "a rationale for both": (["de-en", "en-de"], [PAIRS[0] | {"rationale": WHY}], "a rationale"),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_direction_that_the_rows_do_not_have_is_refused(tmp_path, name):
+    directions, rows, words = DIRECTIONS[name]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert words in fault_of(read_rows, [str(file)], directions)
+
+
+def test_a_ledger_has_one_direction(tokenizer, tmp_path):
+    ledger = ledger_of(tmp_path, tokenizer)
+    assert rows_of(tmp_path, ledger, ["de-en"]) == rows_of(tmp_path, ledger)
+    for directions in (["en-de"], ["de-en", "en-de"]):
+        fault = fault_of(rows_of, tmp_path, ledger, directions)
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+
+
+def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path):
+    [row] = rows_of(tmp_path, PAIRS[:1])
+    file = write(tmp_path / "t.txt", "{source_lang}: {source}\n{target_lang}:\n")
+    for template in (str(file), "{source_lang}: {source}\\n{target_lang}:"):
+        [message] = Encoder(tokenizer, read_template(template)).messages(row)
+        assert message == said("user", f"German: {LINES[1]}\nEnglish:")
+    for template in ("{source} {text}", "Translate it.", "{source} {target lang}", "absent.txt"):
+        assert "absent" in template or "--template" in fault_of(read_template, template)
+    assert fault_of(read_template, "absent.txt").startswith("absent.txt: ")
+    assert read_template(None) is None
+
+
+def test_braces_in_a_source_are_text(tokenizer, tmp_path):
+    source = "{target_lang} {source} {x} {"
+    [row] = rows_of(tmp_path, [PAIRS[0] | {"source": source}])
+    [message] = Encoder(tokenizer, "{source}").messages(row)
+    assert message["content"] == source
