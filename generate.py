@@ -1,26 +1,29 @@
-"""Rationale generation (RaDis, step 1): the model goes on where the reference ends.
+"""RaDis, step 1: the model generates rationales for the pairs that it will be trained on.
 
     python generate.py --model DIR --data train.de-en.json --direction de-en \\
                        --out rationales.jsonl --cue '\\n'
 
-The reference is forced as the beginning of the model's answer, and what the model adds is kept:
-its own words, in its own distribution. A row depends on the seed and its id alone, not on the
-batch, the number of ranks or how often the run was stopped; run again, it finishes what is missing.
+The answer to "translate x" is prefilled with the reference y, and the model continues: the
+continuation is the rationale r (Wu et al. 2024). train.py then trains on y and r together.
+A row depends on the seed and its id alone: not on the batch size, the number of ranks, or how
+often the run was stopped. The same command again finishes what is missing.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
-import unicodedata
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,405 +34,589 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import Encoder, Tokenizer
-from model import KVCache, ModelConfig, Transformer, hash_model, require, start_processes
+from data import Encoder, Row, Tokenizer
+from model import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    UserError,
+    hash_model,
+    parse_json,
+    read_field,
+    read_object,
+    read_text,
+    require,
+    start_processes,
+    write_text,
+)
 
-# SDFT (Yang et al. 2024) in our own words: the reference as a guide, and phrases that betray it
+# a CJK character counts as a word
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# SDFT (Yang et al. 2024) in our words: a prompt that shows the reference, and phrases that give
+# away that the answer was written with one
 GUIDE = (
     "{instruction}\n\nBelow is a reference answer. "
     "Write your own answer to the request, guided by it.\n{reference}"
 )
 LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
-# a CJK character is a word
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+REWRITES = ("translation", "paraphrase")  # tasks that replace the reference
+GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
 
-# 1. The method: what the model reads, and what becomes of a row
+# 1. The method: what the model reads, and what its continuation becomes
 
 
-def request(row, task, encoder, cue):
-    """What the model reads before it goes on: the prompt, the forced reference, the cue."""
+def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
+    """Prefills the reference and the cue: the model's answer begins with them."""
+    tokenizer = encoder.tokenizer
+    reference = tokenizer.answer(row.reference)
+    cue_ids = tokenizer.continuation(row.reference, reference, cue)
+    fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
+    require(cue_ids or not cue, "--cue", fault)
+    return Sequence(row.id, encoder.prompt(row) + reference + cue_ids, row.where, row=row)
+
+
+def write_rationale(sequence, encoder):
+    """All that follows the reference is the rationale: the cue, and what the model added."""
+    row = sequence.row
     tokenizer = encoder.tokenizer
     prompt = encoder.prompt(row)
-    forced = []
-    if task == "rationale":
-        forced = tokenizer.answer(row["reference"])
-    if task == "paraphrase":
-        *before, last = encoder.messages(row)
-        text = GUIDE.format(instruction=last["content"], reference=row["reference"])
-        guided = {"messages": [*before, {"role": "user", "content": text}]}
-        prompt = encoder.prompt(row | guided)
-    cue_ids = tokenizer.continuation(row["reference"], forced, cue or "")
-    return {"ids": prompt + forced + cue_ids, "forced": forced, "cue": cue_ids}
-
-
-def ledger_row(row, task, tokenizer, sequence):
-    """The pair as it came, and what the model made of it."""
-    reference = row["reference"]
-    if task in ("translation", "paraphrase"):
-        new = write_reference(row, task, tokenizer, sequence)
-        reference = new.pop("reference")
-    else:
-        new = write_rationale(row, tokenizer, sequence)
-    if "messages" not in row:
-        pair = {name: row[name] for name in ("source", "source_lang", "target_lang")}
-        return {"id": row["id"]} | pair | {"reference": reference} | new
-    chat = row["messages"]
-    pair = {"prompt": chat[0]["content"], "response": reference}
-    if len(chat) > 1:
-        pair = {"messages": [*chat, {"role": "assistant", "content": reference}]}
-    return {"id": row["id"]} | pair | new
-
-
-def write_rationale(row, tokenizer, sequence):
-    """What the model said after the reference that was forced."""
-    forced = row["forced"]
-    ids = row["cue"] + sequence.ids
-    given = [m["content"] for m in row["messages"]] if "messages" in row else [row["source"]]
-    own = tokenizer.decode_after(forced + row["cue"], sequence.ids)
+    reference = tokenizer.answer(row.reference)
+    rationale = (sequence.prompt + sequence.ids)[len(prompt + reference) :]
     return {
-        "rationale": tokenizer.decode_after(forced, ids),
-        "reference_ids": forced,
-        "rationale_ids": ids,
+        "rationale": tokenizer.decode_after(reference, rationale),
+        "prompt_ids": prompt,
+        "reference_ids": reference,
+        "rationale_ids": rationale,
         "finish": sequence.finish,
-        "status": status_of(own, [*given, row["reference"]]),
+        "status": status_of(tokenizer.decode(sequence.ids)),
         "logprob": sequence.mean_logprob(),
     }
 
 
-def write_reference(row, task, tokenizer, sequence):
-    """The model's own translation or paraphrase in place of the reference, where it is sound."""
+def status_of(text: str) -> str:
+    """empty: nothing visible. repetitive: 20 or more words, and most of the word 4-grams repeat an
+    earlier one. Else ok. The thresholds are ours.
+    """
+    words = WORD.findall(text.casefold())
+    grams = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
+    if len(words) >= 20 and len(set(grams)) < len(grams) / 2:
+        return "repetitive"
+    return "ok" if text.strip() else "empty"
+
+
+# The paper's baselines: the model's own text takes the place of the reference
+
+
+def ask_for_rewrite(row, encoder, task):
+    """SeqKD asks for a translation; SDFT for a paraphrase of the reference, which it shows."""
+    messages = encoder.messages(row)
+    if task == "paraphrase":
+        text = GUIDE.format(instruction=messages[-1]["content"], reference=row.reference)
+        messages = [*messages[:-1], {"role": "user", "content": text}]
+    else:
+        require(row.messages is None, row.where, "--task translation needs rows with a source")
+    return Sequence(row.id, encoder.tokenizer.chat(messages, where=row.where), row.where, row=row)
+
+
+def write_rewrite(sequence, encoder, task):
+    """The original is kept, without a log-probability, where the model's text is unusable."""
+    tokenizer = encoder.tokenizer
+    original = sequence.row.reference
     text = tokenizer.decode(sequence.ids)
-    if task == "translation":  # one line is the translation; what follows is not wanted here
+    ids = sequence.ids
+    if task == "translation" and "\n" in text:  # an explanation may follow
         text = text.strip().split("\n")[0]
-    fault = "empty"
-    if text.strip():
-        leak = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
-        fault = "leak" if leak else "cut" if sequence.finish == "length" else None
-    chosen = row["reference"] if fault else text
-    same = tokenizer.decode(sequence.ids) == chosen
+        ids = tokenizer.answer(text)
+    leaks = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
+    usable = text.strip() and sequence.finish == "eos" and not leaks
     return {
-        "reference": chosen,
-        "original": row["reference"],
-        "fallback": fault,  # why the original stands, if it does
+        "reference": text if usable else original,
+        "original": original,
         "rationale": "",
-        "reference_ids": sequence.ids if same else tokenizer.answer(chosen),
+        "prompt_ids": encoder.prompt(sequence.row),
+        "reference_ids": ids if usable else tokenizer.answer(original),
         "rationale_ids": [],
         "finish": "eos",
         "status": "ok",
-        "logprob": None if fault else sequence.mean_logprob(),
+        "logprob": sequence.mean_logprob() if usable else None,
     }
 
 
-def status_of(text, given):
-    """What is wrong with a text that follows `given`, or "ok".
-
-    empty: nothing visible. repetitive: 20 or more words, and over half of the word 4-grams repeat.
-    copy: over 80 % of the word 3-grams stand in one of `given`. wrong_script: over 20 % of the
-    letters are of a script neither Latin nor used in `given`. The thresholds are ours; measured
-    on rationales of a 135M model, they stand in gaps.
-    """
-    words = WORD.findall(text.casefold())
-    fours = ngrams(words, 4)
-    if not text.strip():
-        return "empty"
-    if len(words) >= 20 and len(set(fours)) < len(fours) / 2:
-        return "repetitive"
-    n = min(3, len(words))
-    for other in given if words else []:
-        known = set(ngrams(WORD.findall(other.casefold()), n))
-        copied = sum(gram in known for gram in ngrams(words, n))
-        if copied > 0.8 * (len(words) - n + 1):
-            return "copy"
-    usual = {"LATIN", *scripts(" ".join(given))}
-    letters = scripts(text)
-    foreign = [script for script in letters if script not in usual]
-    return "wrong_script" if len(foreign) > 0.2 * len(letters) else "ok"
+def make_sequence(row, encoder, task, cue):
+    if task in REWRITES:
+        return ask_for_rewrite(row, encoder, task)
+    if task == "answer":  # a rationale after an empty reference
+        row = replace(row, reference="")
+    return prefill_reference(row, encoder, cue)
 
 
-def ngrams(words, n):
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+def ledger_row(sequence, encoder, task):
+    """The pair as it came, what the model wrote, and the options that made the prompt."""
+    row = sequence.row
+    if task in REWRITES:
+        written = write_rewrite(sequence, encoder, task)
+    else:
+        written = write_rationale(sequence, encoder)
+    reference = written.pop("reference", row.reference)
+    if row.messages is None:
+        pair = {name: getattr(row, name) for name in data.PAIR_FIELDS}
+        pair["reference"] = reference
+    elif len(row.messages) == 1:
+        pair = {"prompt": row.messages[0]["content"], "response": reference}
+    else:
+        pair = {"messages": [*row.messages, {"role": "assistant", "content": reference}]}
+    tokenizer = encoder.tokenizer
+    options = [tokenizer.chat_option, encoder.system, encoder.template]
+    given = {name: x for name, x in zip(data.PROMPT_FIELDS, options) if x is not None}
+    return {"id": row.id} | pair | written | {"tokenizer": tokenizer.hash} | given
 
 
-def scripts(text):
-    """The script of each letter, by the first word of its Unicode name."""
-    return [unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()]
+# 2. The sampler
 
 
-# 2. The sampler: a full batch, each row at its own place in the cache
-
-
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """How a model goes on. `stop(ids)`, asked after each token, ends a row as EOS would."""
+    """How a model continues. Each field is an option of generate.py, is recorded with a ledger and
+    compared when a run is finished. To a ledger older than a field, the default applies.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0 is greedy
-    top_p: float = 1.0
-    eos_ids: Collection[int] = ()
+    top_p: float = 1.0  # 1 is the whole vocabulary
     seed: int = 0
-    batch_size: int = 32
-    vocab_size: int | None = None  # where the model has more rows than the tokenizer has ids
-    stop: Callable[[list[int]], bool] | None = None
+
+    def __post_init__(self):
+        valid = self.max_new_tokens > 0 and 0 <= self.temperature < math.inf
+        require(valid and 0 < self.top_p <= 1, "sampling", f"a setting is out of range in {self}")
+
+    @classmethod
+    def from_record(cls, record: dict, where) -> "Sampling":
+        """The settings that a ledger was written with, from its meta file."""
+        values = {}
+        for name, default in DEFAULTS.items():
+            values[name] = read_field(record, name, type(default), where, default)
+        return cls(**values)
 
 
-def sampling(tokenizer, **settings):
-    """How a model of this tokenizer goes on."""
-    return Sampling(eos_ids=tokenizer.eos_ids, vocab_size=tokenizer.vocab_size, **settings)
+DEFAULTS = asdict(Sampling())
 
 
 @dataclass
 class Sequence:
-    """A row in flight: what the model reads, and what it has said so far."""
+    """What the model reads, and how it continues."""
 
     id: int | str
-    prompt: list[int]
+    prompt: list[int]  # all that the model reads
     where: str = ""  # FILE:LINE
-    ids: list[int] = field(default_factory=list)  # without EOS
-    logprobs: list[float] = field(default_factory=list)  # of all that was chosen, EOS included
+    ids: list[int] = field(default_factory=list)  # sampled, without EOS
+    logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
     finish: str = ""  # "eos" or "length", once it has ended
+    key: int = 0  # of its noise
+    row: Row | None = None  # of the data
 
-    def add(self, token, logprob, how):
-        if not math.isfinite(logprob):
-            fault = "the model's logits are not finite; look at its weights"
-            raise FloatingPointError(f"row {self.id}: {fault}")
+    @property
+    def input_hash(self):
+        """Of all that the continuation of a row depends on, besides the settings."""
+        row = self.row
+        return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
+
+    def add(self, token, logprob, eos_ids, max_new_tokens, stop):
+        fault = "the model's logits are NaN or infinite; check its weights"
+        require(math.isfinite(logprob), self.where, fault)
         self.logprobs.append(logprob)
-        if token in how.eos_ids:
+        if token in eos_ids:
             self.finish = "eos"
             return
         self.ids.append(token)
-        if how.stop is not None and how.stop(self.ids):
+        if stop is not None and stop(self.ids):
             self.finish = "eos"
-        elif len(self.ids) == how.max_new_tokens:
+        elif len(self.ids) == max_new_tokens:
             self.finish = "length"
 
-    def noise_key(self, seed):
-        """32 bits, for the next token of this row."""
-        digest = hashlib.sha256(json.dumps([seed, self.id, len(self.ids)]).encode()).digest()
-        return int.from_bytes(digest[:4], signed=True)
-
     def mean_logprob(self):
-        # rounded: the digits after these depend on the batch that the row was computed in
+        # rounded: further digits depend on the batch in which the row was computed
         return round(sum(self.logprobs) / len(self.logprobs), 3)
 
 
 @torch.inference_mode()
-def sample(model: Transformer, sequences: list[Sequence], how: Sampling) -> Iterator[Sequence]:
-    """Goes on from each prompt, and yields the sequences as they end.
+def sample(
+    model: Transformer,
+    sequences: list[Sequence],
+    sampling: Sampling,
+    eos_ids: Collection[int] = (),
+    vocab_size: int | None = None,
+    batch_size: int = 32,
+    stop: Callable | None = None,
+) -> Iterator[Sequence]:
+    """Continues each of the sequences, and yields them as they end.
 
     The batch stays full: a sequence that ends leaves its row of the cache to the next one.
-    ValueError where a prompt and the new tokens do not fit the model's context.
+    vocab_size: that of the tokenizer, where the model's is larger. stop(ids), asked after each
+    token, ends a sequence as EOS would.
     """
-    counts = (how.max_new_tokens, how.batch_size)
-    require(min(counts) > 0, "sampling", f"max_new_tokens and batch_size are {counts}")
-    require_room(sequences, how.max_new_tokens, model.config)
+    require_room(sequences, sampling.max_new_tokens, model.config)
     waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
-    rows = min(how.batch_size, len(sequences))
-    longest = len(waiting[-1].prompt) if waiting else 0
-    cache = KVCache.empty(model, rows, longest + how.max_new_tokens)
+    if not waiting:
+        return
+    for sequence in waiting:
+        sequence.key = noise_key(sampling.seed, sequence.id)
+    rows = min(batch_size, len(waiting))
+    cache = allocate_cache(model, rows, waiting[-1], sampling.max_new_tokens)
+    pick = partial(choose, sampling=sampling, vocab_size=vocab_size)
     graphs = {}
     running = []  # running[b] has row b of the cache
     while waiting or running:
-        first = 0
-        new = take_next(waiting, rows - len(running), cache)
-        if new:
-            first = len(running)
-            running += new
-            prompts = [sequence.prompt for sequence in new]
-            logits = read(model, cache, slice(first, len(running)), prompts)
-            keys = [sequence.noise_key(how.seed) for sequence in new]
-            chosen = as_pairs(choose(logits, torch.tensor(keys, device=model.device), how))
+        batch = next_prompts(waiting, rows - len(running), rows, model.device)
+        if batch:
+            picked = read_prompts(model, cache, len(running), batch, pick)
+            running += batch
         else:
-            chosen = decode(model, cache, running, how, graphs)
-        for b in reversed(range(first, len(running))):
-            sequence = running[b]
-            sequence.add(*chosen[b - first], how)
-            if sequence.finish:
-                yield sequence
-                running[b] = running[-1]  # the last one takes its row
-                running.pop()
-                cache.move(len(running), b)
+            picked = decode(model, cache, running, pick, graphs)
+            batch = running
+        for sequence, token, logprob in zip(batch, *picked.tolist()):
+            sequence.add(int(token), logprob, eos_ids, sampling.max_new_tokens, stop)
+        for b in reversed(range(len(running))):
+            if running[b].finish:
+                yield running[b]
+                last = running.pop()
+                if b < len(running):  # the last one takes its row
+                    running[b] = last
+                    cache.move(len(running), b)
 
 
-def require_room(sequences, new, config):
-    """ValueError names a prompt that is empty, or leaves no room for `new` tokens."""
-    room = config.max_position_embeddings
+def require_room(sequences, max_new_tokens, config, folder="the model"):
+    """Raises UserError at a prompt that is empty or too long, or has ids that the model lacks."""
+    room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
         n = len(sequence.prompt)
-        where = sequence.where or f"row {sequence.id}"
-        fault = f"{n} tokens and {new} new ones do not fit the context of {room}"
-        require(n + new <= room, where, f"{fault}; lower --max-new-tokens, or take it out")
-        known = n > 0 and 0 <= min(sequence.prompt) and max(sequence.prompt) < config.vocab_size
-        require(known, where, f"its ids are not of the model's vocabulary, {config.vocab_size}")
+        fault = (
+            f"{n} tokens of a prompt, where {max_new_tokens} new ones leave room for 1 to {room}"
+        )
+        advice = "lower --max-new-tokens, or remove the row"
+        require(0 < n <= room, sequence.where, f"{fault}; {advice}")
+        known = 0 <= min(sequence.prompt) <= max(sequence.prompt) < config.vocab_size
+        fault = f"the weights lack token ids of {sequence.where}; are they of another tokenizer?"
+        require(known, folder, fault)
 
 
-def take_next(waiting, free, cache):
-    """The next prompts to read; none while few rows are free: several are read faster."""
-    rows = cache.keys.shape[1]
-    if free < min(len(waiting), math.ceil(rows / 8)):
+def allocate_cache(model, rows, longest, max_new_tokens):
+    """A cache in which every row has room for the longest prompt and its continuation."""
+    n = len(longest.prompt)
+    try:
+        return KVCache.empty(model, rows, n + max_new_tokens)
+    except torch.OutOfMemoryError:
+        free, _ = torch.cuda.mem_get_info()
+        one = KVCache.empty(model, 1, n + max_new_tokens)
+        fitting = int(0.8 * free / (2 * one.keys.nbytes))  # the rest is for activations
+        fault = f"out of memory with {rows} rows as long as this, whose prompt has {n} tokens"
+        advice = f"give --batch-size {fitting}, or remove the row"
+        raise UserError(f"{longest.where}: {fault}; {advice}") from None
+
+
+def next_prompts(waiting, free, rows, device):
+    """Takes the next to be read; none while few rows are free: several are read faster."""
+    count = min(free, len(waiting))
+    if not waiting or free < min(len(waiting), rows / 8):
         return []
-    budget = 2**15 if cache.keys.is_cuda else 2**12  # places that are read at a time
-    taken = []
-    while waiting and len(taken) < free:
-        if taken and (len(taken) + 1) * len(waiting[0].prompt) > budget:
-            break
-        taken.append(waiting.popleft())
-    return taken
+    budget = 2**15 if device.type == "cuda" else 2**12  # tokens, with padding
+    count = min(count, max(budget // len(waiting[count - 1].prompt), 1))
+    return [waiting.popleft() for _ in range(count)]
 
 
-def read(model, cache, rows, prompts):
-    """Reads prompts into these rows of the cache -> logits [N, V] after each."""
-    tokens, shared = data.share(prompts, model.device)
-    N, T = shared[1].shape
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    places = torch.arange(N * T, device=model.device).view(N, T)
-    return model(tokens, places[:, 0] + lengths - 1, cache.view(rows, T), places % T, shared)
+def read_prompts(model, cache, first, new, pick):
+    """Reads the prompts of new sequences into the rows from `first` on, and picks a token each."""
+    tokens, shared = data.share([sequence.prompt for sequence in new], model.device)
+    B, T = shared.token_at.shape
+    last = [b * T + len(sequence.prompt) - 1 for b, sequence in enumerate(new)]  # in B * T
+    keys = [sequence.key for sequence in new]
+    last, keys = torch.tensor([last, keys], device=model.device)
+    logits = model(tokens, last, cache.view(slice(first, first + B), T), shared=shared)  # [B, V]
+    return pick(logits, keys, torch.zeros_like(keys))
 
 
-def decode(model, cache, running, how, graphs):
-    """One token of each row is read -> the next, and its log-probability.
+def decode(model, cache, running, pick, graphs):
+    """Reads the last token of every row, and picks the next.
 
-    On a GPU a step is a CUDA graph, replayed: Python alone would take longer to launch its kernels
-    than they run. Rows and length are rounded up, so that a few graphs serve; rows that are not
-    there write at the last position, which is overwritten before anything reads it.
+    Python takes longer to launch the kernels of a step than a GPU to run them; a CUDA graph
+    launches them all at once. Its shapes are fixed: rows and length are rounded up, so that a few
+    graphs serve all steps.
     """
     inputs = []
     for sequence in running:
-        position = len(sequence.prompt) + len(sequence.ids) - 1
-        inputs.append((sequence.ids[-1], position, sequence.noise_key(how.seed)))
-    length = max(position for _, position, _ in inputs) + 1
-    if not cache.keys.is_cuda:
-        return as_pairs(decode_step(model, cache, how, length, torch.tensor(inputs)))
-    _, rows, _, room, _ = cache.keys.shape
-    size = min(4 ** math.ceil(math.log(len(running), 4)), rows)
-    length = min(math.ceil(length / 64) * 64, room)
-    inputs += [(0, length - 1, 0)] * (size - len(running))
-    inputs = torch.tensor(inputs, device=model.device)
-    if (size, length) not in graphs:
-        step = partial(decode_step, model, cache, how, length)
-        pool = graphs.setdefault("pool", torch.cuda.graph_pool_handle())  # memory that all share
-        graphs[size, length] = torch.cuda.make_graphed_callables(step, (inputs,), 1, pool=pool)
-    return as_pairs(graphs[size, length](inputs))
+        count = len(sequence.ids)
+        position = len(sequence.prompt) + count - 1
+        inputs.append([sequence.ids[-1], position, sequence.key, count])
+    length = max(position for _, position, _, _ in inputs) + 1
+    graphed = model.device.type in GRAPH_DEVICES
+    if graphed:
+        _, rows, _, room, _ = cache.keys.shape
+        size = 1
+        while size < len(inputs):
+            size *= 4
+        length = min(math.ceil(length / 64) * 64, room)
+        # an unused row writes at the last position: what takes the row overwrites that in time
+        inputs += [[0, length - 1, 0, 0]] * (min(size, rows) - len(inputs))
+    inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
+
+    def step(inputs):
+        tokens, positions, keys, counts = inputs.split(1, dim=1)  # [B, 1] each
+        part = cache.view(slice(len(inputs)), length)
+        logits = model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
+        return pick(logits, keys[:, 0], counts[:, 0])
+
+    if not graphed:
+        return step(inputs)
+    shape = (len(inputs), length)
+    if shape not in graphs:
+        graphs[shape] = capture(step, inputs, [*graphs.values()])
+    graph, graph_inputs, output = graphs[shape]
+    graph_inputs.copy_(inputs)
+    graph.replay()
+    return output
 
 
-def decode_step(model, cache, how, length, inputs):
-    """inputs [B, 3]: token, position, noise key -> [2, B]: token, log-probability."""
-    tokens, positions, keys = inputs.split(1, dim=1)  # [B, 1] each
-    part = cache.view(slice(len(inputs)), length)
-    logits = model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
-    return choose(logits, keys[:, 0], how)
+def capture(step, inputs, others):
+    """Records step(inputs) -> a CUDA graph, its inputs, and the output of its `replay`.
+
+    Only the caller refers to the graph, so it is freed as soon as the caller is done.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step(inputs)  # what the first call compiles and allocates can't be recorded
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    pool = others[0][0].pool() if others else None  # they share memory
+    with torch.cuda.graph(graph, pool):
+        output = step(inputs)
+    return graph, inputs, output
 
 
-def as_pairs(chosen):
-    tokens, logprobs = chosen.tolist()
-    return [(int(token), logprob) for token, logprob in zip(tokens, logprobs)]
+def choose(logits, keys, counts, sampling, vocab_size=None):
+    """logits [N, V], noise keys and counts [N] -> [2, N]: tokens, and their log-probabilities.
 
-
-def choose(logits: Tensor, keys: Tensor, how: Sampling) -> Tensor:
-    """logits [N, V], noise keys [N] -> [2, N]: tokens, their log-probabilities under the model.
-
-    Gumbel-max: a token of p and noise E from Exponential(1) wins with the largest p / E, which is
-    argmax(log p + Gumbel noise). Rounding in the logits flips a draw only where two nearly tie.
+    The Gumbel-max trick: with E from Exponential(1), argmax(logits / T - log E) is a sample from
+    softmax(logits / T). Rounding in the logits changes it only where two tokens nearly tie.
     """
     logits = logits.float()
-    allowed = logits[:, : how.vocab_size]
-    if how.temperature == 0:
-        tokens = allowed.argmax(-1)
-    else:
-        above = allowed - allowed.amax(-1, keepdim=True)
-        probs = (above / max(how.temperature, 1e-6)).softmax(-1)
-        if how.top_p < 1:
-            probs = nucleus(probs, how.top_p)
-        tokens = (probs / exponential_noise(keys, probs.shape[-1])).argmax(-1)
+    scores = logits[:, :vocab_size]
+    if sampling.temperature > 1e-6:  # below, only the largest logit counts
+        scores = scores / sampling.temperature
+        if sampling.top_p < 1:
+            inside = nucleus(scores.softmax(-1), sampling.top_p)
+            scores = scores.masked_fill(~inside, -math.inf)
+        scores = scores - exponential_noise(keys, counts, scores.shape[-1]).log_()
+    tokens = scores.argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return torch.stack([tokens.double(), logprobs.double()])
 
 
 def nucleus(probs, top_p):
-    """probs [N, V], without those outside the smallest set of most probable tokens that has the
-    mass top_p (Holtzman et al. 2020); what ties with its last token stays.
+    """probs [N, V] -> which tokens are in the smallest set of most probable ones that together
+    have top_p (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
     """
-    # all tokens below this share together have less than what a nucleus leaves out: none of them
-    # is in it. A GPU sorts them all sooner than it would wait for their number
-    count = vocab = probs.shape[-1]
-    if not probs.is_cuda:
-        count = (probs >= (1 - top_p) / vocab).sum(-1).max().clamp_min(1)
-    head = probs.topk(count).values
-    inside = (head.cumsum(-1) - head < top_p).sum(-1, keepdim=True).clamp_min(1)
-    return probs.masked_fill(probs < head.gather(-1, inside - 1), 0)
+    count = probs.shape[-1]
+    if probs.device.type == "cpu":  # a GPU sorts all sooner than it would wait for this number
+        # tokens below (1 - top_p) / V have less than 1 - top_p together, so all are outside
+        count = (probs >= (1 - top_p) / count).sum(-1).max().clamp_min(1)
+    ordered = probs.topk(count).values
+    mass_before = ordered.cumsum(-1) - ordered
+    last = ordered.masked_fill(mass_before >= top_p, 1).amin(-1, keepdim=True)
+    return probs >= last
 
 
-def exponential_noise(keys, size):
-    """keys [N] -> [N, size] of Exponential(1), a hash of key and token: the same everywhere."""
+def noise_key(seed: int, id: int | str) -> int:
+    """64 bits of a hash of the seed and a row's id, which its noise depends on."""
+    digest = hashlib.sha256(json.dumps([seed, id]).encode()).digest()
+    return int.from_bytes(digest[:8], signed=True)
+
+
+def exponential_noise(keys: Tensor, counts: Tensor, size: int) -> Tensor:
+    """Samples of Exponential(1) [N, size], the same on every device: a hash of the row's key, of
+    the number of tokens that were sampled before in this row, and of the token.
+    """
+    rows = mix(keys.int() + counts.int() * -1640531535)
+    rows = mix(rows + (keys >> 32).int())
     tokens = torch.arange(size, device=keys.device, dtype=torch.int32)
-    x = tokens * -1640531535 + keys.int()[:, None]
-    for factor in (739982445, 695872825):  # of Wellons' hash-prospector
+    x = mix(rows[:, None] + tokens * -1640531535)
+    uniform = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # 2^-32 and up
+    return uniform.neg_().log1p_().neg_()  # log1p keeps the smallest exact
+
+
+def mix(x):
+    """Hashes int32 numbers in place: a product carries bits up, a shift brings them down.
+
+    Shift and factors are of Wellons' hash-prospector.
+    """
+    for factor in (739982445, 695872825):
         x ^= (x >> 15) & 0x1FFFF  # the mask makes the shift a logical one
         x *= factor
-    uniform = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # 2^-32 and up
-    return uniform.neg_().log1p_().neg_()  # by log1p, so that the smallest are exact
+    return x
 
 
-def generate(model: Transformer, prompts: list[list[int]], **how) -> list[list[int]]:
-    """The new ids of each prompt, EOS not included. ValueError where a prompt has no room.
-
-    how: fields of Sampling; max_new_tokens=256, temperature=0.0, top_p=1.0, eos_ids=(), seed=0.
-    """
-    sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
-    for _ in sample(model, sequences, Sampling(**how)):
+def generate(
+    model: Transformer,
+    prompts: list[list[int]],
+    eos_ids: Collection[int] = (),
+    batch_size: int = 32,
+    **settings,
+) -> list[list[int]]:
+    """The ids that continue each prompt, without EOS. settings: fields of Sampling."""
+    sequences = [Sequence(i, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
+    for _ in sample(model, sequences, Sampling(**settings), eos_ids, batch_size=batch_size):
         pass
     return [sequence.ids for sequence in sequences]
 
 
-# 3. From data to ledger
+# 3. The ledger: rows that survive a kill, written by any number of ranks
 
 
-def read_requests(args, encoder):
-    """The rows of the data, each with what the model will read."""
-    require(args.task == "rationale" or not args.cue, "--cue", "goes with --task rationale alone")
-    rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
-    for row in rows[: args.limit]:
-        row["meta"] = {}  # what is written answers this run's prompts, whatever a ledger had
-        if args.task == "answer":  # a rationale after an empty reference
-            row["reference"] = ""
-        fits = args.task != "translation" or "messages" not in row
-        require(fits, row["where"], "--task translation needs a source")
-        row |= request(row, args.task, encoder, args.cue)
-        pair = [row.get("source_lang"), row.get("target_lang"), row["reference"]]
-        row["input_hash"] = data.short_hash([row["ids"], pair])
-    return rows[: args.limit]
+def complete(path: Path, rows: list, produce: Callable, settings: dict | None = None):
+    """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
+
+    Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
+    all that their outcome depends on besides the settings. produce(missing) yields a dict with
+    "id" for each of the rows that it is given, in any order. settings: written to NAME.meta.json
+    beside `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
+    Lines of a `path` that exists are kept as they are; one that belongs to no row is refused.
+    """
+    rank = dist.get_rank()
+    parts = parts_folder(path)
+    by_id = {}
+    for row in rows:
+        require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
+        by_id[row.id] = row
+    missing = [None]
+    if rank == 0:
+        parts.mkdir(parents=True, exist_ok=True)
+        finished = read_finished(path, by_id, settings)
+        missing = [[id for id in by_id if id not in finished]]
+    dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
+    mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
+    part = parts / f"rank{rank}-{uuid.uuid4().hex}.jsonl"
+    for row in produce(mine) if mine else []:
+        known = by_id[row["id"]]
+        line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
+        with open(part, "a", encoding="utf-8") as f:
+            f.write(line + "\n")
+    dist.barrier()  # until all have written their part
+    if rank == 0:
+        publish(path, parts, by_id, settings)
+    dist.barrier()
 
 
-def make_sequences(rows):
-    return [Sequence(row["id"], row["ids"], row["where"]) for row in rows]
+def publish(path, parts, by_id, settings):
+    """Moves all rows from the parts to `path`."""
+    finished = read_finished(path, by_id, settings)
+    fault = "rows are missing though all ranks have ended; do they share this folder?"
+    require(len(finished) == len(by_id), parts, fault)
+    files = [*parts.glob("rank*.jsonl")]
+    if files and settings is not None:
+        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
+        replace_file(meta_path(path), text, parts)
+    if files:
+        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
+    for file in files:
+        file.unlink()
+    with contextlib.suppress(OSError):  # not empty: a run has claimed it
+        parts.rmdir()
 
 
-def write_rows(rows, args, model, tokenizer):
-    """Ledger rows as they end."""
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size")
-    how = sampling(tokenizer, **{name: getattr(args, name) for name in names})
-    if args.task == "translation":
-        how.stop = tokenizer.first_line_ends
-    by_id = {row["id"]: row for row in rows}
-    ended = sample(model, make_sequences(rows), how)
-    for sequence in tqdm(ended, total=len(rows), unit="row", disable=dist.get_rank() > 0):
-        yield ledger_row(by_id[sequence.id], args.task, tokenizer, sequence)
+def parts_folder(path):
+    return path.with_name(path.name + ".parts")
+
+
+def meta_path(ledger: Path) -> Path:
+    return ledger.with_name(ledger.name.removesuffix(".jsonl") + ".meta.json")
+
+
+def read_meta(ledger: Path) -> dict:
+    """The settings that a ledger was written with; {} where its meta file is not beside it."""
+    meta = meta_path(ledger)
+    return read_object(meta) if data.is_own(meta) else {}
+
+
+def read_finished(path, by_id, settings):
+    """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
+    parts = parts_folder(path).glob("rank*.jsonl")
+    texts = {file: file.read_text("utf-8", errors="replace") for file in parts}
+    meta = meta_path(path)
+    exists = os.path.lexists(path)
+    if settings is not None and (exists or os.path.lexists(meta)):
+        fault = f"is missing or not of this script, so {path.name} may not be; change --out"
+        require(data.is_own(meta), meta, fault)
+        data.require_same(meta, DEFAULTS | read_object(meta), settings)
+    if exists:
+        require(path.is_file(), path, "is not a file; change --out")
+        texts[path] = read_text(path)  # the last: what was edited there counts
+    finished = {}
+    for file, text in texts.items():
+        for n, line in enumerate(text.split("\n"), 1):
+            id = id_of(line, by_id)
+            fault = "the row is missing from the data, or differs there; change --out"
+            require(id is not None or not line or file != path, f"{file}:{n}", fault)
+            finished[id] = line
+    finished.pop(None, "")
+    return finished
+
+
+def id_of(line, by_id):
+    """The id of a line that belongs to a row; None if a kill has torn it, or if it is foreign."""
+    try:
+        row = parse_json(line, "")
+        return row["id"] if row["input_hash"] == by_id[row["id"]].input_hash else None
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+@contextlib.contextmanager
+def claim_parts(parts, settings):
+    """Holds the parts folder within the block. It is gone afterwards unless it has rows."""
+    first = dist.get_rank() == 0
+    try:
+        with data.claim(parts, "settings.json", settings, DEFAULTS):
+            try:
+                yield
+            finally:
+                if first and not any(parts.glob("rank*.jsonl")):
+                    (parts / "settings.json").unlink()
+    finally:
+        with contextlib.suppress(OSError):  # it has rows, or another run holds it
+            if first:
+                parts.rmdir()
+
+
+def replace_file(path, text, parts):
+    """Writes a file that appears whole; what is temporary lies in the parts folder."""
+    write_text(parts / "whole", text)
+    os.replace(parts / "whole", path)
+
+
+# 4. From data to ledger
 
 
 def main(args):
-    # 1. the data, before any weight is read
-    require(args.model and args.data and args.out, "generate.py", "give --model, --data and --out")
+    # 1. the options and the data, before any weight is read
+    sampling = Sampling(**{name: getattr(args, name) for name in DEFAULTS})
+    require(args.task == "rationale" or not args.cue, "--cue", "is for --task rationale only")
+    out = Path(os.path.realpath(args.out))
+    require(out.name.endswith(".jsonl"), f"--out {args.out}", "must end in .jsonl; rename it")
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat)
-    config = ModelConfig.from_file(args.model)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    rows = read_requests(args, encoder)
-    require_room(make_sequences(rows), args.max_new_tokens, config)
+    rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
+    forgotten = dict.fromkeys(("prompt_ids", "tokenizer", *data.PROMPT_FIELDS))
+    sequences = []
+    for row in rows[: args.limit]:
+        pair = replace(row, **forgotten)  # of a ledger only the pairs are read
+        sequences.append(make_sequence(pair, encoder, args.task, args.cue or ""))
+    config = ModelConfig.from_file(args.model)
+    require_room(sequences, sampling.max_new_tokens, config, args.model)
 
     # 2. all that a row depends on, besides what the model reads
-    names = ("task", "model", "max_new_tokens", "temperature", "top_p", "seed", "dtype")
-    settings = {name: getattr(args, name) for name in names} | encoder.settings()
-    settings["cue"] = args.cue or ""
+    settings = {name: getattr(args, name) for name in ("task", "model", "dtype", "cue")}
+    settings |= asdict(sampling) | encoder.settings()
     settings["model_hash"] = hash_model(args.model)
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
 
@@ -439,33 +626,43 @@ def main(args):
         if args.compile:
             # products of one row become sums, fused with the rest
             model.compile_layers(coordinate_descent_tuning=True)
-        return write_rows(missing, args, model, tokenizer)
+        ended = sample(
+            model,
+            missing,
+            sampling,
+            tokenizer.eos_ids,
+            tokenizer.vocab_size,
+            args.batch_size,
+            stop=tokenizer.first_line_ends if args.task == "translation" else None,
+        )
+        for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
+            yield ledger_row(sequence, encoder, args.task)
 
-    with data.lock(args.out):
-        data.complete(Path(args.out), settings, rows, produce)
+    with claim_parts(parts_folder(out), settings):
+        complete(out, sequences, produce, settings)
     if rank == 0:
-        print(f"{args.out}: {len(rows)} rows")
+        print(f"{out}: {len(sequences)} rows")
 
 
 OPTIONS = """
---model DIR             model folder
---data FILE...          pairs; for --task answer prompts
---out LEDGER            ledger to write, or to finish: JSON lines
+--model! DIR            model folder
+--data! FILE...         pairs; for --task answer prompts
+--out! LEDGER           JSON lines file to write, or to finish; its name ends in .jsonl
 --task rationale|translation|paraphrase|answer   what the model writes
---cue TEXT              forced after the reference, such as '\\n'
---max-new-tokens COUNT=256   tokens of a row, at most
+--cue TEXT              text that is prefilled after the reference, such as '\\n'
+--max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
---top-p SHARE=1.0       nucleus, a share of the probability; 1: the whole vocabulary
+--top-p P=1.0           nucleus, a share of the probability; 1 is the whole vocabulary
 --seed N=0              of the samples
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
 --compile               compile the layers: for long runs on a GPU
---dtype float32|bfloat16   what is computed in
+--dtype float32|bfloat16   type of the weights
 """
 
 
 def parser():
-    purpose = "Lets a model write rationales, translations, paraphrases or answers."
+    purpose = "Generates rationales, translations, paraphrases or answers by a model."
     return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 
 

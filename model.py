@@ -4,8 +4,8 @@
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
 
 Dimensions: B batch, T new tokens, S cached tokens, C width, H heads, K key/value heads, D head
-size, V vocabulary. Every module is called what it is called in a Hugging Face checkpoint, so
-loading and saving need no table of names.
+size, V vocabulary. Every module has its name in a Hugging Face checkpoint, so loading and saving
+need no table of names.
 """
 
 import hashlib
@@ -28,113 +28,128 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# what transformers takes for a field that config.json leaves out
-DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
+# by model_type: the architecture, and what transformers takes for missing fields where that is not
+# the default of ModelConfig
+FAMILIES = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
 }
-MISTRAL_DEFAULTS = {
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-    "sliding_window": 4096,
-}
-# fields that change the mathematics, each with the one value that is implemented here
-IMPLEMENTED = {
+# other fields that change the result, each with the one value that is supported (besides null)
+SUPPORTED = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0,
+    "is_causal": True,
     "partial_rotary_factor": 1,
+    "per_layer_config": {},
     "quantization_config": None,
+    "configuration_files": None,  # names a file to read in place of config.json
+    "transformers_weights": None,  # names a file to read in place of model.safetensors
 }
-MAX_FILE_BYTES = 5_000_000_000
+LIMITS = {"num_hidden_layers": 1000, "rope_theta": 2**40}
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MAX_FILE_BYTES = 2_000_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What config.json says about the mathematics; `raw` is the file, handed on at export."""
+    """The fields of config.json that are implemented, with their types and Llama's defaults."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    raw: dict = field(repr=False, compare=False)
+    num_key_value_heads: int | None = None  # null: num_attention_heads
+    head_dim: int | None = None  # null: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    sliding_window: int | None = None  # null: a token attends to all before it
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    raw: dict = field(repr=False, compare=False)  # the whole file, for exports
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
         """Reads a config.json, or that of a folder.
 
-        ValueError names a field that is missing, senseless, or asks for other mathematics.
+        Raises UserError for a field that is missing, of another type, out of range, not supported
+        or in contradiction to another one.
         """
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        with blaming(path):
-            return cls.from_fields(read_object(path), path)
-
-    @classmethod
-    def from_fields(cls, raw, path):
-        mistral = raw.get("model_type") == "mistral"
-        given = DEFAULTS | (MISTRAL_DEFAULTS if mistral else {}) | raw
-        for name in ("rope_scaling", "rope_parameters"):  # the latter is of transformers 5
-            rope = raw.get(name) or {}
-            fits = isinstance(rope, dict) and not any(isinstance(x, dict) for x in rope.values())
-            kind = fits and rope.get("rope_type", rope.get("type"))
-            require(kind in ("default", None), path, f"{name}: no rotary scaling is implemented")
-            given |= rope  # rope_theta may stand there
-        wanted = IMPLEMENTED | {"model_type": "mistral" if mistral else "llama"}
-        wanted["architectures"] = ["MistralForCausalLM" if mistral else "LlamaForCausalLM"]
-        for name, value in wanted.items():
-            found = given.get(name, value)
-            fault = f"{name} is {json.dumps(found)[:60]}; implemented is {json.dumps(value)}"
-            require(found in (value, None), path, fault)
-
-        heads = positive(given, "num_attention_heads", int, path)
-        if given.get("num_key_value_heads") is None:
-            given["num_key_value_heads"] = heads
-        if given.get("head_dim") is None:
-            given["head_dim"] = positive(given, "hidden_size", int, path) // heads
-        values = {"raw": raw, "tie_word_embeddings": given["tie_word_embeddings"]}
-        fits = type(values["tie_word_embeddings"]) is bool
-        require(fits, path, "tie_word_embeddings must be true or false")
-        for name in sorted(cls.__dataclass_fields__.keys() - values.keys()):
-            kind = float if name in ("rms_norm_eps", "rope_theta") else int
-            values[name] = positive(given, name, kind, path)
-        if not mistral:
-            values["sliding_window"] = None  # Llama ignores the field
+        raw = read_object(path)
+        model_type = read_field(raw, "model_type", str, path)
+        fault = f'"model_type": {quote(model_type)} is not supported (only {", ".join(FAMILIES)})'
+        require(model_type in FAMILIES, path, fault)
+        given = FAMILIES[model_type] | raw | read_rope(raw, path) | {"raw": raw}
+        if model_type == "llama":
+            given["sliding_window"] = None  # LlamaForCausalLM ignores it
+        values = {}
+        for name, kind in cls.__annotations__.items():
+            if kind == int | None:
+                kind = int
+            value = read_field(given, name, kind, path, getattr(cls, name, ...))
+            if type(value) in (int, float):
+                limit = LIMITS.get(name, 2**20)
+                fault = f'"{name}" must be above 0 and at most {limit}, found {quote(value)}'
+                require(0 < value <= limit, path, fault)
+            values[name] = value
+        heads = values["num_attention_heads"]
+        if values["num_key_value_heads"] is None:
+            values["num_key_value_heads"] = heads
+        if values["head_dim"] is None:
+            values["head_dim"] = values["hidden_size"] // heads
         config = cls(**values)
-        fits = heads % config.num_key_value_heads == 0 and config.head_dim % 2 == 0
-        require(fits, path, f"num_key_value_heads must divide {heads}, and head_dim be even")
+        config.require_supported(given, path)
         return config
 
+    def require_supported(self, given, path):
+        """Raises UserError for fields that contradict each other or ask for other mathematics."""
+        divides = self.num_attention_heads % self.num_key_value_heads == 0
+        require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
+        even = self.head_dim > 0 and self.head_dim % 2 == 0
+        require(even, path, f"head_dim must be even, found {self.head_dim}")
+        attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+        supported = SUPPORTED | {
+            "architectures": FAMILIES[given["model_type"]]["architectures"],
+            "layer_types": [attention] * self.num_hidden_layers,
+        }
+        for name, value in supported.items():
+            fault = f'"{name}": {quote(given.get(name))} is not supported (only {quote(value)})'
+            require(given.get(name) in (None, value), path, fault)
 
-def positive(given, name, kind, path):
-    """A number of the configuration, in the range that any real model has."""
-    value = given.get(name)
-    if name == "sliding_window" and value is None:
-        return None
-    most = 2**20 if kind is int else 2**40
-    if name == "num_hidden_layers":
-        most = 1000
-    fits = type(value) in (int, kind) and 0 < value <= most
-    require(fits, path, f"{name} is {json.dumps(value)[:40]}, wanted a number up to {most}")
-    return value
+
+def read_rope(raw, path):
+    """Returns the fields about RoPE that config.json has in an object of their own."""
+    scaling = read_field(raw, "rope_scaling", dict, path, {})
+    parameters = read_field(raw, "rope_parameters", dict, path, {})  # of transformers 5
+    rope = scaling | parameters
+    agree = scaling in ({}, rope) and parameters in ({}, rope)
+    require(agree, path, '"rope_scaling" contradicts "rope_parameters"; remove the wrong one')
+    place = "rope_scaling" if scaling else "rope_parameters"
+    names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    plain = rope.get("rope_type", rope.get("type")) in (None, "default") and rope.keys() <= names
+    require(plain, path, f'"{place}": {quote(rope)} is not supported (only rope_type "default")')
+    for name, value in rope.items():
+        fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
+        require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+    return rope
 
 
-@dataclass
-class KVCache:
-    """Keys and values of B rows [layer, B, K, S, D]: slot s of a row holds its token at s."""
+class KVCache(NamedTuple):
+    """Keys and values of B rows [layer, B, K, S, D]; slot s of a row holds position s."""
 
     keys: Tensor
     values: Tensor
@@ -148,31 +163,52 @@ class KVCache:
         return cls(keys, torch.zeros_like(keys))
 
     def view(self, rows: slice, length: int):
-        """Some rows and the first `length` slots: attention need not see what no row reached."""
+        """The first `length` slots of some rows: attention skips slots that no row has reached."""
         return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
 
+    def update(self, k: Tensor, v: Tensor, positions: Tensor):
+        """Stores the k and v [B, K, T, D] of one layer, whose cache this is, at `positions`."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
+        self.values[rows, :, positions] = v.transpose(1, 2)
+
     def move(self, row: int, to: int):
-        for x in (self.keys, self.values):
-            x[:, to] = x[:, row]
+        if row != to:
+            for x in self:
+                x[:, to] = x[:, row]
 
 
 class Shared(NamedTuple):
-    token_at: Tensor
-    first_at: Tensor
+    """The tokens that rows have in common, such as the instruction at their beginning.
+
+    Layers compute each of them once: this saves 21 to 26% of the tokens in training.
+    """
+
+    token_at: Tensor  # [B, T], which of the U tokens is at each place
+    first_at: Tensor  # [U], the place in B * T where each token occurs first
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """[1, U, C] -> [B, T, C]"""
+        # unlike x[0][token_at], its backward pass sums in one order on any number of threads
+        return F.embedding(self.token_at, x.flatten(0, 1))
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """[B, T, C] -> [1, U, C]"""
+        return x.flatten(0, 1)[self.first_at][None]
 
 
-class Layout(NamedTuple):
-    """How the tokens of one pass lie, the same for every layer."""
+class Inputs(NamedTuple):
+    """Inputs of one forward pass that all layers share."""
 
     cos: Tensor  # [B, 1, T, D]
     sin: Tensor
-    mask: Tensor | None  # [B, 1, H/K * T, S], added to the scores; None: causality alone
     positions: Tensor  # [B, T], slots of the cache
-    shared: tuple | None  # `new` and `same` of `data.share`
+    mask: Tensor | None  # [B, 1, H/K * T, S], added to the scores; None: causal, among new tokens
+    shared: Shared | None
 
 
 def rotary(config: ModelConfig, positions: Tensor):
-    """cos and sin [B, 1, T, D] for `positions` [B, T].
+    """Returns cos and sin [B, 1, T, D] for `positions` [B, T].
 
     Always float32: bfloat16 cannot tell large positions apart.
     """
@@ -185,9 +221,26 @@ def rotary(config: ModelConfig, positions: Tensor):
 
 
 def rotate(x, cos, sin):
-    """Turns each pair (i, i + D/2) of x [B, heads, T, D], the halves of Hugging Face's files."""
+    """Rotates each pair (i, i + D/2) of x [B, heads, T, D], as Hugging Face orders them."""
     half = x.shape[-1] // 2
     return (x * cos + x.roll(half, dims=-1) * sin).to(x.dtype)
+
+
+def attend(q, k, v, mask):
+    """Attention of queries [B, H, T, D] to keys and values [B, K, S, D] -> [B, H, T, D]."""
+    B, K, _, D = k.shape
+    if mask is not None:
+        # heads that share a key/value head become more queries of it: no copy of the cache
+        y = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask)
+        return y.reshape(q.shape)
+    group = q.shape[1] // K
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:
+        # the fast float32 kernels need as many key/value heads as heads
+        k = k.repeat_interleave(group, dim=1)
+        v = v.repeat_interleave(group, dim=1)
+        group = 1
+    # padding is on the right of every real token: causal attention alone hides it
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
 
 
 class RMSNorm(nn.Module):
@@ -212,41 +265,28 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
-    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
-        """cache: this layer's keys and values, which take the new ones in.
+    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+        """x [B, T, C], or [1, U, C] with shared tokens -> the same shape.
 
-        x is [B, T, C]; or [1, U, C] where tokens are shared, and is then unrolled to rows.
+        cache: that of this layer, [B, K, S, D], which stores the keys and values of x.
         """
-        cos, sin, mask, positions, shared = layout
+        cos, sin, positions, mask, shared = inputs
         q = self.q_proj(x)
         k = self.k_proj(x)
         v = self.v_proj(x)
-        if shared:
-            same, new = shared
-            # unlike z[0][same], its backward pass sums in one order on any number of threads
-            q, k, v = (F.embedding(same, z[0]) for z in (q, k, v))  # [B, T, heads * D]
+        if shared is not None:
+            q, k, v = (shared.to_rows(z) for z in (q, k, v))  # [B, T, heads * D]
         shape = (*q.shape[:2], -1, self.head_dim)
         q = rotate(q.view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
         k = rotate(k.view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
         v = v.view(shape).transpose(1, 2)
         if cache is not None:
-            keys, values = cache
-            rows = torch.arange(len(k), device=x.device)[:, None]
-            keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
-            values[rows, :, positions] = v.transpose(1, 2)
-            k = keys  # [B, K, S, D]
-            v = values
-        if mask is None:
-            # pads stand to the right of every real token: causality alone keeps them out
-            grouped = q.shape[1] != k.shape[1]
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:
-            # heads that share a key/value head become more queries of it: no copy of the cache
-            queries = q.reshape(len(q), k.shape[1], -1, self.head_dim)  # [B, K, H/K * T, D]
-            y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask).reshape(q.shape)
-        y = y.transpose(1, 2).flatten(2)  # [B, T, H * D]
-        if shared:
-            y = y.flatten(0, 1)[new][None]
+            cache.update(k, v, positions)
+            if mask is not None:  # without one, the new keys are all that there are
+                k, v = cache  # [B, K, S, D]
+        y = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, T, H * D]
+        if shared is not None:
+            y = shared.to_tokens(y)
         return self.o_proj(y)
 
 
@@ -269,8 +309,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layout: Layout, cache=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
+    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), inputs, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -298,27 +338,32 @@ class Transformer(nn.Module):
     def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] in B * T.
 
-        Without a cache the attention is causal, and pads belong on the right. With one,
-        `positions` [B, T] gives each token its slot, and it sees the slots up to its own: what
-        lies beyond, pads included, is overwritten in time.
+        Attention is causal, and padding belongs on the right. Keys and values are stored in the
+        cache. Without `positions`, rows begin: their tokens have positions 0 to T - 1. With
+        `positions` [B, T] rows continue: a token attends to the slots of the cache up to its own.
+        Slots after it, such as those of padding, are overwritten before a token attends to them.
 
-        With `shared`, of `data.share`, tokens [1, U] are read once for all rows that begin with
-        them; attention alone sees the rows, and its `same` [B, T] has their shape.
+        With `shared`, of `data.share`, tokens are [1, U], and B and T are those of the rows.
         """
-        same = shared.token_at if shared else tokens  # [B, T]
-        if positions is None:
-            positions = torch.arange(same.shape[1], device=tokens.device)[None]  # [1, T]
+        T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
+        masked = positions is not None
+        if not masked:
+            positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
+            masked = T > (self.config.sliding_window or T)
         positions = positions.contiguous()  # a compiled layer has a program for every stride
         cos, sin = rotary(self.config, positions)
-        layout = Layout(cos, sin, self.attention_mask(positions, cache), positions, shared)
+        mask = None
+        if masked:
+            mask = self.attention_mask(positions, T if cache is None else cache.keys.shape[3])
+        inputs = Inputs(cos, sin, positions, mask, shared)
         x = self.model["embed_tokens"](tokens)  # [B, T, C], or [1, U, C]
         for i, layer in enumerate(self.model["layers"]):
             run = layer
             if self.activation_checkpointing:
                 run = partial(checkpoint, layer, use_reentrant=False)
-            x = run(x, layout, cache and (cache.keys[i], cache.values[i]))
-        if shared:
-            x = F.embedding(same, x[0])  # [B, T, C]
+            x = run(x, inputs, None if cache is None else KVCache(cache.keys[i], cache.values[i]))
+        if shared is not None:
+            x = shared.to_rows(x)  # [B, T, C]
         if places is not None:
             x = x.flatten(0, 1)[places]  # [N, C]
         x = self.model["norm"](x)
@@ -326,32 +371,34 @@ class Transformer(nn.Module):
             return F.linear(x, self.model["embed_tokens"].weight)
         return self.lm_head(x)
 
-    def attention_mask(self, positions, cache):
-        """What is added to the scores; None where causality alone will do."""
+    def attention_mask(self, positions, length):
+        """Returns what is added to the scores of tokens at `positions` [B, T] and `length` slots.
+
+        [B, 1, H/K * T, S]: 0 where a token attends to a slot, minus infinity elsewhere.
+        """
         config = self.config
-        window = config.sliding_window
-        if cache is not None:
-            slots = torch.arange(cache.keys.shape[3], device=positions.device)
-        elif window and positions.shape[1] > window:
-            slots = positions[0]
-        else:
-            return None
+        slots = torch.arange(length, device=positions.device)
         distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
-        seen = distance >= 0
-        if window:
-            seen = seen & (distance < window)
-        mask = torch.where(seen, 0.0, -math.inf).to(self.dtype)
-        # once for each of the heads that share a key/value head, so that no layer need do it
+        visible = distance >= 0
+        if config.sliding_window is not None:
+            visible = visible & (distance < config.sliding_window)
+        mask = torch.where(visible, 0.0, -math.inf).to(self.dtype)
+        # once for each of the heads that share a key/value head, so that no layer has to do it
         return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
 
-    def compile_layers(self, **options):
-        """One program for all layers and lengths, with `options` of torch.compile."""
+    def compile_layers(self, backend="inductor", **options):
+        """Compiles one program for all layers and lengths, with `options` of the backend."""
+        # constant head sizes: a symbolic one would break the graph at the attention
+        torch._dynamo.config.specialize_int = True
+        # a teacher, validation and empty micro-batches need their own programs; the rest is eager
+        torch._dynamo.config.recompile_limit = 64
+        settings = {"backend": backend, "dynamic": True, "options": options or None}
         for layer in self.model["layers"]:
-            layer.forward = torch.compile(layer.forward, dynamic=True, options=options or None)
+            layer.forward = torch.compile(layer.forward, **settings)
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
-        """Loads a Hugging Face folder. ValueError names each missing, surplus or bad tensor."""
+        """Loads a Hugging Face folder. Raises UserError for a file or tensor that does not fit."""
         config = ModelConfig.from_file(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
@@ -360,8 +407,8 @@ class Transformer(nn.Module):
         return model
 
     def initialize(self, seed):
-        """Random weights, the same on any number of ranks: matrices N(0, 0.02), norms 1."""
-        std = self.config.raw.get("initializer_range", 0.02)
+        """Sets random weights, the same on any number of ranks: normal matrices, norms of 1."""
+        std = self.config.initializer_range
         for i, p in enumerate(self.parameters()):
             local, start = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
@@ -371,28 +418,31 @@ class Transformer(nn.Module):
             local.copy_(full[start : start + local.shape[0]])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
-        """Writes config.json and safetensors as Hugging Face does; every rank calls it.
+        """Writes config.json and safetensors as Hugging Face does. All ranks call it.
 
-        dtype: of the file, by default the parameters' own. OSError where it can't be written,
-        FloatingPointError where a weight is not finite.
+        dtype: of the files, by default that of the parameters. Raises UserError if a weight is not
+        finite.
         """
         dtype = dtype or self.dtype
         save_weights(dict(self.named_parameters()), folder, dtype)
         if is_first_rank():
-            key = "torch_dtype" if "torch_dtype" in self.config.raw else "dtype"
-            content = self.config.raw | {key: str(dtype).removeprefix("torch.")}
-            write_text(Path(folder) / "config.json", json.dumps(content, indent=2))
+            names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
+            content = json.dumps(self.config.raw | names, indent=2)
+            write_text(Path(folder) / "config.json", content)
+
+
+# Processes
 
 
 def start_processes(timeout=timedelta(days=1)):
-    """-> rank, world size, device. One process is a group of one: there is one code path.
+    """Returns rank, world size and device. One process is a group of one: there is one code path.
 
-    timeout: how long a rank waits for the others; one that waits for whole files needs long.
+    timeout: how long a rank waits for the others, such as for rank 0 to hash a model.
     """
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if "RANK" in os.environ:  # launched by torchrun
+        if "RANK" in os.environ:  # started by torchrun
             alone = {}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, **alone)
@@ -405,154 +455,190 @@ def start_processes(timeout=timedelta(days=1)):
 
 
 def is_first_rank():
-    """Whether this process writes: rank 0, or one without a process group."""
+    """Whether this is rank 0, or a process without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def local_rows(p):
-    """This rank's rows of a parameter, and the index of the first of them."""
+    """Returns this rank's rows of a parameter, and the index of the first of them."""
     if not isinstance(p, DTensor):
         return p.detach(), 0
-    rows = -(-p.shape[0] // p.device_mesh.size())  # dealt as torch.chunk deals them
+    rows = -(-p.shape[0] // p.device_mesh.size())  # distributed as torch.chunk does
     return p.to_local().detach(), p.device_mesh.get_local_rank() * rows
 
 
-def hash_model(folder):
-    """sha256 over configuration and weights, or over one file."""
-    folder = Path(folder)
-    digest = hashlib.sha256()
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    for file in [folder] if folder.is_file() else files:
-        with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
+# Weights
+
+
+def hash_model(path) -> str:
+    """Returns a hash of a model folder's config.json and weights, or of one file.
+
+    All ranks call it; rank 0 reads the files.
+    """
+    path = Path(path)
+    result = [None]
+    if start_processes()[0] == 0:
+        files = [path]
+        if path.is_dir():
+            files = [path / "config.json", *sorted(list_weights(path))]
+        digest = hashlib.sha256()
+        for file in files:
+            with open(file, "rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+        result = [digest.hexdigest()[:16]]
+    dist.broadcast_object_list(result)
+    return result[0]
+
+
+def list_weights(folder):
+    """Returns the safetensors files of a folder, each with the tensors that its index puts there.
+
+    Raises UserError if a file is missing, or if two contradict each other.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        fault = "adapters are not supported; merge it into the weights, or remove its files"
+        require(not (folder / name).exists(), folder / name, fault)
+    single = folder / "model.safetensors"
+    index = folder / INDEX
+    if not index.exists():
+        fault = f"is missing, and so is {INDEX}; download them"
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        if others:
+            load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+            save = f"model.save_pretrained({str(folder)!r})"
+            fault = f"is missing; found {', '.join(others)[:100]}; convert it: {load}; {save}"
+        require(single.exists(), single, fault)
+        return {single: []}
+    files = {}
+    for tensor, name in read_field(read_object(index), "weight_map", dict, index).items():
+        beside = type(name) is str and name.endswith(".safetensors") and "/" not in name
+        require(beside, index, f"expected the name of a safetensors file, found {quote(name)}")
+        files.setdefault(folder / name, []).append(tensor)
+    for file in files:
+        require(file.exists(), file, f"is missing, but {INDEX} names it; download it")
+    fault = f"is not one of the files that {index} names; remove the outdated one"
+    require(single in files or not single.exists(), single, fault)
+    return files
 
 
 def find_weights(folder, parameters):
-    """Tensor name -> file, once the files' headers are known to fit. Reads no weights."""
-    found = {}
-    wrong = []
-    for file in weight_files(Path(folder)):
-        for name, shape, dtype in read_header(file):
-            if name not in parameters:
-                # buffers of old checkpoints, and the copy of the embedding that a tied head is
-                if not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-                    wrong.append(f"surplus {name}")
-                continue
-            wanted = list(parameters[name].shape)
-            if shape != wanted:
-                wrong.append(f"{name} has shape {shape}, not {wanted}")
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                wrong.append(f"{name} has type {dtype}, which is no float that is read here")
-            if name in found:
-                wrong.append(f"{name} stands in {found[name].name} and in {file.name}")
-            found[name] = file
-    wrong += [f"missing {name}" for name in parameters if name not in found]
-    first = "; ".join(wrong[:8])
-    fault = f"{len(wrong)} tensors do not fit the model: {first}"
-    require(not wrong, folder, fault)
-    return found
+    """Returns name, parameter and stored tensor (a slice, not read yet) of all that is to load.
 
-
-def weight_files(folder):
-    """The safetensors files of a model: those of its index, or the only one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    with blaming(index):
-        places = read_object(index)["weight_map"]
-        return sorted({folder / Path(name).name for name in places.values()})
-
-
-def read_header(file):
-    """Name, shape and type of each tensor of a safetensors file."""
-    header = []
-    try:
-        with safe_open(file, "pt") as f:
-            for name in f.keys():
-                part = f.get_slice(name)
-                header.append((name, list(part.get_shape()), part.get_dtype()))
-    except (SafetensorError, OSError) as e:
-        text = f"{file}: not a whole safetensors file, and no other kind is read"
-        raise UserError(f"{text} ({e})") from None
-    return header
+    Raises UserError for tensors that are missing, unexpected, stored twice or of another shape;
+    the message has the first eight.
+    """
+    stored = {}
+    faults = []
+    for file, promised in list_weights(Path(folder)).items():
+        try:
+            content = safe_open(file, "pt")
+        except (SafetensorError, OSError) as e:
+            fault = f"is not a complete safetensors file ({e}); download it again"
+            raise UserError(f"{file}: {fault}") from None
+        names = set(content.keys())
+        faults += [f"{x}: not in {file.name}, where {INDEX} puts it" for x in {*promised} - names]
+        faults += [f"{x}: in {file.name} and in another file" for x in names & stored.keys()]
+        stored |= {name: content.get_slice(name) for name in names}
+    expected = dict(parameters)
+    if (
+        HEAD in stored and HEAD not in parameters
+    ):  # tied: the embedding under another name, or twice
+        expected[HEAD] = parameters[EMBEDDING]
+        stored.setdefault(EMBEDDING, stored[HEAD])
+    for name in sorted(expected.keys() | stored.keys()):
+        shape = list(expected[name].shape) if name in expected else "nothing"
+        found = stored[name].get_shape() if name in stored else "nothing"
+        if found != shape and not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
+            faults.append(f"{name}: found {found}, expected {shape}")
+    fault = f"{len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
+    require(not faults, folder, fault)
+    return [(name, p, stored[name]) for name, p in expected.items()]
 
 
 def load_weights(parameters, folder):
-    """Copies a folder's tensors into `parameters`; of sharded ones each rank reads its own rows.
+    """Copies a folder's tensors into `parameters`; each rank reads its own rows only.
 
-    ValueError names what is missing, surplus, misshapen, or not finite.
+    Raises UserError for tensors that find_weights refuses, for values that are not finite floats,
+    and for a tied head that differs from the embedding.
     """
-    files = find_weights(folder, parameters)
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as f:
-            for name, p in parameters.items():
-                if files[name] != file:
-                    continue
-                local, start = local_rows(p)
-                if local.numel():
-                    local.copy_(f.get_slice(name)[start : start + local.shape[0]])
-                fault = f"{name} holds NaN or infinity; get the file anew"
-                require(local.isfinite().all(), file, fault)
+    for name, p, tensor in find_weights(folder, parameters):
+        local, start = local_rows(p)
+        values = tensor[start : start + len(local)]
+        if name in parameters:
+            local.copy_(values)
+            finite = values.dtype in FLOATS and local.isfinite().all()
+            require(
+                finite, folder, f"{name} has values that are no finite floats; download it again"
+            )
+        else:
+            fault = f"{name} differs from {EMBEDDING}, but config.json has tie_word_embeddings true"
+            require(local.equal(values.to(local)), folder, fault)
 
 
 def save_weights(parameters, folder, dtype):
-    """Writes files of at most 5 GB, with an index if there are several. Rank 0 writes.
+    """Writes safetensors files of about 2 GB, and an index if there are several.
 
-    Every rank calls it: tensors are gathered one at a time, and only rank 0 keeps them.
+    All ranks call it, and each writes a share of the files. Raises UserError if a weight is not
+    finite.
     """
     folder = Path(folder)
-    shares = [[]]  # the names in each file
-    size = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = {}  # the names of the tensors in each file
+    total = 0
     for name, p in parameters.items():
-        size += p.numel() * dtype.itemsize
-        if shares[-1] and size > MAX_FILE_BYTES:
-            shares.append([])
-            size = p.numel() * dtype.itemsize
-        shares[-1].append(name)
-    weight_map = {}
-    for i, names in enumerate(shares):
-        file = "model.safetensors"
-        if len(shares) > 1:
-            file = f"model-{i + 1:05}-of-{len(shares):05}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        write_weights({name: parameters[name] for name in names}, folder / file, dtype)
-    index = folder / "model.safetensors.index.json"
-    if is_first_rank() and len(shares) > 1:
-        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-        content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_text(index, json.dumps(content, indent=2))
-    if is_first_rank():  # what an earlier model has left here
-        stale = index if len(shares) == 1 else folder / "model.safetensors"
-        stale.unlink(missing_ok=True)
+        groups.setdefault(total // MAX_FILE_BYTES, []).append(name)
+        total += p.numel() * dtype.itemsize
+    files = ["model.safetensors"]
+    if len(groups) > 1:
+        files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
+    contents = list(zip(files, groups.values()))
+    rank, world_size, _ = start_processes()
+    for start in range(0, len(files), world_size):
+        # gather the tensors of one file for each rank, then write these files at the same time
+        mine = {}
+        for i, (file, names) in enumerate(contents[start : start + world_size]):
+            for name in names:
+                full = parameters[name].detach().to(dtype)
+                if isinstance(full, DTensor):
+                    full = full.full_tensor()  # collective: all ranks take part
+                if i == rank:
+                    fault = f"{name} has NaN or infinity, so it is not written"
+                    require(full.isfinite().all(), folder / file, fault)
+                    mine[name] = full.cpu()
+        if mine:
+            file = folder / files[start + rank]
+            with writing(file):
+                save_file(mine, file, metadata={"format": "pt"})
+            flush_to_disk(file)
+    dist.barrier()
+    if rank == 0:
+        outdated = folder / INDEX
+        if len(files) > 1:
+            weight_map = {}
+            for file, names in contents:
+                weight_map |= dict.fromkeys(names, file)
+            content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            write_text(folder / INDEX, json.dumps(content, indent=2))
+            outdated = folder / "model.safetensors"
+        outdated.unlink(missing_ok=True)  # of an earlier model
+        find_weights(folder, parameters)  # it can be read
 
 
-def write_weights(parameters, file, dtype):
-    """One safetensors file. FloatingPointError names a weight that is not finite."""
-    tensors = {}
-    for name, p in parameters.items():
-        full = p.detach()
-        if isinstance(p, DTensor):
-            full = full.full_tensor()  # collective: every rank takes part
-        if is_first_rank():
-            tensors[name] = full.to("cpu", dtype).contiguous()
-            if not tensors[name].isfinite().all():
-                raise FloatingPointError(f"{file}: {name} is not finite, so it is not written")
-    if not is_first_rank():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise OSError(f"{file}: cannot be written ({e}); free space, then run it again") from None
-    flush_to_disk(file)
-
-
-# Files, for all scripts
+# Errors and files, for all scripts
 
 
 class UserError(ValueError):
-    """A user's mistake: one line, `WHERE: what is wrong, what to do`."""
+    """A user's mistake, as one line: `WHERE: what is wrong, what was expected, how to fix it`."""
+
+
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def require(condition, where, fault):
@@ -561,73 +647,84 @@ def require(condition, where, fault):
         raise UserError(f"{where}: {fault}")
 
 
-KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object"}
+def read_field(fields: dict, name: str, kind: type, where, default=...):
+    """Returns fields[name] if it is of `kind`: a key of KINDS; float includes int, int not bool.
 
-
-def read_field(fields, name, kind, where, default=...):
+    A missing or null field is the default. Raises UserError if there is none.
+    """
     value = fields.get(name)
     if value is None:
         require(default is not ..., where, f'"{name}" is missing; it must be {KINDS[kind]}')
         return default
     kinds = (int, float) if kind is float else (kind,)
-    require(type(value) in kinds, where, f'"{name}" must be {KINDS[kind]}, found {json.dumps(value)[:40]}')
+    fault = f'"{name}" must be {KINDS[kind]}, found {quote(value)}'
+    require(type(value) in kinds, where, fault)
     return value
 
 
-@contextmanager
-def blaming(where):
-    """Turns errors that a file's content causes into one ValueError that names the place."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, OverflowError) as e:
-        fault = f"not understood ({type(e).__name__}: {e}); the README has the forms of files"
-        raise UserError(f"{where}: {fault}") from None
+def quote(value):
+    """Returns a value as JSON, truncated for a message."""
+    return json.dumps(value, ensure_ascii=False)[:60]
 
 
-def read_text(path):
-    """Text of a UTF-8 file. ValueError if it can't be read or is blank."""
+def read_text(path) -> str:
+    """Returns the text of a UTF-8 file. Raises UserError if it can't be read or is blank."""
     try:
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; give a file that can be read") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        fault = f"not UTF-8 (byte 0x{content[e.start]:02x}); convert the file"
+        fault = f"byte 0x{content[e.start]:02x} is not UTF-8; convert the file to UTF-8"
         raise UserError(f"{path}:{line}: {fault}") from None
     require(text.strip(), path, "the file is empty")
     return text
 
 
-def parse_json(text, path, line=1):
-    """The value that `text`, which begins in this line of the file, holds."""
+def parse_json(text: str, path, line=1):
+    """Returns the value of a JSON text that begins in `line` of the file `path`."""
     try:
         value = json.loads(text)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # refuses half of a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half of a surrogate pair
         return value
     except (ValueError, RecursionError) as e:
         line += getattr(e, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: broken JSON ({str(e)[:60]}); mend it") from None
+        raise UserError(f"{path}:{line}: not valid JSON ({str(e)[:60]}); fix it") from None
 
 
-def read_object(path):
-    """The JSON object that is the whole file."""
+def read_object(path) -> dict:
+    """Returns the JSON object that a whole file holds."""
     value = parse_json(read_text(path), path)
-    require(isinstance(value, dict), f"{path}:1", "wanted a JSON object")
+    require(isinstance(value, dict), path, 'must hold a JSON object, {"name": value, ...}')
     return value
 
 
-def write_text(path, text):
-    """Writes a line-ended UTF-8 file that appears whole or not at all, and its folder."""
+def write_text(path: Path, text: str):
+    """Writes a UTF-8 file that appears whole or not at all, and creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    flush_to_disk(temporary)
+    with writing(path):
+        # a path that is not UTF-8, quoted in the text, gets question marks
+        temporary.write_text(text + "\n", "utf-8", "replace")
+        flush_to_disk(temporary)
     temporary.replace(path)
 
 
 def flush_to_disk(file):
     """Returns once the file's content is on the disk: a rename must not overtake it."""
-    with open(file, "rb+") as f:
+    with writing(file), open(file, "rb+") as f:
         os.fsync(f.fileno())
+
+
+@contextmanager
+def writing(path):
+    """Names the file in an OSError that does not, such as that of a full disk."""
+    try:
+        yield
+    except SafetensorError as e:
+        raise OSError(f"{path}: {e}") from None
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise

@@ -1,16 +1,15 @@
-"""Training with the joint loss of RaDis (step 2), sharded over any number of processes.
+"""Trains a model with the joint loss of RaDis (step 2), sharded over any number of GPUs.
 
     python train.py --model DIR --data rationales.jsonl --out tuned
     torchrun --nproc-per-node 8 train.py --model DIR --data rationales.jsonl --out tuned
 
-Over all examples of a step, whichever rank and micro-batch they fall on, with weight w,
+The loss of a step, over its examples on all ranks and in all micro-batches, with weight w:
 
     loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / tokens
 
-where tokens counts those of all references y and rationales r. With --teacher the second term is
-KL(teacher || model) at each token of r, of which -log P is a sample. Weight 0 is vanilla
-fine-tuning. A run that was stopped is resumed by --resume and ends in the same weights (to
-rounding, where the ranks or micro-batches are others).
+`tokens` counts the tokens of all references y and rationales r. Weight 0 is vanilla fine-tuning.
+-log P(r_t) is one sample of a cross-entropy, which is KL(teacher || model) plus a constant; with
+--teacher the loss of each token of r is that KL.
 """
 
 import signal
@@ -18,7 +17,7 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
 
-import json
+import gc
 import math
 import os
 import re
@@ -27,8 +26,9 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,58 +40,57 @@ from data import Encoder, Tokenizer
 from model import (
     ModelConfig,
     Transformer,
-    blaming,
-    find_weights,
     flush_to_disk,
     hash_model,
     is_first_rank,
     load_weights,
-    parse_json,
-    read_object,
     require,
     save_weights,
     start_processes,
-    write_text,
 )
 
-# arguments that change speed, memory or what is written, and paths, whose content is compared
+# settings that change speed, memory or what is written; of files, hashes are compared
 FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
     activation_checkpointing model teacher config tokenizer data versions""".split()
-TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
-    special_tokens_map.json generation_config.json chat_template.jinja""".split()
-REPEAT_S = 2  # torchrun passes a Ctrl-C on that the terminal has sent us already
-
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+CHUNK = 2**25  # numbers of a loss in float32, on a GPU: 128 MiB a tensor
+REPEAT_S = 2  # a Ctrl-C within this time is the same one, passed on by torchrun
 
 # 1. The joint loss and the step
 
 
-def joint_loss(model, teacher, examples, args, learn):
-    """The loss over `examples`, shared out among the ranks, and its gradient if `learn`."""
-    world_size = dist.get_world_size()
+def loss_sums(model, teacher, batch):
+    """The losses of a batch, summed over the references y and over the rationales r."""
+    logits = model(
+        batch.tokens, batch.places, shared=batch.shared
+    )  # [N, V]: only where there is loss
+    soft_targets = logits.new_empty(0, logits.shape[1])
+    if teacher:
+        places = batch.places[batch.references :]
+        with torch.no_grad():
+            soft_targets = teacher(batch.tokens, places, shared=batch.shared)
+    losses = TokenLosses.apply(logits, batch.targets, soft_targets).double()  # [N]
+    return losses[: batch.references].sum(), losses[batch.references :].sum()
+
+
+def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=False):
+    """Metrics of the joint loss of `examples`, split among the ranks; `backward` adds gradients."""
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
     sums = torch.zeros(4, dtype=torch.float64, device=model.device)
-    for part in micro_batches(examples, args.micro_batch_size):
-        tokens, shared, places, targets = data.collate(part, model.device)
-        sums[3] += shared[1].numel() if part else 0  # places that attention sees, pads included
-        border = sum(len(example.reference) for example in part)  # rationales come after it
-        logits = model(tokens, places, shared=shared)  # [N, V]: none where there is no loss
-        soft = logits.new_empty(0, logits.shape[1])
-        if teacher:
-            with torch.no_grad():
-                soft = teacher(tokens, places[border:], shared=shared)
-        losses = TokenLosses.apply(logits, targets, soft).double()  # [N]
-        reference = losses[:border].sum()
-        rationale = losses[border:].sum()
-        loss = (reference + args.rationale_weight * rationale) / (references + rationales)
-        if learn:
+    for part in micro_batches(examples, micro_batch_size):
+        batch = data.collate(part, model.device)
+        reference, rationale = loss_sums(model, teacher if rationales else None, batch)
+        loss = (reference + weight * rationale) / (references + rationales)
+        if backward:
             # fully_shard averages gradients over the ranks: multiply by their number
-            (loss * world_size).backward()
+            (loss * dist.get_world_size()).backward()
         sums[:3] += torch.stack([loss, reference, rationale]).detach()
+        sums[3] += batch.shared.token_at.numel() if part else 0  # attention computes pads, too
     sums = sums.cpu()
     dist.all_reduce(sums)
-    loss, reference, rationale, padded = sums.tolist()
+    loss, reference, rationale, padded_tokens = sums.tolist()
     return {
         "loss": loss,
         "reference_loss": reference / references if references else None,
@@ -99,34 +98,42 @@ def joint_loss(model, teacher, examples, args, learn):
         "reference_tokens": references,
         "rationale_tokens": rationales,
         "tokens": sum(len(example) for example in examples),
-        "padded_tokens": int(padded),
+        "padded_tokens": int(padded_tokens),
     }
+
+
+def cross_entropy(logits, targets):
+    """-log P of each target [n] under logits [n, V], and its gradient [n, V]."""
+    log_probs = logits.float().log_softmax(-1)
+    targets = targets[:, None]
+    losses = -log_probs.gather(1, targets)  # [n, 1]
+    gradient = log_probs.exp()
+    gradient.scatter_add_(1, targets, -torch.ones_like(losses))  # P - onehot(target)
+    return losses[:, 0], gradient
+
+
+def kl_divergence(logits, teacher_logits):
+    """KL(teacher || model) in each row [n] of logits [n, V], and its gradient [n, V]."""
+    log_probs = logits.float().log_softmax(-1)
+    teacher_log_probs = teacher_logits.float().log_softmax(-1)
+    teacher_probs = teacher_log_probs.exp()
+    losses = (teacher_probs * (teacher_log_probs - log_probs)).sum(-1)
+    return losses, log_probs.exp() - teacher_probs
 
 
 class TokenLosses(torch.autograd.Function):
     """The loss of each supervised token [N], from logits [N, V], in float32.
 
-    targets [N] are the tokens. Where soft [M, V], a teacher's logits, has rows, the last M of the
-    N losses are KL(teacher || model) instead. A few rows are computed at a time, and the gradient
-    takes the place of the logits at once: nothing else of a step is as large. Autograd allows
-    that, since the linear layer keeps no output and nothing else reads the logits.
+    The last M are learned from a teacher's logits [M, V], the others from targets [N]. The
+    gradient overwrites the logits, the largest tensor of a step, a few rows at a time. Autograd
+    allows it: the linear layer keeps no output, and nothing else reads the logits.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, soft):
-        hard = len(logits) - len(soft)
-        losses = []
-        for x, target in in_chunks(logits[:hard], targets[:hard, None]):
-            log_probs = x.float().log_softmax(-1)
-            losses.append(-log_probs.gather(-1, target)[:, 0])
-            probs = log_probs.exp_()
-            # d loss / d logits = p - onehot(target)
-            x.copy_(probs.scatter_add_(1, target, -torch.ones_like(probs[:, :1])))
-        for x, teacher in in_chunks(logits[hard:], soft):
-            log_probs = x.float().log_softmax(-1)
-            wanted = teacher.float().log_softmax(-1)
-            losses.append((wanted.exp() * (wanted - log_probs)).sum(-1))
-            x.copy_(log_probs.exp_() - wanted.exp_())  # d loss / d logits = p - p of the teacher
+    def forward(ctx, logits, targets, teacher_logits):
+        hard = len(logits) - len(teacher_logits)
+        losses = in_chunks(cross_entropy, logits[:hard], targets[:hard])
+        losses += in_chunks(kl_divergence, logits[hard:], teacher_logits)
         ctx.save_for_backward(logits)
         return torch.cat(losses)
 
@@ -136,56 +143,62 @@ class TokenLosses(torch.autograd.Function):
         return slopes.mul_(gradient[:, None]), None, None
 
 
-def in_chunks(*tensors):
-    """The same rows of each tensor, a few at a time: 64, or half a GiB in float32 on a GPU."""
-    first = tensors[0]
-    size = max(64, 2**27 // first.shape[1]) if first.is_cuda else 64
-    return zip(*(tensor.split(size) for tensor in tensors))
+def in_chunks(loss, logits, targets):
+    """The losses of a few rows at a time, whose gradient overwrites the logits."""
+    size = max(64, CHUNK // logits.shape[1]) if logits.is_cuda else 16
+    losses = []
+    for x, target in zip(logits.split(size), targets.split(size)):
+        values, gradient = loss(x, target)
+        losses.append(values)
+        x.copy_(gradient)
+    return losses
 
 
-def train_step(model, teacher, optimizer, examples, step, rate, args):
-    """One optimizer step. FloatingPointError, before it changes a weight, if it would be NaN."""
-    line = joint_loss(model, teacher, examples, args, learn=True)
-    most = args.max_grad_norm or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), most).full_tensor().item()
-    if not math.isfinite(line["loss"]) or not math.isfinite(norm):
-        found = f"step {step}: loss {line['loss']}, gradient norm {norm}, so it is not taken"
-        ids = [example.id for example in examples]
-        raise FloatingPointError(f"{found}; lower --learning-rate, or look at its rows, {ids}")
+def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
+    """One optimizer step -> its metrics. Raises UserError, and changes nothing, if it has a NaN."""
+    line = compute_loss(examples, backward=True)
+    parameters = model.parameters()
+    # foreach: by default DTensors are scaled one by one
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf, foreach=True)
+    norm = norm.full_tensor().item()
+    ids = [example.id for example in examples]
+    fault = f"loss {line['loss']}, gradient norm {norm}; lower --learning-rate, or check these rows"
+    require(math.isfinite(line["loss"] + norm), f"rows {str(ids)[:80]}", fault)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return {"step": step} | line | {"learning_rate": rate, "grad_norm": norm}
+    return line | {"learning_rate": rate, "grad_norm": norm}
 
 
 @torch.no_grad()
-def validate(model, teacher, valid, step, args):
-    """The loss on each set of `valid`, as one line of metrics each."""
+def validate(compute_loss, model, valid, step, out):
+    """Records the loss on each set of `valid`."""
     for name, examples in valid.items():
-        line = joint_loss(model, teacher, examples, args, learn=False)
+        line = compute_loss(examples)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
-        record(line, args.out)
+        record(line, out)
         say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
-    model.reshard()  # without a backward pass the root stays whole, and has other parameters
+    for module in (model, model.model["layers"][-1]):
+        module.reshard()  # only a backward pass would do it
 
 
-# 2. Which examples, and how fast
+# 2. The order of the examples, and the learning rate
 
 
-def batch_of(examples, step, args):
-    """The examples of `step` (from 0): each once an epoch, in an order by (seed, epoch) alone."""
-    epoch, i = divmod(step, math.ceil(len(examples) / args.batch_size))
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+def batch_of(examples, step, batch_size, seed):
+    """The examples of `step` (from 0); the order of an epoch depends on seed and epoch alone."""
+    epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
-    start = i * args.batch_size
-    return [examples[j] for j in order[start : start + args.batch_size].tolist()]
+    start = i * batch_size
+    return [examples[j] for j in order[start : start + batch_size].tolist()]
 
 
 def micro_batches(examples, size):
-    """This rank's parts of a batch, at most `size` rows of like lengths each.
+    """This rank's micro-batches of at most `size` rows of similar length.
 
-    Every rank has as many parts, since all take part in every reduction; some may be empty.
+    Every rank has as many, since all take part in every reduction; some may be empty.
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
@@ -193,107 +206,108 @@ def micro_batches(examples, size):
     parts = []
     for start in range(0, len(rows), size * world_size):
         together = rows[start : start + size * world_size]
-        parts.append(together[rank::world_size])
+        # a snake, so that no rank has the longest row of every round: 0 1 2 2 1 0 0 1 2
+        back = 2 * world_size - 1 - rank
+        parts.append(together[rank :: 2 * world_size] + together[back :: 2 * world_size])
     return parts
 
 
-def learning_rate(step, steps, args):
-    """Rate at `step` (from 0) of `steps`: linear warm-up, then one of four schedules."""
-    warmup = args.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(0.03 * steps)
-    if step < warmup:
-        return args.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)  # 0 to just under 1
-    knee = max(warmup, 1)
-    shapes = {
+def learning_rate(step, steps, peak, warmup_steps, schedule):
+    """The rate of `step` (from 0) of `steps`: linear warm-up to `peak`, then the schedule."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    after = step - warmup_steps
+    progress = after / (steps - warmup_steps)  # from 0 to just under 1
+    timescale = warmup_steps or 10_000  # as in transformers' get_inverse_sqrt_schedule
+    factors = {
         "constant": 1.0,
         "linear": 1 - progress,
         "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-        "inverse_sqrt": math.sqrt(knee / (knee + step - warmup)),
+        "inverse_sqrt": math.sqrt(timescale / (timescale + after)),
     }
-    return args.learning_rate * shapes[args.schedule]
+    return peak * factors[schedule]
 
 
-def read_examples(files, args, tokenizer, config):
-    """Encodes the rows of `files`; those that are too long are left out whole, and told."""
-    # weight 0 is vanilla: the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    length = min(args.max_length, config.max_position_embeddings)
+def is_due(step, every):
+    """Whether something that is done every few steps (0: never) is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def read_examples(files, directions, encoder, config, max_length):
+    """The examples in `files`; rows that are too long are dropped whole, and counted."""
+    max_length = min(max_length, config.max_position_embeddings)
     examples = []
-    left_out = Counter()
-    for row in data.read_rows(files, args.direction):
+    dropped = Counter()
+    for row in data.read_rows(files, directions):
         example = encoder.example(row)
-        if example.left_out:
-            left_out[f"rationales ({example.left_out})"] += 1
+        if example.dropped:
+            dropped[f"rationales ({example.dropped})"] += 1
         if not example.reference and not example.rationale:
-            left_out["rows with nothing to learn"] += 1
-        elif len(example) > length:
-            left_out[f"rows longer than {length} tokens"] += 1
+            dropped["rows with nothing to learn"] += 1
+        elif len(example) > max_length:
+            dropped[f"rows longer than {max_length} tokens"] += 1
         else:
             examples.append(example)
-    told = ", ".join(f"{n} {what}" for what, n in left_out.items()) or "nothing"
-    say(f"{' '.join(files)}: {len(examples)} examples; left out: {told}")
-    require(examples, files[0], f"no row to learn from fits --max-length {length}")
-    most = max(max(example.tokens) for example in examples)
-    fault = f"has ids beyond the model's vocabulary of {config.vocab_size}; use the model's own"
-    require(most < config.vocab_size, tokenizer.folder, fault)
+    counts = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
+    say(f"{' '.join(files)}: {len(examples)} examples; dropped: {counts}")
+    fault = f"no row has a target and at most {max_length} tokens (--max-length)"
+    require(examples, files[0], fault)
+    largest = max(max(example.tokens) for example in examples)
+    fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
+    require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
     return examples
 
 
 def named_files(items):
-    """`[NAME=]FILE ...` -> files by name; a file without a name goes by its own."""
+    """`[NAME=]FILE` ... -> files by name; without NAME it is the file's, without its ending."""
     named = {}
     for item in items:
         name, _, file = item.partition("=")
-        if not file or Path(item).exists():  # a path may hold "="
+        if not file or Path(item).exists():  # a path may contain "="
             name = Path(item).stem
             file = item
-        named.setdefault(name, []).append(file)
+        fault = f"two sets are called {name}; give one another name, as in NAME={file}"
+        require(name not in named, "--valid", fault)
+        named[name] = file
     return named
 
 
 # 3. The model, in shards
 
 
-def load_sharded(folder, args, device, frozen=False):
-    """The model in shards, none of them whole; `frozen`: a teacher, in the compute type.
+def make_sharded(source, dtype, device, compiled, frozen=False):
+    """A model without weights yet, of which each rank will hold a part.
 
-    What learns has float32 weights and reductions, and computes in --dtype.
+    It computes in `dtype`, and has weights and gradients in float32; a `frozen` one, a teacher, has
+    weights in `dtype`.
     """
-    compute = getattr(torch, args.dtype)
     with torch.device("meta"):
-        model = Transformer(ModelConfig.from_file(folder or args.config))
+        model = Transformer(ModelConfig.from_file(source))
     if frozen:
-        model = model.to(compute).requires_grad_(False)
-    if args.compile:
+        model = model.to(dtype).requires_grad_(False)
+    if compiled:
         model.compile_layers()
-    # by default the float32 cos and sin would be cast at every block
-    policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+    # keep cos and sin in float32: FSDP casts the inputs of every layer by default
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=frozen or None)
-    model.to_empty(device=device)
-    model.activation_checkpointing = args.activation_checkpointing
-    parameters = dict(model.named_parameters())
-    if folder:
-        load_weights(parameters, folder)
-    else:
-        model.initialize(args.seed)
-    return model
+    layers = model.model["layers"]
+    for module in [*layers, model]:
+        # where the backward pass begins, parameters would be gathered again at once
+        reshard = frozen or module not in (layers[-1], model)
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    return model.to_empty(device=device)
 
 
-def make_optimizer(model, args):
+def make_optimizer(model, weight_decay):
     """AdamW; norms are not decayed."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
-# 4. What a run leaves on disk
+# 4. What a run writes
 
 
 def say(text):
@@ -302,154 +316,131 @@ def say(text):
         print(text, flush=True)
 
 
+def from_first_rank(value):
+    """The value of rank 0: the ranks may see different states of a shared folder."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def record(line, out):
-    """Appends a line to metrics.jsonl. FloatingPointError if a number is not finite."""
+    """Appends a line to metrics.jsonl."""
     if is_first_rank():
-        with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as f:
+        with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(data.finite_json(line, f"step {line['step']}") + "\n")
 
 
 def checkpoint_tensors(model, optimizer):
-    """What a checkpoint holds: the weights, and both moments of Adam."""
+    """The tensors of a checkpoint: the weights, and both moments of Adam."""
     tensors = {}
     for name, p in model.named_parameters():
         tensors[name] = p
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     return tensors
 
 
 def save_checkpoint(model, optimizer, out, step):
-    """Writes a checkpoint, readable on any number of ranks; it appears whole or not at all."""
+    """Writes a checkpoint that any number of ranks can read; it appears whole or not at all.
+
+    It holds the metrics up to its step, too, and takes the place of the one before.
+    """
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
-    tensors = checkpoint_tensors(model, optimizer)
-    save_weights(tensors, temporary, torch.float32)
+    save_weights(checkpoint_tensors(model, optimizer), temporary, torch.float32)
     if is_first_rank():
-        find_weights(temporary, tensors)  # it can be read
+        shutil.copyfile(out / "metrics.jsonl", temporary / "metrics.jsonl")
+        flush_to_disk(temporary / "metrics.jsonl")
         temporary.rename(folder)
         remove_checkpoints(out, folder)
     dist.barrier()
 
 
 def remove_checkpoints(out, kept=None):
-    """Removes all that this script has written to checkpoint/, but for one; nothing else."""
+    """Removes all checkpoints but `kept`, and nothing that somebody else has put there."""
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
             shutil.rmtree(folder)
-    if not any(out.glob("checkpoint/*")):
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    with suppress(OSError):  # there is none, or it is not empty
+        (out / "checkpoint").rmdir()
 
 
 def load_checkpoint(model, optimizer, out):
-    """Restores the newest complete checkpoint -> the steps that are done, 0 where there is none."""
-    names = [folder.name for folder in out.glob("checkpoint/step-*")]
-    done = max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
-    if done:
-        for p in model.parameters():
-            step = torch.tensor(float(done), device=p.device)
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            optimizer.state[p] = {"step": step} | moments
-        tensors = checkpoint_tensors(model, optimizer)
-        load_weights(tensors, out / "checkpoint" / f"step-{done}")
+    """Restores the newest whole checkpoint -> its step, 0 where there is none."""
+    names = [folder.name.removeprefix("step-") for folder in out.glob("checkpoint/step-*")]
+    step = from_first_rank(max((int(name) for name in names if name.isdecimal()), default=0))
+    folder = out / "checkpoint" / f"step-{step}"
     metrics = out / "metrics.jsonl"
-    if is_first_rank() and metrics.exists():
-        cut_metrics(metrics, done)
-    return done
-
-
-def cut_metrics(file, done):
-    """Cuts metrics.jsonl back to the steps that are done."""
-    lines = file.read_text("utf-8").split("\n")[:-1]  # without what a kill has torn
-    with blaming(file):
-        kept = [line for line in lines if done and parse_json(line, file)["step"] <= done]
-    if kept:
-        write_text(file, "\n".join(kept))
-    else:
-        file.unlink()
-
-
-def export(model, folder, args):
-    """Writes a model folder in the compute type, with the tokenizer's own files.
-
-    Each file appears whole, config.json last: it says that all is there.
-    """
-    temporary = folder / "export.tmp"  # within, so on the same file system
-    model.save_pretrained(temporary, getattr(torch, args.dtype))
     if is_first_rank():
-        for name in TOKENIZER_FILES:
-            copy_own_file(Path(args.tokenizer) / name, temporary / name)
-        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
-        temporary.rmdir()
+        metrics.unlink(missing_ok=True)
+        if step:
+            shutil.copyfile(folder / "metrics.jsonl", metrics)
+    if step:
+        for p in model.parameters():
+            state = {moment: torch.zeros_like(p) for moment in MOMENTS}
+            optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
+        load_weights(checkpoint_tensors(model, optimizer), folder)
+    return step
+
+
+def export(model, tokenizer, folder, dtype):
+    """Writes a model folder with the tokenizer's files; config.json comes last: it is complete."""
+    if is_first_rank():
+        (folder / "config.json").unlink(missing_ok=True)  # of an export before the run was resumed
+        for name, content in tokenizer.files.items():
+            file = folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            flush_to_disk(file)
+    model.save_pretrained(folder, dtype)
     dist.barrier()
 
 
-def copy_own_file(file, copy):
-    """Copies a file of a model folder; of a link only what lies in Hugging Face's own cache."""
-    target = file.resolve()
-    own = (file.parent.resolve(), (file.parent / "../../blobs").resolve())
-    if target.is_file() and target.parent in own:
-        shutil.copyfile(target, copy)
-        flush_to_disk(copy)
-
-
-def open_run(args, examples):
-    """Prepares --out, or checks that it has the same run -> whether that is finished."""
-    out = Path(args.out)
-    file = out / "args.json"
-    rows = [[e.id, e.prompt, e.reference, e.rationale] for e in examples]
-    data_hash = data.short_hash(rows)
+def settings_of(args, examples):
+    """The content of args.json; of data and weights hashes are compared, not the paths."""
+    data_hash = data.short_hash([vars(example) for example in examples])
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, data_hash)
     require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
-    if is_first_rank():
-        mine = vars(args) | {"data_hash": data_hash, "versions": {"torch": torch.__version__}}
-        mine["start_hash"] = hash_model(args.model or args.config)
-        mine["teacher_hash"] = args.teacher and hash_model(args.teacher)
-        if file.exists() and args.resume:
-            data.require_same(file, read_object(file), mine, FREE)
-        else:
-            there = set(os.listdir(out)) if out.exists() else set()
-            way = "resume it with --resume" if file.exists() else "it holds no run"
-            fault = f"is not empty; {way}, or choose another --out"
-            require(there <= {"args.json.tmp"}, out, fault)
-            write_text(file, json.dumps(mine, indent=2, ensure_ascii=False))
-    dist.barrier()
-    return (out / "config.json").exists()
+    return vars(args) | {
+        "data_hash": data_hash,
+        "start_hash": hash_model(args.model or args.config),
+        "teacher_hash": args.teacher and hash_model(args.teacher),
+        "versions": {"torch": torch.__version__},
+    }
 
 
 # 5. The run
 
 
 @contextmanager
-def signals_heard():
-    """SIGTERM and Ctrl-C are noted, which ends the run after its step.
+def noted_signals():
+    """SIGTERM and Ctrl-C are noted, and end the run after its step.
 
     They may come twice, from a scheduler or a terminal and from torchrun. A later Ctrl-C ends the
     run at once.
     """
-    heard = {}  # number -> when it came first
+    noted = {}  # number -> when it came first
 
-    def hear(number, _):
-        since = heard.setdefault(number, time.monotonic())
+    def note(number, _):
+        since = noted.setdefault(number, time.monotonic())
         if number == signal.SIGINT and time.monotonic() - since > REPEAT_S:
             os._exit(128 + number)
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield heard
+        yield noted
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def memory_gib():
-    """The most so far: on a GPU of tensors, on a CPU of the process, PyTorch included."""
+    """The peak so far: on a GPU what PyTorch has reserved, on a CPU the whole process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
+        return torch.cuda.max_memory_reserved() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
 
 
 def print_step(line, steps):
@@ -457,113 +448,135 @@ def print_step(line, steps):
     for name in ("reference", "rationale"):
         loss = line[f"{name}_loss"]
         losses += f"  {name} {'-':>6}" if loss is None else f"  {name} {loss:.4f}"
+    rate = f"lr {line['learning_rate']:.2e}  norm {line['grad_norm']:6.2f}"
     speed = line["tokens"] / line["seconds"]
-    how = f"lr {line['learning_rate']:.2e}  norm {line['grad_norm']:6.2f}"
     cost = f"{speed:7,.0f} tokens/s  {line['memory_gib']:5.2f} GiB"
-    say(f"{line['step']:6}/{steps}  {losses}  {how}  {cost}")
+    say(f"{line['step']:6}/{steps}  {losses}  {rate}  {cost}")
 
 
-def run_steps(model, teacher, optimizer, examples, valid, steps, args, heard):
-    """Trains from the newest checkpoint to the end, or to a signal."""
-    out = Path(args.out)
-    done = load_checkpoint(model, optimizer, out) if args.resume else 0
+def run(args, device, out, tokenizer, examples, valid, noted):
+    """Trains from the newest checkpoint in `out` to the end, or until a signal is noted."""
+    # 1. model, teacher and optimizer
+    dtype = getattr(torch, args.dtype)
+    model = make_sharded(args.model or args.config, dtype, device, args.compile)
+    model.activation_checkpointing = args.activation_checkpointing
+    if args.model:
+        load_weights(dict(model.named_parameters()), args.model)
+    else:
+        model.initialize(args.seed)
+    teacher = None
+    if args.teacher:
+        teacher = make_sharded(args.teacher, dtype, device, args.compile, frozen=True)
+        load_weights(dict(teacher.named_parameters()), args.teacher)
+    optimizer = make_optimizer(model, args.weight_decay)
+
+    # 2. the steps
+    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    count = sum(p.numel() for p in model.parameters())
+    say(f"{count:,} parameters on {dist.get_world_size()} x {device.type}, {steps} steps")
+    warmup_steps = args.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = math.ceil(0.03 * steps)
+    settings = {"micro_batch_size": args.micro_batch_size, "weight": args.rationale_weight}
+    compute_loss = partial(joint_loss, model, teacher, **settings)
+    done = load_checkpoint(model, optimizer, out)
     if done == 0:
-        validate(model, teacher, valid, 0, args)
+        validate(compute_loss, model, valid, 0, out)
     for step in range(done + 1, steps + 1):
         start = time.perf_counter()
-        batch = batch_of(examples, step - 1, args)
-        rate = learning_rate(step - 1, steps, args)
-        line = train_step(model, teacher, optimizer, batch, step, rate, args)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        line["seconds"] = time.perf_counter() - start
-        line["memory_gib"] = memory_gib()
+        batch = batch_of(examples, step - 1, args.batch_size, args.seed)
+        rate = learning_rate(step - 1, steps, args.learning_rate, warmup_steps, args.schedule)
+        line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
+        cost = {"seconds": time.perf_counter() - start, "memory_gib": memory_gib()}
+        line = {"step": step} | line | cost
         record(line, out)
         print_step(line, steps)
-        if step == steps or (args.valid_every and step % args.valid_every == 0):
-            validate(model, teacher, valid, step, args)
-        if args.export_every and step % args.export_every == 0:
-            export(model, out / f"step-{step}", args)
-        stop = torch.tensor(max(heard, default=0))  # the signal's number
-        dist.all_reduce(stop, dist.ReduceOp.MAX)  # one rank that is told to stop stops all
-        due = args.save_every and step % args.save_every == 0
-        if step < steps and (stop or due):
+        if step == steps or is_due(step, args.valid_every):
+            validate(compute_loss, model, valid, step, out)
+        if is_due(step, args.export_every):
+            export(model, tokenizer, out / f"step-{step}", dtype)
+        if step == steps:
+            break
+        stop = torch.tensor(max(noted, default=0))  # the signal's number
+        dist.all_reduce(stop, dist.ReduceOp.MAX)  # a signal to one rank stops all
+        if stop or is_due(step, args.save_every):
             save_checkpoint(model, optimizer, out, step)
-        if step < steps and stop:
-            say(f"stopped by a signal after step {step}; resume it with --resume")
+        if stop:
+            say(f"stopped by a signal after step {step}; continue it with --resume")
             sys.exit(128 + stop.item())
-    export(model, out, args)
+    export(model, tokenizer, out, dtype)
+    say(f"wrote {out}")
 
 
 def main(args):
-    # 1. processes; a rank waits for the others as long as one file takes to be written
-    _, world_size, device = start_processes(timedelta(minutes=15))
+    # 1. processes; a rank waits while others write the checkpoint of a large model
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths vary
+    _, _, device = start_processes(timedelta(hours=2))
 
-    # 2. the data and the headers: what can be wrong is found before any weight is read
+    # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
-    wanted = "give --data, --out, and --model or --config with --tokenizer"
-    require(args.data and args.out and args.tokenizer and one, "train.py", wanted)
-    config = ModelConfig.from_file(args.config or args.model)
+    fault = "give --model, or --config and --tokenizer"
+    require(one and args.tokenizer, "train.py", fault)
+    config = ModelConfig.from_file(args.model or args.config)
     tokenizer = Tokenizer(args.tokenizer, args.chat)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    examples = read_examples(args.data, args, tokenizer, config)
-    valid = {}
-    for name, files in named_files(args.valid).items():
-        valid[name] = read_examples(files, args, tokenizer, config)
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    reading = {"directions": args.direction, "encoder": encoder, "config": config}
+    read = partial(read_examples, **reading, max_length=args.max_length)
+    examples = read(args.data)
+    valid = {name: read([file]) for name, file in named_files(args.valid).items()}
+    gc.freeze()  # or every collection would visit all ids
 
-    with data.lock(args.out), signals_heard() as heard:
-        # 3. where the run stands
-        if open_run(args, examples):
-            shutil.rmtree(Path(args.out) / "export.tmp", ignore_errors=True)
-            say(f"{args.out}: this run is finished")
+    # 3. the folder, of which no other process has the lock
+    out = Path(args.out).resolve()
+    settings = settings_of(args, examples)
+    defaults = vars(parser().parse_args(["--data=", "--out="]))
+    claim = data.claim(out, "args.json", settings, defaults, FREE)
+    with claim as known, noted_signals() as noted:
+        fault = "holds a run; continue it with --resume, or choose another --out"
+        require(args.resume or not known, out, fault)
+        if from_first_rank((out / "config.json").exists()):
+            say(f"{out}: this run is finished")
         else:
-            # 4. model, teacher and optimizer
-            model = load_sharded(args.model, args, device)
-            teacher = None
-            if args.teacher:
-                teacher = load_sharded(args.teacher, args, device, frozen=True)
-            count = sum(p.numel() for p in model.parameters())
-            say(f"{count:,} parameters on {world_size} x {device.type}, {steps} steps")
-            # 5. the steps, and the model
-            optimizer = make_optimizer(model, args)
-            run_steps(model, teacher, optimizer, examples, valid, steps, args, heard)
-            say(f"wrote {args.out}")
+            run(args, device, out, tokenizer, examples, valid, noted)
         if is_first_rank():
-            remove_checkpoints(Path(args.out))
+            remove_checkpoints(out)
 
 
 OPTIONS = """
 --model DIR              model folder to start from
---config FILE            config.json of a model with random weights; goes with --tokenizer
+--config FILE            config.json of a model with random weights; needs --tokenizer
 --tokenizer DIR          folder with tokenizer.model (default: --model)
---teacher DIR            on rationales learn its distribution, instead of the sampled tokens
---data FILE...           ledgers, pairs, conversations, in any mixture
---valid FILE...          validation sets; NAME=FILE names one
---out DIR                folder for the model, its metrics and checkpoints
---resume                 resume the run in --out
+--teacher DIR            model folder; its distribution is the target of rationale tokens
+--data! FILE...          ledgers, pairs and conversations, in any mixture
+--valid FILE...          validation sets; NAME=FILE gives one a name
+--out! DIR               folder for the model, its metrics and checkpoints
+--resume                 continue the run in --out
 --rationale-weight NUMBER=1.0    w in the loss; 0 is vanilla fine-tuning
 --rationale-coverage SHARE=1.0   share of the rationales that is used
---only-ok                leave out rationales of another status than ok
+--only-ok                drop rationales whose status is not ok
 --epochs NUMBER=1.0      passes over the data
---max-steps COUNT        optimizer steps, instead of --epochs
+--max-steps COUNT        optimizer steps; replaces --epochs
 --batch-size COUNT=128   examples of a step, over all ranks
---micro-batch-size COUNT=8       examples of a rank at a time
---max-length COUNT=1024  tokens; longer rows are left out
---learning-rate NUMBER=2e-5      at its peak
---schedule cosine|linear|constant|inverse_sqrt   of the learning rate, after warm-up
---warmup-steps N         linear warm-up (default 3 % of the steps)
---weight-decay NUMBER=0.0        of matrices, decoupled
---max-grad-norm NUMBER=1.0       0 switches clipping off
---seed N=0               order of the data, random weights
+--micro-batch-size COUNT=8       examples that a rank processes at a time
+--max-length COUNT=1024  tokens; longer rows are dropped
+--learning-rate NUMBER=2e-5      peak
+--schedule cosine|linear|constant|inverse_sqrt   of the learning rate after warm-up
+--warmup-steps N         linear warm-up (default: 3% of the steps)
+--weight-decay NUMBER=0.0        decoupled; norms are not decayed
+--max-grad-norm NUMBER=1.0       gradient clipping; 0: none
+--seed N=0               of the order of the data and of random weights
 --save-every N=500       steps between checkpoints; 0: none
 --export-every N=0       steps between model folders OUT/step-N; 0: none
---valid-every N=0        steps; 0: at the start and the end
---activation-checkpointing       less memory, slower
---compile                compile the layers: a slow start, then faster
---dtype float32|bfloat16   what is computed in
+--valid-every N=0        steps between validations; 0: at the start and the end
+--activation-checkpointing       recompute activations: less memory, slower
+--compile                compile the layers: a slow start, then faster on a GPU
+--dtype float32|bfloat16   type of the computation; weights are float32
 """
 
 

@@ -1,4 +1,4 @@
-"""What a training run takes before it starts: tokens, steps, and GiB of each rank.
+"""Estimates a training run before it starts: tokens, steps, and the memory of each rank in GiB.
 
     python benchmarks/memory.py --model DIR --data rationales.jsonl --micro-batch-size 8
     python benchmarks/memory.py --config benchmarks/llama-7b.json --dtype bfloat16
@@ -6,7 +6,8 @@
 
 It takes the arguments of train.py and needs only those that matter here. Computed, not measured:
 the forward pass runs on tensors that take no memory. Without --data a micro-batch is full: rows of
---max-length tokens, half of them supervised, three quarters of those the rationale's.
+--max-length tokens, half of them supervised, three quarters of those in the rationale. The estimate
+is for GPUs, except in float32 on a machine without one.
 """
 
 import json
@@ -25,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from data import Example, Tokenizer, require  # noqa: E402
-from model import ModelConfig, Transformer, start_processes  # noqa: E402
+from data import Encoder, Example, Tokenizer  # noqa: E402
+from model import ModelConfig, Transformer, require, start_processes  # noqa: E402
 
 # hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size
 SHAPES = {
@@ -36,6 +37,9 @@ SHAPES = {
 }
 FIELDS = """hidden_size num_hidden_layers num_attention_heads num_key_value_heads
     intermediate_size""".split()
+# typical, not measured here: CUDA with its libraries, and the buffers of NCCL on several ranks
+CONTEXT = 0.6 * 2**30
+NCCL = 0.8 * 2**30
 RANKS = [1, 2, 4, 8, 16, 32, 64]
 ROOM_GIB = 80e9 / 2**30  # of a GPU of 80 GB
 
@@ -44,7 +48,7 @@ ROOM_GIB = 80e9 / 2**30  # of a GPU of 80 GB
 
 
 def kept_bytes(config: ModelConfig, part: list[Example], dtype, recompute: bool) -> tuple[int, int]:
-    """What a forward pass over `part` keeps for the backward pass: all, and one layer."""
+    """Bytes of the activations that a forward pass over `part` keeps: all, and one layer."""
     one = kept_by_layers(replace(config, num_hidden_layers=1), part, dtype, recompute)
     two = kept_by_layers(replace(config, num_hidden_layers=2), part, dtype, recompute)
     layer = two - one  # every layer keeps the same
@@ -52,11 +56,16 @@ def kept_bytes(config: ModelConfig, part: list[Example], dtype, recompute: bool)
 
 
 def kept_by_layers(config: ModelConfig, part: list[Example], dtype, recompute: bool) -> int:
-    """Bytes that autograd keeps, besides the weights."""
+    """Bytes that autograd keeps, except for the weights."""
     kept = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        size = storage.nbytes()
+        if x.dtype == torch.float32 and x.shape[-1] == config.hidden_size:
+            # RMSNorm: on a GPU it keeps its input as it is, on a CPU in float32
+            size = x.numel() * dtype.itemsize
+        kept[storage._cdata] = size
         return x
 
     with torch.device("meta"):
@@ -66,13 +75,12 @@ def kept_by_layers(config: ModelConfig, part: list[Example], dtype, recompute: b
         weights = {}
         for name, p in model.named_parameters():
             weights[name] = torch.empty(p.shape, dtype=dtype, requires_grad=True)
-        tokens, shared, places, targets = data.collate(part)
-        logits = functional_call(model, weights, (tokens, places), {"shared": shared})
-        soft = logits.new_empty(0, logits.shape[1])
-        losses = train.TokenLosses.apply(logits, targets, soft)
+        batch = data.collate(part)
+        inputs = (batch.tokens, batch.places)
+        logits = functional_call(model, weights, inputs, {"shared": batch.shared})
     own = {p.untyped_storage()._cdata for p in weights.values()}
     total = sum(size for storage, size in kept.items() if storage not in own)
-    del losses  # which held all that was kept: no storage could take another's place
+    del logits  # which held all that was kept: no storage could take another's place
     return total
 
 
@@ -90,35 +98,45 @@ def shard_size(shapes: list[torch.Size], ranks: int) -> int:
     return sum(-(-shape[0] // ranks) * math.prod(shape[1:]) for shape in shapes)
 
 
-def teacher_bytes(config: ModelConfig, part: list[Example], dtype, ranks: int) -> int:
-    """A teacher's shard, what is gathered of it at a time, and its logits on rationales."""
-    layer, rest, shapes = parameter_counts(config)
-    soft = config.vocab_size * sum(len(example.rationale) for example in part)
-    # two layers, one gathered while the other computes; embedding and head stay until the end
-    return dtype.itemsize * (shard_size(shapes, ranks) + 2 * layer + rest + soft)
+def base_bytes(dtype, ranks: int) -> float:
+    """What a rank takes before any tensor: on a GPU CUDA and NCCL, on a CPU the process."""
+    if dtype == torch.float32 and not torch.cuda.is_available():
+        return train.memory_gib() * 2**30
+    return CONTEXT + (NCCL if ranks > 1 else 0)
 
 
-def memory_table(config, teacher, part: list[Example], dtype, base: int, ranks: list[int]):
+def loss_bytes(config: ModelConfig, part: list[Example], dtype, soft: bool) -> int:
+    """Logits of the model and of a teacher, and the float32 tensors of the loss's chunks."""
+    rationale = sum(len(example.rationale) for example in part)
+    supervised = sum(len(example.reference) for example in part) + rationale
+    rows = supervised + (rationale if soft else 0)
+    chunk = 4 * min(train.CHUNK, config.vocab_size * supervised)
+    return dtype.itemsize * config.vocab_size * rows + chunk * (6 if soft else 3)
+
+
+def memory_table(config, teacher, part: list[Example], dtype, ranks: list[int]) -> list[dict]:
     """Bytes of a rank, by part, as the backward pass of a micro-batch like `part` begins."""
     layer, rest, shapes = parameter_counts(config)
-    supervised = sum(len(example.reference) + len(example.rationale) for example in part)
-    logits = dtype.itemsize * config.vocab_size * supervised
     kept, one = kept_bytes(config, part, dtype, recompute=False)
     inputs, _ = kept_bytes(config, part, dtype, recompute=True)
     table = []
     for n in ranks:
         shard = 4 * shard_size(shapes, n)  # float32
-        line = {"base": base, "weights": shard, "gradients": shard, "optimizer": 2 * shard}
+        line = {"base": base_bytes(dtype, n), "weights": shard, "gradients": shard}
+        line["optimizer"] = 2 * shard
         # two layers, one gathered while the other computes; embedding and head, their gradients
         # (a tied head has two, yet to be added), and the float32 copy that the reduction reads
         gathered = 2 * (rest + layer) + rest * config.tie_word_embeddings
         line["unsharded"] = gathered * dtype.itemsize + 4 * rest
         if teacher:
-            line["teacher"] = teacher_bytes(teacher, part, dtype, n)
+            its_layer, its_rest, its_shapes = parameter_counts(teacher)
+            its_size = shard_size(its_shapes, n) + 2 * its_layer + its_rest
+            line["teacher"] = dtype.itemsize * its_size
+        line["logits"] = loss_bytes(config, part, dtype, soft=bool(teacher))
         line["activations"] = kept
         line["total"] = sum(line.values())
         # a layer at a time, once the logits are gone
-        line["recomputed"] = inputs + max(0, one - logits)
+        line["recomputed"] = inputs + max(0, one - line["logits"])
         line["total'"] = line["total"] - kept + line["recomputed"]
         table.append({"ranks": n} | line)
     return table
@@ -141,22 +159,26 @@ def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
     """Prints what the data is -> its largest micro-batch, as one rank would cut it."""
     source = args.tokenizer or args.model
     require(source, "memory.py", "--data needs --model, or --config with --tokenizer")
-    examples = train.read_examples(args.data, args, Tokenizer(source, args.chat or "auto"), config)
+    tokenizer = Tokenizer(source, args.chat)
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    examples = train.read_examples(args.data, args.direction, encoder, config, args.max_length)
     in_epoch = math.ceil(len(examples) / args.batch_size)
     parts = []
     for step in range(in_epoch):
-        batch = train.batch_of(examples, step, args)
+        batch = train.batch_of(examples, step, args.batch_size, args.seed)
         parts += train.micro_batches(batch, args.micro_batch_size)
     tokens = sum(map(len, examples))
-    read = [data.collate(part)[0].numel() for part in parts]
+    computed = [data.collate(part).tokens.numel() for part in parts]
     supervised = sum(len(example.reference) + len(example.rationale) for example in examples)
     steps = args.max_steps or math.ceil(args.epochs * in_epoch)
     print(
-        f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {sum(read):,} are "
-        f"computed ({1 - sum(read) / tokens:.1%} fewer: what rows share counts once); "
+        f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {sum(computed):,} are "
+        f"computed ({1 - sum(computed) / tokens:.1%} fewer: what rows share counts once); "
         f"{steps:,} steps"
     )
-    return parts[read.index(max(read))]
+    return parts[computed.index(max(computed))]
 
 
 def print_table(table: list[dict]):
@@ -180,20 +202,20 @@ def print_sizes():
             file = Path(folder) / "config.json"
             file.write_text(json.dumps(raw))
             config = ModelConfig.from_file(file)
-        table = memory_table(config, None, full_part(8, 1024), torch.bfloat16, 0, RANKS)
+        table = memory_table(config, None, full_part(8, 1024), torch.bfloat16, RANKS)
         for title, column in (("", "total"), (", activations recomputed", "total'")):
             cells = []
             for line in table:
                 gib = line[column] / 2**30
                 cells.append(f"**{gib:.0f}**" if gib < 0.95 * ROOM_GIB else f"{gib:.0f}")
             print(f"| {name}{title} | {' | '.join(cells)} |")
-    print(f"\nbfloat16, 8 rows of 1,024 tokens at a time. Bold: below 95 % of {ROOM_GIB:.1f} GiB.")
+    print(f"\nbfloat16, 8 rows of 1,024 tokens at a time. Bold: below 95% of {ROOM_GIB:.1f} GiB.")
 
 
 def main(args: Namespace):
     if not args.model and not args.config:
         return print_sizes()
-    _, _, device = start_processes()
+    start_processes()
     config = ModelConfig.from_file(args.config or Path(args.model) / "config.json")
     teacher = None
     if args.teacher:
@@ -204,17 +226,15 @@ def main(args: Namespace):
         length = min(args.max_length, config.max_position_embeddings)
         part = full_part(args.micro_batch_size, length)
     longest = max(map(len, part))
-    # on a CPU the process counts, with Python and PyTorch
-    base = 0 if device.type == "cuda" else int(train.memory_gib() * 2**30)
     print(f"GiB a rank, {args.dtype}, micro-batches up to {len(part)} x {longest} tokens; the last")
     print("two columns: with --activation-checkpointing")
-    table = memory_table(config, teacher, part, getattr(torch, args.dtype), base, RANKS)
+    table = memory_table(config, teacher, part, getattr(torch, args.dtype), RANKS)
     print_table(table)
 
 
 def parser():
     p = train.parser()
-    p.description = "What a training run takes before it starts; the arguments are train.py's."
+    p.description = "Estimates the memory of a training run; the arguments are those of train.py."
     for action in p._actions:
         action.required = False
     return p

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import write_jsonl
 
+import train
 from model import ModelConfig, Transformer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -91,26 +92,33 @@ def test_operations_count_each_weight_that_a_token_meets(monkeypatch):
     assert bounds.training_operations(config, [10], 10) == wanted
 
 
-def read_forecast(text: str) -> dict[int, dict[str, float]]:
-    """GiB by part for each number of ranks."""
-    found = {}
-    names = []
-    for line in text.splitlines():
-        cells = line.split()
-        if cells[:1] == ["ranks"]:
-            names = cells
-        elif names:
-            line = dict(zip(names, map(float, cells)))
-            found[int(line["ranks"])] = line
-    return found
+@pytest.fixture
+def estimate(monkeypatch, capsys):
+    """A function from arguments to what memory.py prints, and its table: ranks -> GiB by part."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import memory
+
+    def run_memory(*arguments) -> tuple[str, dict]:
+        memory.main(memory.parser().parse_args([str(argument) for argument in arguments]))
+        printed = capsys.readouterr().out
+        table = {}
+        names = []
+        for line in printed.splitlines():
+            cells = line.split()
+            if cells[:1] == ["ranks"]:
+                names = cells
+            elif names:
+                values = dict(zip(names, map(float, cells)))
+                table[int(values["ranks"])] = values
+        return printed, table
+
+    return run_memory
 
 
-def test_the_memory_forecast_counts_every_weight_once_and_a_teacher_on_top(tmp_path, folder):
+def test_the_memory_estimate_counts_every_weight_once_and_a_teacher_on_top(tmp_path, estimate):
     config = FOLDER / "llama-1b.json"
-    size = ["--micro-batch-size", 2, "--max-length", 64, "--dtype", "bfloat16"]
-    done = run("memory.py", "--config", config, *size, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    table = read_forecast(done.stdout)
+    size = f"--config {config} --micro-batch-size 2 --max-length 64 --dtype bfloat16".split()
+    _, table = estimate(*size)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_file(config))
     whole = 4 * sum(p.numel() for p in model.parameters()) / 2**30
@@ -118,24 +126,43 @@ def test_the_memory_forecast_counts_every_weight_once_and_a_teacher_on_top(tmp_p
     assert table[1]["optimizer"] == pytest.approx(2 * table[1]["gradients"], abs=0.02)
     assert table[64]["weights"] == pytest.approx(whole / 64, rel=0.1)
     assert table[1]["recomputed"] < table[1]["activations"]
+    assert table[2]["base"] > table[1]["base"], "NCCL takes some"
+    parts = [value for name, value in table[1].items() if name in PARTS]
+    assert table[1]["total"] == pytest.approx(sum(parts), abs=0.05)
+
     (tmp_path / "config.json").write_text(config.read_text())
-    done = run("memory.py", "--config", config, *size, "--teacher", tmp_path, cwd=tmp_path)
-    taught = read_forecast(done.stdout)[1]
-    assert taught["teacher"] > whole / 2, "its weights are bfloat16, and a part is gathered"
-    grown = taught["total"] - table[1]["total"]
-    assert grown == pytest.approx(taught["teacher"], abs=0.03)
+    _, table_with_teacher = estimate(*size, "--teacher", tmp_path)
+    soft = table_with_teacher[1]
+    assert soft["teacher"] > whole / 2, "its weights are bfloat16, and a part is gathered"
+    assert soft["logits"] > table[1]["logits"]
+    grown = soft["total"] - table[1]["total"]
+    logits = soft["logits"] - table[1]["logits"]
+    assert grown == pytest.approx(soft["teacher"] + logits, abs=0.05)
 
 
-def test_the_memory_forecast_says_how_many_tokens_are_computed(tmp_path, folder, pairs):
+PARTS = "base weights gradients optimizer unsharded logits activations".split()
+
+
+def test_the_memory_estimate_of_activations_is_what_a_gpu_keeps(estimate):
+    sizes = "--micro-batch-size 2 --max-length 512 --dtype bfloat16".split()
+    _, table = estimate("--config", FOLDER / "llama-1b.json", *sizes)
+    C = 2048
+    attention = 2 * C + 2 * 256 + C  # q, output, k, v, output once more
+    norms = 2 * 3 * C  # of each the input, the normalized input, and that times the weight
+    mlp = 4 * 5632
+    numbers = 22 * 2 * 511 * (attention + norms + mlp)
+    assert table[1]["activations"] == pytest.approx(2 * numbers / 2**30, rel=0.03)
+
+
+def test_the_memory_estimate_says_how_many_tokens_are_computed(tmp_path, folder, pairs, estimate):
     options = ["--micro-batch-size", 2, "--batch-size", 4, "--epochs", 2]
-    done = run("memory.py", "--model", folder, "--data", pairs, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert " fewer: what rows share counts once" in done.stdout
-    assert "4 steps" in done.stdout
-    trained = ["--model", folder, "--data", pairs, "--out", tmp_path / "out", *options]
-    script = FOLDER.parent / "train.py"
-    subprocess.run([sys.executable, script, *map(str, trained)], check=True, capture_output=True)
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    command = ["--model", folder, "--data", pairs, *options]
+    printed, _ = estimate(*command)
+    assert " fewer: what rows share counts once" in printed
+    assert "4 steps" in printed
+    words = [str(argument) for argument in (*command, "--out", tmp_path / "out")]
+    train.main(train.parser().parse_args(words))
+    lines = (tmp_path / "out/metrics.jsonl").read_text().splitlines()
     tokens = sum(json.loads(line)["tokens"] for line in lines)
-    told = done.stdout.split(" tokens an epoch")[0].split("\n")[-1]
-    assert 2 * int(told.replace(",", "")) == tokens
+    in_epoch = printed.split(" tokens an epoch")[0].split("\n")[-1]
+    assert 2 * int(in_epoch.replace(",", "")) == tokens

@@ -1,14 +1,20 @@
-"""A row depends on the seed and its id alone, follows the distribution, and survives any stop."""
+"""generate.py equals plain.py; a row depends on the seed and its id alone; no kill loses a row."""
 
+import gc
 import json
 import math
 import os
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import weakref
 from collections import Counter
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import plain
 import pytest
 import torch
 from conftest import (
@@ -16,117 +22,344 @@ from conftest import (
     ODD,
     PAIRS,
     error_of,
-    last_line,
-    odd_row,
     read_jsonl,
-    write_config,
     write_jsonl,
     write_model,
     write_tokenizer,
 )
-from safetensors.torch import load_file, save_file
 
-import data
 import generate as script
 from data import Encoder, Tokenizer, read_rows
-from generate import Sampling, Sequence, choose, generate, main, parser, sample, status_of
-from model import ModelConfig, Transformer
+from generate import (
+    Sampling,
+    Sequence,
+    choose,
+    exponential_noise,
+    generate,
+    noise_key,
+    sample,
+    status_of,
+)
+from model import KVCache, Transformer, UserError
 
-SCRIPT = str(Path(script.__file__))
+CUE = r" --cue '\n'"
+ONE = " --batch-size 1"  # what is computed alone has the same bits every time
 TEMPLATE = "Put this from {source_lang} into {target_lang}: {source}"
-CUE = ["--cue", "\\n"]
-ONE = ["--batch-size", 1]  # what is computed alone is computed the same, to the last bit
-ASKED = [
-    {"prompt": "What grows in the garden?"},
-    {"question_id": 81, "turns": ["Name a colour.", "And another."]},
-]
-
-
-def arguments(folder, pairs, out, *more) -> list:
-    given = ["--model", folder, "--data", pairs, "--out", out]
-    fixed = ["--max-new-tokens", 12, "--template", TEMPLATE, "--dtype", "float32"]
-    return [str(word) for word in [*given, *fixed, *more]]
-
-
-def run(folder, pairs, out, *more) -> Path:
-    main(parser().parse_args(arguments(folder, pairs, out, *more)))
-    return out
-
-
-def contents(folder: Path) -> dict:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 class Killed(BaseException):
-    pass
+    """In place of a kill."""
 
 
-def interrupt(after: int, monkeypatch, *words):
-    """A run that ends when so many rows are written."""
-    finished = []
-    ledger_row = script.ledger_row
+class Place:
+    """A folder with seven pairs, where generate.py runs. Options are as in a shell."""
 
-    def dying(*args):
-        if len(finished) == after:
-            raise Killed
-        finished.append(1)
-        return ledger_row(*args)
+    def __init__(self, path, model, monkeypatch=None, capsys=None):
+        self.path = path
+        self.model = model
+        self.monkeypatch = monkeypatch
+        self.capsys = capsys
+        self.data = write_jsonl(path / "pairs.jsonl", PAIRS)
+        self.out = path / "l.jsonl"
+        self.meta = path / "l.meta.json"
+        self.parts = path / "l.jsonl.parts"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(script, "ledger_row", dying)
-        with pytest.raises(Killed):
-            run(*words)
+    def words(self, options="") -> list[str]:
+        paths = f"--model {self.model} --data {self.data} --out {self.out}"
+        fixed = "--max-new-tokens 12 --dtype float32"
+        return shlex.split(f"{paths} {fixed} {options}")
+
+    def run(self, options="") -> bytes:
+        script.main(script.parser().parse_args(self.words(options)))
+        return self.out.read_bytes()
+
+    def rows(self, options="") -> list[dict]:
+        self.run(options)
+        return read_jsonl(self.out)
+
+    def error(self, options="") -> str:
+        """The one line of an error, which changes nothing."""
+        before = self.contents()
+        words = self.words(options)
+        line = error_of(script, words, self.monkeypatch, self.capsys)
+        assert self.contents() == before
+        return line
+
+    def contents(self) -> dict:
+        """Every path below the folder, and what is there."""
+        found = {}
+        for path in self.path.rglob("*"):
+            name = str(path.relative_to(self.path))
+            found[name] = path.read_bytes() if path.is_file() else None
+        return found
+
+    def before_each_row(self, action):
+        ledger_row = script.ledger_row
+
+        def acting(*row):
+            action()
+            return ledger_row(*row)
+
+        self.monkeypatch.setattr(script, "ledger_row", acting)
+
+    def stop(self, after: int, options=""):
+        """A run that is killed when this many rows are written."""
+        countdown = [*range(after)]
+
+        def die_at_the_end():
+            if not countdown:
+                raise Killed
+            countdown.pop()
+
+        with self.monkeypatch.context():
+            ledger_row = script.ledger_row
+            self.before_each_row(die_at_the_end)
+            with pytest.raises(Killed):
+                self.run(options)
+            script.ledger_row = ledger_row
 
 
-def with_ends(folder: Path, model: Path, ends: list) -> Path:
+@pytest.fixture
+def place(tmp_path, folder, monkeypatch, capsys) -> Place:
+    return Place(tmp_path, folder, monkeypatch, capsys)
+
+
+def write_ends(path: Path, folder: Path, ids) -> Path:
     """A model of other weights, for which these ids end a text."""
-    write_model(folder, seed=1)
+    write_model(path, seed=1)
     for name in ("tokenizer.model", "tokenizer_config.json"):
-        (folder / name).write_bytes((model / name).read_bytes())
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
-    return folder
+        shutil.copy(folder / name, path)
+    ends = {"eos_token_id": list(ids)}
+    (path / "generation_config.json").write_text(json.dumps(ends))
+    return path
 
 
 @pytest.fixture(scope="module")
 def mute(folder, tmp_path_factory) -> Path:
     """Every token ends the text."""
-    return with_ends(tmp_path_factory.mktemp("mute"), folder, [*range(480)])
+    return write_ends(tmp_path_factory.mktemp("mute"), folder, range(480))
 
 
 @pytest.fixture(scope="module")
 def terse(folder, tmp_path_factory) -> Path:
     """Every twentieth token ends the text."""
-    return with_ends(tmp_path_factory.mktemp("terse"), folder, [*range(0, 480, 20)])
+    return write_ends(tmp_path_factory.mktemp("terse"), folder, range(0, 480, 20))
 
 
-@pytest.fixture(scope="module")
-def wanted(folder, tmp_path_factory) -> bytes:
-    """The ledger of the seven pairs, from an undisturbed run."""
-    place = tmp_path_factory.mktemp("wanted")
-    file = write_jsonl(place / "pairs.jsonl", PAIRS)
-    return run(folder, file, place / "l.jsonl", *CUE, *ONE).read_bytes()
+# 1. The method
 
 
-# 1. Sampling
+@pytest.mark.parametrize("cue", ["", "\n"], ids=["no cue", "cue"])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_every_row_is_that_of_the_plain_version(place, terse, temperature, cue):
+    place.model = terse
+    options = f"--seed 5 --temperature {temperature} --cue '{cue}'"
+    ledger = place.rows(options)
+    tokenizer = Tokenizer(terse)
+    model = Transformer.from_pretrained(terse)
+    finishes = set()
+    for row, given in zip(ledger, read_rows([place.data]), strict=True):
+        prompt = tokenizer.chat(Encoder(tokenizer).messages(given))
+        reference = tokenizer.answer(given.reference)
+        rationale, finish = plain.write_rationale(
+            model,
+            prompt,
+            reference,
+            cue=tokenizer.encode(cue, within=True),
+            eos_ids=tokenizer.eos_ids,
+            max_new_tokens=12,
+            temperature=temperature,
+            seed=5,
+            id=given.id,
+        )
+        assert row["prompt_ids"] == prompt
+        assert row["reference_ids"] == reference
+        assert row["rationale_ids"] == rationale
+        assert row["finish"] == finish
+        finishes.add(finish)
+    assert finishes == {"eos", "length"}
 
 
-@torch.no_grad()
-def constant_model(folder: Path, logits: torch.Tensor) -> Transformer:
-    """A model that gives these logits after any tokens."""
-    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 1, "num_key_value_heads": 1}
-    model = Transformer.from_pretrained(
-        write_model(folder, vocab_size=len(logits), **small, **heads)
-    )
-    for p in model.parameters():
-        p.zero_()
-    model.get_parameter("model.embed_tokens.weight").fill_(1)
-    model.get_parameter("model.norm.weight").fill_(1)
-    model.get_parameter("lm_head.weight")[:, 0] = logits
-    return model
+def test_a_ledger_row_holds_what_the_interface_promises(place, terse):
+    place.model = terse
+    options = f"--system 'Be brief.' --template '{TEMPLATE}'" + CUE
+    tokenizer = Tokenizer(terse)
+    model = Transformer.from_pretrained(terse)
+    for n, row in enumerate(place.rows(options)):
+        assert row["id"] == n
+        assert row.items() >= PAIRS[n].items()
+        assert row["tokenizer"] == tokenizer.hash
+        assert row["system"] == "Be brief."
+        assert row["template"] == TEMPLATE
+        answer = row["reference_ids"] + row["rationale_ids"]
+        assert tokenizer.decode(row["reference_ids"]) == row["reference"]
+        assert tokenizer.decode(answer) == row["reference"] + row["rationale"]
+        # logprob is of what was sampled: not of the cue, but of an EOS, which is not stored
+        sampled = row["rationale_ids"][1:]
+        ids = torch.tensor([row["prompt_ids"] + answer])
+        with torch.no_grad():
+            logprobs = model(ids)[0, -len(sampled) - 1 :].log_softmax(-1)
+        scores = logprobs[range(len(sampled)), sampled].tolist()
+        if row["finish"] == "eos":
+            ends = logprobs[-1, tokenizer.eos_ids].tolist()
+            scores.append(row["logprob"] * (len(sampled) + 1) - sum(scores))
+            assert scores[-1] == pytest.approx(
+                min(ends, key=lambda x: abs(x - scores[-1])), abs=0.1
+            )
+        assert row["logprob"] == pytest.approx(sum(scores) / len(scores), abs=1e-3)
 
 
-def fits(counts: list, probs: list) -> bool:
+def test_the_meta_file_holds_the_settings(place):
+    place.run("--limit 1")
+    meta = json.loads(place.meta.read_text())
+    prompt = {"chat", "system", "template", "tokenizer", "cue"}
+    model = {"model", "model_hash", "dtype", "versions"}
+    assert {"task", *prompt, *model, *asdict(Sampling())} <= {*meta}
+
+
+@pytest.mark.parametrize("cue", ["", "\n"], ids=["no cue", "cue"])
+def test_a_rationale_without_a_word_is_empty_and_keeps_its_cue(place, mute, cue):
+    place.model = mute
+    for row in place.rows(f"--cue '{cue}'"):
+        assert row["finish"] == "eos"
+        assert row["status"] == "empty"
+        assert row["rationale"] == cue
+        assert len(row["rationale_ids"]) == len(cue)
+        assert row["logprob"] < 0  # of its EOS
+
+
+STATUSES = {
+    "": "empty",
+    " \n\t ": "empty",
+    "and so on and on " * 8: "repetitive",
+    "这个词的意思是房子。" * 3: "repetitive",
+    "...": "ok",
+    "Because. " * 6: "ok",
+    "12 + 3 = 15": "ok",
+    "这个词的意思是房子": "ok",
+    "Here the word barn was chosen because a stable holds horses.": "ok",
+}
+
+
+@pytest.mark.parametrize("text", STATUSES)
+def test_a_status_names_the_fault(text):
+    assert status_of(text) == STATUSES[text]
+
+
+def test_a_cue_that_the_vocabulary_swallows_is_refused(place, folder):
+    place.model = place.path / "model"
+    shutil.copytree(folder, place.model)
+    file = place.model / "tokenizer.model"
+    # normalizer_spec.remove_extra_whitespaces = true: white space at the end vanishes
+    file.write_bytes(file.read_bytes() + b"\x1a\x02\x20\x01")
+    assert "--cue: ' ' has no tokens" in place.error("--cue ' '")
+
+
+def test_an_answer_is_a_rationale_after_an_empty_reference(place, terse):
+    place.model = terse
+    asked = [
+        {"prompt": "What grows in the garden?", "source": "web"},
+        {"turns": ["Name a colour.", "And another."], "question_id": 81},
+    ]
+    write_jsonl(place.data, asked)
+    ledger = place.rows("--task answer")
+    assert [row["id"] for row in ledger] == [0, 81]
+    assert [row["prompt"] for row in ledger] == [asked[0]["prompt"], "Name a colour."]
+    tokenizer = Tokenizer(terse)
+    for row, written in zip(read_rows([place.out]), ledger):
+        assert written["response"] == ""
+        assert written["rationale"] == tokenizer.decode(row.rationale_ids)
+        example = Encoder(tokenizer).example(row)
+        assert example.prompt == tokenizer.chat(row.messages)
+        assert example.reference == []
+        assert example.rationale[: len(row.rationale_ids)] == row.rationale_ids
+
+
+def test_the_answer_to_a_conversation_follows_all_of_it(place):
+    talk = [{"role": "system", "content": "Be brief."}]
+    talk.append({"role": "user", "content": LINES[0]})
+    talk.append({"role": "assistant", "content": LINES[2]})
+    talk.append({"role": "user", "content": "Why?"})
+    write_jsonl(place.data, [{"messages": talk, "id": "x"}])
+    place.run("--task answer")
+    [row] = read_rows([place.out])
+    assert row.messages == talk
+    assert row.prompt_ids == Tokenizer(place.model).chat(talk)
+
+
+def test_of_a_ledger_only_the_pairs_are_read(place):
+    expected = place.run(ONE)
+    place.out = place.path / "first.jsonl"
+    place.run(f"--template '{TEMPLATE}' --system 'Be brief.' --chat plain")
+    place.data = place.out
+    place.out = place.path / "second.jsonl"
+    assert place.run(ONE) == expected
+
+
+def speak(place, texts: list, finish="eos"):
+    """The model's continuations are these -> their ids, and the prompts that it will have read."""
+    tokenizer = Tokenizer(place.model)
+    sampled = [tokenizer.encode(text, within=True) for text in texts]
+    read = []
+
+    def say(model, sequences, *more, **options):
+        for sequence, ids in zip(sequences, sampled):
+            read.append(sequence.prompt)
+            sequence.ids = ids
+            sequence.finish = finish
+            sequence.logprobs = [-1.0]
+            yield sequence
+
+    place.monkeypatch.setattr(script, "sample", say)
+    return sampled, read
+
+
+def test_a_translation_is_the_models_own_first_line(place):
+    texts = ["\nOne boat.\nBecause", "A boat", " "]
+    sampled, _ = speak(place, texts)
+    ledger = place.rows("--task translation --limit 3")
+    originals = [pair["reference"] for pair in PAIRS[:3]]
+    assert [row["original"] for row in ledger] == originals
+    assert [row["reference"] for row in ledger] == ["One boat.", "A boat", originals[2]]
+    assert [row["logprob"] for row in ledger] == [-1, -1, None]
+    assert ledger[1]["reference_ids"] == sampled[1]  # the very tokens
+    tokenizer = Tokenizer(place.model)
+    for row, written in zip(read_rows([place.out]), ledger):
+        example = Encoder(tokenizer).example(row)
+        assert example.reference == written["reference_ids"] + [tokenizer.end_id]
+        assert tokenizer.decode(example.reference) == written["reference"]
+        assert example.rationale == []
+
+
+@pytest.mark.parametrize("task", ["translation", "paraphrase"])
+def test_a_truncated_text_does_not_replace_the_original(place, task):
+    speak(place, ["A boat"], "length")
+    [row] = place.rows(f"--task {task} --limit 1")
+    assert row["reference"] == PAIRS[0]["reference"]
+    assert row["logprob"] is None
+
+
+def test_a_paraphrase_is_asked_with_the_reference_and_trained_without(place):
+    texts = ["A boat\nwaits.", "My response: a boat.", ""]
+    _, read = speak(place, texts)
+    ledger = place.rows("--task paraphrase --limit 3")
+    originals = [pair["reference"] for pair in PAIRS[:3]]
+    assert [row["reference"] for row in ledger] == [texts[0], *originals[1:]]
+    tokenizer = Tokenizer(place.model)
+    for row, prompt in zip(ledger, read):
+        assert row["original"] in tokenizer.decode(prompt)
+        assert row["original"] not in tokenizer.decode(row["prompt_ids"])
+
+
+def test_a_translation_needs_a_source(place):
+    write_jsonl(place.data, [{"prompt": "Why?", "response": "So."}])
+    assert f"{place.data}:1: " in place.error("--task translation")
+
+
+# 2. The sampler: its distribution
+
+
+def is_distributed(counts, probs) -> bool:
     """Pearson's chi-square, by Wilson and Hilferty's approximation at four standard deviations."""
     n = sum(counts)
     cells = []
@@ -141,19 +374,34 @@ def fits(counts: list, probs: list) -> bool:
         cells.append(rest)
     else:
         assert rest[0] <= 20
-    chi_square = sum((count - wanted) ** 2 / wanted for count, wanted in cells)
+    chi_square = 0
+    for count, expected in cells:
+        chi_square += (count - expected) ** 2 / expected
     freedom = max(len(cells) - 1, 1)
     spread = 2 / (9 * freedom)
     return chi_square <= freedom * (1 - spread + 4 * math.sqrt(spread)) ** 3
 
 
-def nucleus(logits: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+def nucleus(logits, temperature, top_p):
     """The distribution, in float64, by its definition."""
     probs = (logits.double() / temperature).softmax(-1)
-    most, order = probs.sort(descending=True)
-    outside = most.cumsum(-1) - most >= top_p
+    largest, order = probs.sort(descending=True)
+    outside = largest.cumsum(-1) - largest >= top_p
     probs[order[outside]] = 0
     return probs / probs.sum()
+
+
+def draw(logits, rows, places, temperature=1.0, top_p=1.0, seed=0):
+    """Tokens [rows, places] of rows that have these logits at every place."""
+    keys = torch.tensor([noise_key(seed, id) for id in range(rows)])
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    logits = logits.expand(rows, -1)
+    tokens = []
+    for count in range(places):
+        counts = torch.full_like(keys, count)
+        chosen, _ = choose(logits, keys, counts, sampling)
+        tokens.append(chosen.long())
+    return torch.stack(tokens, dim=1)
 
 
 SAMPLINGS = [(1, 1), (0.5, 1), (1, 0.9), (0.7, 0.5), (2, 0.999), (1, 1e-6)]
@@ -161,74 +409,59 @@ SAMPLINGS = [(1, 1), (0.5, 1), (1, 0.9), (0.7, 0.5), (2, 0.999), (1, 1e-6)]
 
 @pytest.mark.parametrize("temperature, top_p", SAMPLINGS)
 @pytest.mark.parametrize("size", [12, 600])
-def test_tokens_follow_the_nucleus_of_the_softmax(tmp_path, size, temperature, top_p):
-    logits = 2 * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    model = constant_model(tmp_path, logits)
-    how = {"max_new_tokens": 50, "temperature": temperature, "top_p": top_p}
-    rows = generate(model, [[1]] * 200, batch_size=200, **how)
-    counts = Counter()
-    for row in rows:
-        counts.update(row)
-    probs = nucleus(logits, temperature, top_p).tolist()
-    assert sum(counts.values()) == 10_000
-    assert all(probs[token] > 0 for token in counts)
-    assert fits([counts[token] for token in range(size)], probs)
+def test_tokens_follow_the_nucleus_of_the_softmax(size, temperature, top_p):
+    generator = torch.Generator().manual_seed(size)
+    logits = 2 * torch.randn(size, generator=generator)
+    drawn = draw(logits, 200, 50, temperature, top_p)
+    counts = torch.bincount(drawn.flatten(), minlength=size)
+    probs = nucleus(logits, temperature, top_p)
+    assert counts[probs == 0].sum() == 0
+    assert is_distributed(counts.tolist(), probs.tolist())
 
 
-def test_draws_are_independent_over_places_rows_and_seeds(tmp_path):
-    model = constant_model(tmp_path, torch.zeros(8))
-    how = {"max_new_tokens": 100, "temperature": 1.0, "batch_size": 200}
-    drawn = torch.tensor(generate(model, [[1]] * 200, **how))  # [rows, places]
-    other = torch.tensor(generate(model, [[1]] * 200, seed=1, **how))
+def test_draws_are_independent_over_places_rows_and_seeds():
+    drawn = draw(torch.zeros(8), 200, 100)
+    other = draw(torch.zeros(8), 200, 100, seed=1)
     couples = {
         "places": (drawn[:, ::2], drawn[:, 1::2]),
         "rows": (drawn[::2], drawn[1::2]),
         "row and place": (drawn[:-1, 1:], drawn[1:, :-1]),
         "seeds": (drawn, other),
     }
-    for name, (a, b) in couples.items():
-        table = torch.bincount((8 * a + b).flatten(), minlength=64)
-        assert fits(table.tolist(), [1 / 64] * 64), name
+    for name, (one, two) in couples.items():
+        table = torch.bincount((8 * one + two).flatten(), minlength=64)
+        assert is_distributed(table.tolist(), [1 / 64] * 64), name
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 2, 3, 4], [0, 1, 2, 600, 1199]], ids=str)
 def test_noise_is_independent_over_tokens(ids):
-    n = 6000
-    logits = torch.full((n, ids[-1] + 1), -torch.inf)
-    logits[:, ids] = 0
-    keys = torch.arange(n)
-    order = []
-    for _ in range(4):  # the one that comes first is taken out, and so on
-        tokens = choose(logits, keys, Sampling(temperature=1.0))[0].long()
-        logits[keys, tokens] = -torch.inf
-        order.append(tokens.tolist())
-    orders = Counter(zip(*order))
-    assert set(order[0]) == set(ids)
+    keys = torch.tensor([noise_key(0, id) for id in range(6000)])
+    noise = exponential_noise(keys, torch.zeros_like(keys), 1200)
+    orders = Counter(map(tuple, noise[:, ids].argsort(-1).tolist()))
     assert len(orders) == 120
-    assert fits([*orders.values()], [1 / 120] * 120)
+    assert is_distributed([*orders.values()], [1 / 120] * 120)
+
+
+def test_noise_stays_as_it_is():
+    # other values would mean other rows for the same seed
+    keys = torch.tensor([noise_key(0, 0), noise_key(7, "x")])
+    assert keys.tolist() == [-6108749488097515556, 6222478016872593892]
+    noise = exponential_noise(keys, torch.tensor([0, 300]), 50_000)
+    first = torch.tensor([0.0056225, 0.0394921, 1.1968902])
+    second = torch.tensor([1.2906703, 0.0687288, 2.1935112])
+    expected = torch.stack([first, second])
+    places = [0, 1, 49_999]
+    torch.testing.assert_close(noise[:, places], expected, atol=0, rtol=1e-5)  # seven digits
 
 
 def test_a_rare_token_comes_as_rarely_as_it_should():
-    logits = torch.tensor([0.999, 0.001]).log().expand(200_000, 2)
-    tokens = choose(logits, torch.arange(200_000), Sampling(temperature=1.0))[0]
-    assert abs(tokens.sum() - 200) < 60  # four standard deviations
-
-
-def test_greedy_is_the_most_probable_token_and_every_score_is_the_models_own():
-    logits = 3 * torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
-    keys = torch.arange(64)
-    tokens, _ = choose(logits, keys, Sampling())
-    assert tokens.equal(logits.argmax(-1).double())
-    for how in (Sampling(), Sampling(temperature=0.5, top_p=0.7), Sampling(temperature=2.0)):
-        tokens, scores = choose(logits, keys, how)
-        wanted = logits.double().log_softmax(-1).gather(-1, tokens.long()[:, None])[:, 0]
-        torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)  # float32
+    drawn = draw(torch.tensor([0.999, 0.001]).log(), 20_000, 10)
+    assert abs(drawn.sum() - 200) < 60  # four standard deviations
 
 
 EDGES = {
     # temperature, top_p -> the tokens that may come
     (0, 1.0): {2},
-    (1.0, 0.0): {2},
     (1.0, 1e-6): {2},
     (1.0, 0.6): {2},
     (1.0, 0.8): {2, 3},
@@ -242,314 +475,342 @@ EDGES = {
 
 @pytest.mark.parametrize("temperature, top_p", EDGES)
 def test_only_tokens_of_the_nucleus_come_and_each_of_them_does(temperature, top_p):
-    logits = torch.tensor([[-torch.inf, 1.0, 3.0, 2.0, -200.0, 1.0]]).expand(5000, -1)
-    how = Sampling(temperature=temperature, top_p=top_p)
-    tokens = choose(logits, torch.arange(5000), how)[0]
-    assert set(tokens.tolist()) == EDGES[temperature, top_p]
+    logits = torch.tensor([-torch.inf, 1.0, 3.0, 2.0, -200.0, 1.0])
+    drawn = draw(logits, 500, 10, temperature, top_p)
+    assert {*drawn.flatten().tolist()} == EDGES[temperature, top_p]
 
 
-def test_tied_logits_are_chosen_alike_beside_any_other_row():
-    # bfloat16 logits tie often; a flat neighbour has a wide nucleus
+def test_tied_logits_are_chosen_alike_next_to_any_other_row():
+    # bfloat16 logits tie often; a flat neighbor has a wide nucleus
     generator = torch.Generator().manual_seed(0)
-    peaked = (4 * torch.randn(1000, generator=generator)).round().expand(50, -1)
-    flat = torch.zeros(1, 1000)
+    peaked = (4 * torch.randn(1000, generator=generator)).round()
+    logits = torch.cat([peaked.expand(50, -1), torch.zeros(1, 1000)])
     keys = torch.arange(51)
-    how = Sampling(temperature=1.0, top_p=0.9)
-    together = choose(torch.cat([peaked, flat]), keys, how)
-    assert together[:, :50].equal(choose(peaked, keys[:50], how))
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    together = choose(logits, keys, keys, sampling)
+    alone = choose(logits[:50], keys[:50], keys[:50], sampling)
+    assert together[:, :50].equal(alone)
 
 
 @pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (1.0, 1.0), (1.0, 0.5)])
-def test_an_id_that_the_tokenizer_does_not_know_is_never_chosen(temperature, top_p):
+def test_an_id_that_the_tokenizer_lacks_is_never_chosen(temperature, top_p):
     logits = torch.zeros(64, 10)
     logits[:, 7:] = 9.0
-    how = Sampling(temperature=temperature, top_p=top_p, vocab_size=7)
-    tokens, scores = choose(logits, torch.arange(64), how)
+    keys = torch.arange(64)
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    tokens, scores = choose(logits, keys, keys, sampling, vocab_size=7)
     assert tokens.max() < 7
-    wanted = logits.log_softmax(-1)[:, 0].double()
-    torch.testing.assert_close(scores, wanted, atol=1e-5, rtol=0)  # float32
+    expected = logits.double().log_softmax(-1)[:, 0]  # of the model's whole vocabulary
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)  # float32
 
 
-PROMPTS = [[1, 40 + n, *range(100, 100 + 3 * n)] for n in (0, 1, 0, 3, 4)]  # two are the same
-HOWS = {
+# 3. The sampler: its batches
+
+PROMPTS = [[1, 40 + n, *range(100, 100 + 9 * n)] for n in (0, 1, 0, 3, 4, 9)]  # two are equal
+SETTINGS = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "seed": 3},
     "nucleus": {"temperature": 0.7, "top_p": 0.8},
 }
 
 
-@pytest.mark.parametrize("name", HOWS)
-def test_a_row_depends_on_seed_and_place_but_not_on_batch_size_or_other_rows(folder, name):
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_row_depends_on_seed_and_id_but_not_on_its_batch(folder, name):
     model = Transformer.from_pretrained(folder)
-    how = {"max_new_tokens": 12, "eos_ids": [2]} | HOWS[name]
-    wanted = generate(model, PROMPTS, batch_size=1, **how)
-    other = generate(model, PROMPTS, batch_size=1, **(how | {"seed": 9}))
-    assert (wanted == other) == (name == "greedy")
-    assert (wanted[0] == wanted[2]) == (name == "greedy")
+    settings = {"max_new_tokens": 12, "eos_ids": [2]} | SETTINGS[name]
+    expected = generate(model, PROMPTS, batch_size=1, **settings)
     for batch_size in (2, 3, 32):
-        assert generate(model, PROMPTS, batch_size=batch_size, **how) == wanted
-    assert generate(model, PROMPTS[:2], **how) == wanted[:2]
+        assert generate(model, PROMPTS, batch_size=batch_size, **settings) == expected
+    assert generate(model, PROMPTS[:2], **settings) == expected[:2]
+    other_seed = generate(model, PROMPTS, **settings | {"seed": 9})
+    assert (expected == other_seed) == (name == "greedy")
+    assert (expected[0] == expected[2]) == (name == "greedy")
+
+
+class StandIn:
+    """In place of a CUDA graph: it computes again from the inputs that it was made with."""
+
+    def __init__(self, step, inputs):
+        self.step = step
+        self.inputs = inputs
+        step(inputs)  # like the call that warms up, it writes to the cache
+        self.output = step(inputs)
+
+    def replay(self):
+        self.output.copy_(self.step(self.inputs))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_as_graphs_sample_the_same_sequences(folder, monkeypatch, name):
+    model = Transformer.from_pretrained(folder)
+    prompts = []
+    for n, length in enumerate([3, 9, 20, 40, 50, 55, 58, 59, 63, 90]):
+        prompts.append([1, *range(50 + n, 49 + n + length)])
+    settings = {"max_new_tokens": 30, "eos_ids": range(0, 480, 40)} | SETTINGS[name]
+    sizes = (1, 3, 7)
+    expected = [generate(model, prompts, batch_size=size, **settings) for size in sizes]
+    graphs = []
+    shapes = []
+
+    def capture(step, inputs, others):
+        assert len(others) == len(shapes)
+        graph = StandIn(step, inputs)
+        graphs.append(weakref.ref(graph))
+        shapes.append(len(inputs))
+        return graph, inputs, graph.output
+
+    monkeypatch.setattr(script, "GRAPH_DEVICES", ("cpu",))
+    monkeypatch.setattr(script, "capture", capture)
+    gc.disable()
+    for size, sequences in zip(sizes, expected):
+        shapes.clear()
+        assert generate(model, prompts, batch_size=size, **settings) == sequences
+        assert {*shapes} <= {1, 4, size}  # to which rows are rounded up
+        assert len(shapes) <= 2 * 3  # lengths are rounded up to 64, or to the 120 that there are
+        # they died with the call: graphs that outlive it would break those of the next
+        assert [graph() for graph in graphs] == [None] * len(graphs)
+    gc.enable()
+
+
+def test_a_step_of_the_nucleus_waits_for_no_number():
+    # as within a CUDA graph: tensors of the meta device have none
+    logits = torch.empty(4, 100, device="meta")
+    keys = torch.empty(4, dtype=torch.int64, device="meta")
+    sampling = Sampling(temperature=1.0, top_p=0.9)
+    assert choose(logits, keys, keys, sampling).shape == (2, 4)
 
 
 def test_what_prompts_begin_with_is_read_once_and_changes_nothing(folder):
     model = Transformer.from_pretrained(folder)
     prompts = [[1, *range(50, 90), n, n + 1] for n in range(100, 110)]
-    how = Sampling(max_new_tokens=8, temperature=1.0)
+    sampling = Sampling(max_new_tokens=8, temperature=1.0)
     read = []
     model.register_forward_hook(lambda module, inputs, output: read.append(inputs[0].shape))
     together = [Sequence(n, prompt) for n, prompt in enumerate(prompts)]
-    for _ in sample(model, together, how):
-        pass
-    assert read[0] == (1, 41 + 2 * len(prompts))
+    assert len([*sample(model, together, sampling)]) == 10
+    assert read[0] == (1, 41 + 2 * 10)
     for n, prompt in enumerate(prompts):
-        [alone] = sample(model, [Sequence(n, prompt)], how)
+        [alone] = sample(model, [Sequence(n, prompt)], sampling)
         assert alone.ids == together[n].ids
         # float32 sums of other shapes
         assert alone.logprobs == pytest.approx(together[n].logprobs, abs=1e-4)
 
 
+def test_a_row_of_the_cache_is_never_copied_onto_itself(folder, monkeypatch):
+    moves = []
+    move = KVCache.move
+
+    def seen(cache, row, to):
+        moves.append((row, to))
+        move(cache, row, to)
+
+    monkeypatch.setattr(KVCache, "move", seen)
+    prompts = [[1, n] for n in range(40)]
+    ends = range(0, 480, 9)
+    generate(Transformer.from_pretrained(folder), prompts, ends, temperature=1.0)
+    assert moves
+    for row, to in moves:
+        assert row > to
+
+
+def test_a_cache_beyond_the_memory_names_the_longest_prompt_and_a_batch_that_fits(
+    folder, monkeypatch
+):
+    empty = KVCache.empty
+
+    def full(model, rows, length):
+        if rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 76.00 GiB.")
+        return empty(model, rows, length)
+
+    monkeypatch.setattr(KVCache, "empty", full)
+    # a row of 30 places: 2 layers, keys and values, 2 heads of 16 numbers, 4 bytes each
+    row_bytes = 30 * 2 * 2 * 2 * 16 * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10.1 * row_bytes / 0.8, 0))
+    prompts = [[5] * length for length in (3, 20, 7)]
+    message = "^prompt 1: .* 20 tokens; give --batch-size 10, or remove the row$"
+    with pytest.raises(UserError, match=message):
+        generate(Transformer.from_pretrained(folder), prompts, max_new_tokens=10)
+
+
 BAD_PROMPTS = {
-    "empty": [],
-    "too long": [5] * 505,
-    "an id beyond the vocabulary": [5, 480],
-    "a negative id": [5, -1],
+    "empty": ([], "prompt 1: 0 tokens"),
+    "too long": ([5] * 505, "prompt 1: 505 tokens .* 504; lower --max-new-tokens"),
+    "an id beyond the vocabulary": ([5, 480], "the model: .* token ids of prompt 1"),
+    "a negative id": ([5, -1], "the model: .* token ids of prompt 1"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_PROMPTS)
-def test_a_prompt_that_the_model_cannot_read_is_refused_by_its_place(folder, name):
+def test_a_prompt_that_the_model_cannot_read_is_refused(folder, name):
+    prompt, message = BAD_PROMPTS[name]
     model = Transformer.from_pretrained(folder)
-    with pytest.raises(ValueError, match="row 1: "):
-        generate(model, [[5], BAD_PROMPTS[name]], max_new_tokens=8)
-    sequences = [Sequence("x", BAD_PROMPTS[name], "a.jsonl:7")]
-    with pytest.raises(ValueError, match="a.jsonl:7: "):
-        list(sample(model, sequences, Sampling(max_new_tokens=8)))
+    with pytest.raises(UserError, match=message):
+        generate(model, [[5], prompt], max_new_tokens=8)
+
+
+BAD_SETTINGS = [
+    {"max_new_tokens": 0},
+    {"temperature": -1},
+    {"temperature": math.nan},
+    {"temperature": math.inf},
+    {"top_p": 0},
+    {"top_p": 1.1},
+    {"top_p": math.nan},
+]
+
+
+@pytest.mark.parametrize("settings", BAD_SETTINGS, ids=str)
+def test_settings_out_of_range_are_refused(settings):
+    [name] = settings
+    with pytest.raises(UserError, match=name):
+        Sampling(**settings)
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_are_told_by_the_row(tmp_path, bad, temperature):
-    model = constant_model(tmp_path, torch.full((8,), bad))
-    sequences = [Sequence("x", [5])]
-    with pytest.raises(FloatingPointError, match="row x: "):
-        list(sample(model, sequences, Sampling(temperature=temperature)))
+def test_logits_that_are_not_finite_are_an_error_of_the_row(folder, bad, temperature):
+    model = Transformer.from_pretrained(folder)
+    model.get_parameter("lm_head.weight").data.fill_(bad)
+    with pytest.raises(UserError, match="prompt 0: .*NaN"):
+        generate(model, [[5]], temperature=temperature)
 
 
-@pytest.mark.parametrize("how", [{"max_new_tokens": 0}, {"batch_size": 0}], ids=str)
-def test_no_tokens_or_no_rows_at_a_time_are_refused(folder, how):
-    with pytest.raises(ValueError, match=next(iter(how))):
-        generate(Transformer.from_pretrained(folder), [[5]], **how)
+# 4. Options: each changes the outcome; all that a row depends on is recorded and compared
 
-
-# 2. Rows
-
-JUDGED = {
-    "empty": ["", " \n\t "],
-    "repetitive": ["and so on and on " * 8, "这个词的意思是房子。" * 3],
-    "copy": [
-        "The small owl sleeps by day in the old barn.",
-        "in the OLD  barn.",
-        "barn.",
-        'Translated: "The small owl sleeps by day in the old barn".',
-    ],
-    "wrong_script": ["Это слово значит дом.", "这个词的意思是房子"],
-    "ok": [
-        "...",
-        "Here the word barn was chosen because a stable holds horses.",
-        "Because. " * 6,
-        "12 + 3 = 15",
-        "Ja",
-    ],
+OPTIONS = [action.option_strings[0] for action in script.parser()._actions[1:]]  # without --help
+CHANGES = {
+    "--model": "{terse}",
+    "--data": "{path}/changed.jsonl",
+    "--out": "{path}/elsewhere.jsonl",
+    "--task": "paraphrase",
+    "--cue": "'\n'",
+    "--max-new-tokens": "5",
+    "--temperature": "0.5",
+    "--top-p": "0.5",
+    "--seed": "5",
+    "--batch-size": "3",
+    "--limit": "2",
+    "--compile": "",
+    "--dtype": "bfloat16",
+    "--direction": "en-de",
+    "--chat": "plain",
+    "--system": "'Be brief.'",
+    "--template": "'Put {{source}} into another language'",
 }
+# which rows, where they are written, how fast: a row does not depend on these
+FREE = ["--data", "--direction", "--limit", "--out", "--batch-size", "--compile"]
 
 
-@pytest.mark.parametrize("status", JUDGED)
-def test_a_status_names_the_fault(status):
-    german = "Die kleine Eule schläft am Tag in der alten Scheune."
-    given = [german, "The small owl sleeps by day in the old barn."]
-    for text in JUDGED[status]:
-        assert status_of(text, given) == status
-        with_scripts = "ok" if status == "wrong_script" else status
-        assert status_of(text, [*given, "это", "这"]) == with_scripts
+@pytest.fixture
+def change(place, terse):
+    """option -> the words that change it."""
+    write_jsonl(place.path / "changed.jsonl", PAIRS[:2])
+    return lambda option: f"{option} " + CHANGES[option].format(terse=terse, path=place.path)
 
 
-@pytest.mark.parametrize("cue", ["", "\\n"], ids=["no cue", "cue"])
-@pytest.mark.parametrize("temperature", [0, 1])
-def test_ledger_rows_hold_what_the_interface_promises(terse, pairs, tmp_path, temperature, cue):
-    options = ["--cue", cue, "--temperature", temperature, "--system", "Be brief."]
-    rows = read_jsonl(run(terse, pairs, tmp_path / "l.jsonl", *options))
-    t = Tokenizer(terse)
-    model = Transformer.from_pretrained(terse)
-    for n, (row, pair) in enumerate(zip(rows, PAIRS, strict=True)):
-        assert row["id"] == n
-        assert {name: row[name] for name in pair} == pair
-        assert row["status"] in JUDGED
-        forced = row["reference_ids"]
-        rationale = row["rationale_ids"]
-        assert t.decode(forced) == row["reference"]
-        assert t.decode(forced + rationale) == row["reference"] + row["rationale"]
-        own = len(cue) // 2  # the cue is one token
-        assert rationale[:own] == t.encode("\n", within=True)[:own]
-        assert set(t.eos_ids).isdisjoint(rationale)
-        assert row["finish"] == ("length" if len(rationale) == 12 + own else "eos")
-        sampled = rationale[own:]
-        asked = f"Put this from German into English: {row['source']}"
-        read = t.chat([{"role": "user", "content": asked}], "Be brief.") + forced + rationale[:own]
-        logits = model(torch.tensor([read + sampled]))[0, len(read) - 1 :]
-        scores = logits.log_softmax(-1)
-        if temperature == 0:
-            assert scores.argmax(-1).tolist()[: len(sampled)] == sampled
-        of_text = scores[range(len(sampled)), sampled].tolist()
-        # without the cue; with that EOS which was drawn, where one was; written with three digits
-        candidates = [of_text]
-        if row["finish"] == "eos":
-            candidates = [[*of_text, scores[-1, eos].item()] for eos in t.eos_ids]
-        means = [sum(candidate) / len(candidate) for candidate in candidates]
-        assert min(abs(mean - row["logprob"]) for mean in means) < 1e-3
-    assert {"eos", "length"} == {row["finish"] for row in rows}
-    meta = json.loads((tmp_path / "l.meta.json").read_text("utf-8"))
-    assert meta["tokenizer_hash"] == t.hash
-    assert meta["template"] == TEMPLATE
-    assert meta["cue"] == cue.replace("\\n", "\n")
-    settings = "task system seed temperature top_p max_new_tokens dtype model_hash versions".split()
-    assert set(settings) < set(meta)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_changes_the_outcome(place, change, option):
+    empty = KVCache.empty
+    seen = []
+
+    def see_cache(model, rows, length):
+        seen.append(rows)
+        return empty(model, rows, length)
+
+    def see_compile(model, **options):
+        seen.append("compiled")
+
+    place.monkeypatch.setattr(KVCache, "empty", see_cache)
+    place.monkeypatch.setattr(Transformer, "compile_layers", see_compile)
+    both = [{"translation": {"de": x["source"], "en": x["reference"]}} for x in PAIRS]
+    write_jsonl(place.data, both)
+    place.run("--direction de-en")
+    before = (seen.copy(), place.out.read_bytes())
+    place.out.unlink()
+    place.meta.unlink()
+    seen.clear()
+    script.main(script.parser().parse_args(place.words("--direction de-en " + change(option))))
+    out = place.path / "elsewhere.jsonl" if option == "--out" else place.out
+    assert (option == "--out") == (not place.out.exists())
+    assert option == "--out" or before != (seen, out.read_bytes())
+    assert out.exists()
 
 
-@pytest.mark.parametrize("cue", ["", "\\n"], ids=["no cue", "cue"])
-def test_a_rationale_without_a_word_is_empty_keeps_its_cue_and_scores_its_eos(
-    mute, pairs, tmp_path, cue
-):
-    for row in read_jsonl(run(mute, pairs, tmp_path / "l.jsonl", "--cue", cue)):
-        assert row["finish"] == "eos"
-        assert row["status"] == "empty"
-        assert row["rationale"] == cue.replace("\\n", "\n")
-        assert len(row["rationale_ids"]) == len(cue) // 2
-        assert row["logprob"] < 0
+def test_every_setting_of_the_sampler_is_an_option():
+    for setting in fields(Sampling):
+        assert "--" + setting.name.replace("_", "-") in OPTIONS
 
 
-@pytest.mark.parametrize("ends", ["in time", "at once"])
-@pytest.mark.parametrize("temperature", [0, 1])
-@pytest.mark.parametrize("task", ["rationale", "translation", "paraphrase", "answer"])
-def test_rows_of_every_task_can_be_read_again(terse, mute, tmp_path, task, ends, temperature):
-    model = terse if ends == "in time" else mute
-    given = ASKED if task == "answer" else PAIRS
-    file = write_jsonl(tmp_path / "given.jsonl", given)
-    options = ["--task", task, "--temperature", temperature, "--max-new-tokens", 30]
-    out = run(model, file, tmp_path / "l.jsonl", *options)
-    t = Tokenizer(model)
-    for row, written, pair in zip(read_rows([out]), read_jsonl(out), given, strict=True):
-        assert row["id"] == pair.get("question_id", given.index(pair))
-        assert t.decode(written["reference_ids"]) == row["reference"]
-        example = Encoder(t).example(row)
-        assert example.reference[: len(written["reference_ids"])] == written["reference_ids"]
-        if task == "answer":
-            assert written["prompt"] == pair.get("prompt", pair.get("turns", [None])[0])
-        else:
-            assert row["source"] == pair["source"]
-            assert task != "translation" or "\n" not in row["reference"]
-            if ends == "at once":  # nothing is no translation
-                assert row["reference"] == pair["reference"]
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option not in FREE])
+def test_a_ledger_of_other_settings_is_refused_by_name(place, change, option):
+    place.run("--limit 4")
+    name = option.strip("-").replace("-", "_")
+    name = {"model": "model_hash"}.get(name, name)
+    line = place.error(change(option))
+    assert line.startswith(f"error: {place.meta}: {name} was ")
 
 
-def test_an_answer_is_a_rationale_after_an_empty_reference(terse, tmp_path):
-    file = write_jsonl(tmp_path / "given.jsonl", [{"prompt": line} for line in LINES])
-    out = run(terse, file, tmp_path / "l.jsonl", "--task", "answer")
-    t = Tokenizer(terse)
-    finishes = set()
-    for line, row, written in zip(LINES, read_rows([out]), read_jsonl(out), strict=True):
-        assert written["response"] == ""
-        assert written["reference_ids"] == []
-        assert written["rationale"] == t.decode(written["rationale_ids"])
-        end = [t.end_id] if written["finish"] == "eos" else []
-        example = Encoder(t).example(row)
-        assert example.prompt == t.chat([{"role": "user", "content": line}])
-        assert example.reference == []
-        assert example.rationale == written["rationale_ids"] + end
-        finishes.add(written["finish"])
-    assert finishes == {"eos", "length"}
+@pytest.mark.parametrize("option", ["--temperature", "--cue"])
+def test_parts_of_other_settings_are_refused_by_name(place, change, option):
+    place.stop(4)
+    line = place.error(change(option))
+    assert line.startswith(f"error: {place.parts}/settings.json: {option[2:]} was ")
 
 
-def test_the_answer_to_a_conversation_comes_after_all_of_it(folder, tmp_path):
-    talk = [{"role": role, "content": LINES[n]} for n, role in enumerate(["user", "assistant"])]
-    talk = [{"role": "system", "content": "Be brief."}, *talk, {"role": "user", "content": "Why?"}]
-    file = write_jsonl(tmp_path / "given.jsonl", [{"messages": talk, "id": "x"}])
-    out = run(folder, file, tmp_path / "l.jsonl", "--task", "answer")
-    [row] = read_rows([out])
-    assert row["messages"] == talk
-    t = Tokenizer(folder)
-    assert Encoder(t).prompt(row) == t.chat(talk)
+@pytest.mark.parametrize("name", asdict(Sampling()))
+def test_a_setting_added_since_counts_as_its_default(place, change, name):
+    option = "--" + name.replace("_", "-")
+    default = f"{option} {asdict(Sampling())[name]} "
+    place.run(default + "--limit 2")
+    settings = json.loads(place.meta.read_text())
+    del settings[name]
+    place.meta.write_text(json.dumps(settings))
+    assert f": {name} was " in place.error(change(option))
+    assert len(place.rows(default + "--limit 3")) == 3
 
 
-@pytest.mark.parametrize("task", ["rationale", "paraphrase", "answer"])
-def test_a_conversation_may_have_a_source_of_its_own(folder, tmp_path, task):
-    plain = {"prompt": "Why?", "response": "So."}
-    own = [plain | {"source": "a textbook"}, plain | {"source": 7, "source_lang": "de"}]
-    found = []
-    for name, rows in (("plain", [plain] * 2), ("own", own)):
-        file = write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        written = read_jsonl(run(folder, file, tmp_path / f"{name}.out.jsonl", "--task", task))
-        found.append([row | {"input_hash": ""} for row in written])
-    assert found[0] == found[1]
-    file = tmp_path / "own.jsonl"
-    with pytest.raises(ValueError, match=f"{file}:1: "):
-        run(folder, file, tmp_path / "l.jsonl", "--task", "translation")
-
-
-@pytest.mark.parametrize("task", ["translation", "paraphrase"])
-def test_a_fallback_keeps_the_original_and_has_no_log_probability(
-    folder, mute, terse, tmp_path, task
-):
-    file = write_jsonl(tmp_path / "given.jsonl", PAIRS)
-    faults = set()
-    for name, model, more in [("mute", mute, 12), ("cut", folder, 1), ("terse", terse, 40)]:
-        options = ["--task", task, "--max-new-tokens", more]
-        rows = read_jsonl(run(model, file, tmp_path / f"{name}.jsonl", *options))
-        for row, pair in zip(rows, PAIRS, strict=True):
-            assert row["original"] == pair["reference"]
-            assert row["rationale_ids"] == []
-            assert (row["logprob"] is None) == (row["fallback"] is not None)
-            assert (row["reference"] == pair["reference"]) == (row["fallback"] is not None)
-            faults.add(row["fallback"])
-    assert faults == {"empty", "cut", None}
-
-
-# 3. The ledger appears whole, and a row is the same however it came about
+# 5. The ledger: a row is the same however it came about
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory) -> Path:
+def expected(folder, tmp_path_factory) -> bytes:
+    """The ledger of the seven pairs, from a run that was not stopped."""
+    return Place(tmp_path_factory.mktemp("expected"), folder).run(CUE + ONE)
+
+
+@pytest.fixture(scope="module")
+def many() -> list[dict]:
     rows = []
-    for n in range(150):
+    for n in range(60):
         pair = PAIRS[n % len(PAIRS)]
         rows.append(pair | {"id": f"row {n}", "source": f"{n}. {pair['source']}"})
-    return write_jsonl(tmp_path_factory.mktemp("many") / "many.jsonl", rows)
+    return rows
 
 
 @pytest.fixture(scope="module")
-def whole(folder, many) -> Path:
-    return run(folder, many, many.parent / "whole.jsonl", *CUE, "--batch-size", 64)
+def whole(folder, many, tmp_path_factory) -> list[dict]:
+    place = Place(tmp_path_factory.mktemp("whole"), folder)
+    write_jsonl(place.data, many)
+    return place.rows(CUE)
 
 
-def assert_same_rows(one: Path, other: Path):
-    """All 150 of 150, all fields but the score."""
-    for a, b in zip(read_jsonl(one), read_jsonl(other), strict=True):
+def assert_same_rows(rows: list, expected: list):
+    for row, other in zip(rows, expected, strict=True):
         # float32 sums of other shapes, rounded to three digits
-        assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=1.1e-3)
-        assert a == b
+        assert row["logprob"] == pytest.approx(other["logprob"], abs=1.1e-3)
+        assert row | {"logprob": 0} == other | {"logprob": 0}
 
 
 @pytest.mark.parametrize("batch_size", [1, 16])
-def test_rows_are_the_same_at_every_batch_size(folder, many, whole, tmp_path, batch_size):
-    out = run(folder, many, tmp_path / "l.jsonl", *CUE, "--batch-size", batch_size)
-    assert_same_rows(out, whole)
+def test_rows_are_the_same_at_every_batch_size(place, many, whole, batch_size):
+    write_jsonl(place.data, many)
+    assert_same_rows(place.rows(CUE + f" --batch-size {batch_size}"), whole)
 
 
-def test_rows_do_not_depend_on_the_order_of_the_data(folder, many, whole, tmp_path):
-    rows = read_jsonl(many)[::-1]
-    out = run(folder, write_jsonl(tmp_path / "back.jsonl", rows), tmp_path / "l.jsonl", *CUE)
-    found = read_jsonl(out)
-    assert [row["id"] for row in found] == [row["id"] for row in rows]
-    assert_same_rows(write_jsonl(tmp_path / "turned.jsonl", found[::-1]), whole)
+def test_rows_do_not_depend_on_the_order_of_the_data(place, many, whole):
+    write_jsonl(place.data, many[::-1])
+    assert_same_rows(place.rows(CUE), whole[::-1])
 
 
 DRIVER = """
@@ -566,13 +827,12 @@ def on_two_ranks(*jobs):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
+    root = str(Path(script.__file__).parent)
+    command = [sys.executable, "-c", DRIVER, root, json.dumps(jobs)]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        variables = os.environ | {name: str(value) for name, value in place.items()}
-        root = str(Path(SCRIPT).parent)
-        command = [sys.executable, "-c", DRIVER, root, json.dumps(jobs)]
+    for rank in ("0", "1"):
+        variables = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
         started.append(subprocess.Popen(command, env=variables))
     try:
         assert [process.wait(120) for process in started] == [0, 0]
@@ -581,337 +841,270 @@ def on_two_ranks(*jobs):
             process.kill()
 
 
-def test_rows_are_the_same_on_two_ranks_and_from_part_files_of_any_number(
-    folder, many, whole, tmp_path, monkeypatch
-):
-    left = tmp_path / "left.jsonl"
-    interrupt(40, monkeypatch, folder, many, left, *CUE)
-    [part] = tmp_path.glob("left.jsonl.*.rank0")
+def test_rows_are_the_same_on_two_ranks_and_from_the_parts_of_any_number(place, many, whole):
+    write_jsonl(place.data, many)
+    place.stop(40, CUE)
+    [part] = place.parts.glob("rank0-*")
     lines = part.read_bytes().splitlines(keepends=True)
+    part.unlink()
     for rank in (0, 1, 3):  # as if three ranks had been killed, each within a line
         torn = b"".join(lines[rank::4])[:-9]
-        part.with_name(part.name.removesuffix("0") + str(rank)).write_bytes(torn)
-    fresh = tmp_path / "fresh.jsonl"
-    on_two_ranks(*[arguments(folder, many, out, *CUE) for out in (fresh, left)])
-    for out in (fresh, left):
-        assert_same_rows(out, whole)
-    names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"fresh.jsonl", "fresh.meta.json", "left.jsonl", "left.meta.json"}
+        (place.parts / f"rank{rank}-x.jsonl").write_bytes(torn)
+    left = place.out
+    fresh = place.path / "fresh.jsonl"
+    words = place.words(CUE)
+    on_two_ranks(words, [*words, "--out", str(fresh)])
+    for out in (left, fresh):
+        assert_same_rows(read_jsonl(out), whole)
+    files = {"pairs.jsonl", "l.jsonl", "l.meta.json", "fresh.jsonl", "fresh.meta.json"}
+    assert {*place.contents()} == files
 
 
-def test_the_ledger_appears_when_all_rows_are_there(folder, pairs, tmp_path, monkeypatch):
-    out = tmp_path / "l.jsonl"
+FINISHED = {"pairs.jsonl", "l.jsonl", "l.meta.json"}
+
+
+def test_the_ledger_appears_when_all_rows_are_there(place):
     seen = []
-    ledger_row = script.ledger_row
-
-    def looking(*args):
-        seen.append({file.name for file in tmp_path.glob("l.*")})
-        return ledger_row(*args)
-
-    monkeypatch.setattr(script, "ledger_row", looking)
-    run(folder, pairs, out, *CUE, *ONE)
-    assert len(seen) == len(PAIRS)
-    for names in seen:
-        assert not names & {"l.jsonl", "l.meta.json"}
-        assert [name for name in names if name.endswith("rank0")]
-    assert {file.name for file in tmp_path.glob("l.*")} == {"l.jsonl", "l.meta.json"}
+    place.before_each_row(lambda: seen.append({path.name for path in place.path.iterdir()}))
+    place.run()
+    assert seen == [{"pairs.jsonl", "l.jsonl.parts"}] * len(PAIRS)
+    assert {*place.contents()} == FINISHED
 
 
-@pytest.mark.parametrize("cut", [0, 1, 40], ids=["whole", "line end torn", "torn"])
+@pytest.mark.parametrize("torn", [0, 1, 40], ids=["whole", "line end torn", "torn"])
 @pytest.mark.parametrize("after", [0, 1, 6])
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(
-    folder, pairs, wanted, tmp_path, monkeypatch, after, cut
-):
-    words = [folder, pairs, tmp_path / "a" / "l.jsonl", *CUE, *ONE]
-    interrupt(after, monkeypatch, *words)
-    [part] = (tmp_path / "a").iterdir()
-    content = part.read_bytes()
-    part.write_bytes(content[: max(len(content) - cut, 0)])
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(place, expected, after, torn):
+    place.stop(after, CUE + ONE)
+    for part in place.parts.glob("rank*"):
+        content = part.read_bytes()
+        part.write_bytes(content[: len(content) - torn])
+        (place.parts / ".lock").touch()  # as a kill leaves it
     for _ in range(2):  # the second time there is nothing to do
-        out = run(*words)
-        assert out.read_bytes() == wanted
-        assert set(contents(out.parent)) == {"l.jsonl", "l.meta.json"}
+        assert place.run(CUE + ONE) == expected
+        assert {*place.contents()} == FINISHED
 
 
-def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(
-    folder, pairs, wanted, tmp_path
-):
-    out = run(folder, pairs, tmp_path / "l.jsonl", *CUE, *ONE, "--limit", 3)
-    assert out.read_bytes() == b"".join(wanted.splitlines(keepends=True)[:3])
-    run(folder, pairs, out, *CUE, *ONE, "--limit", 5)
-    rows = read_jsonl(out)
-    assert len(rows) == 5
+OPERATIONS = {
+    "before the meta file": (os, "replace", 0),
+    "before the ledger": (os, "replace", 1),
+    "before the parts go": (Path, "unlink", 0),
+}
+
+
+@pytest.mark.parametrize("moment", OPERATIONS)
+def test_a_run_that_was_stopped_at_its_end_ends_in_the_same_bytes(place, expected, moment):
+    owner, name, after = OPERATIONS[moment]
+    operation = getattr(owner, name)
+    calls = []
+
+    def dying(path, *more, **options):
+        if Path(path).name != ".lock":
+            calls.append(path)
+            if len(calls) > after:
+                raise Killed
+        operation(path, *more, **options)
+
+    with place.monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            place.run(CUE + ONE)
+    assert place.run(CUE + ONE) == expected
+    assert {*place.contents()} == FINISHED
+
+
+def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(place, expected):
+    lines = expected.splitlines(keepends=True)
+    assert place.run(CUE + ONE + " --limit 3") == b"".join(lines[:3])
+    rows = place.rows(CUE + ONE + " --limit 5")
     rows[4]["rationale"] = "As I see it."
-    text = write_jsonl(out, rows).read_text("utf-8")
-    out.write_text(text.removesuffix("\n"), "utf-8")  # the editor ate the line break
-    run(folder, pairs, out, *CUE, *ONE)
-    assert len(read_jsonl(out)) == len(PAIRS)
-    assert out.read_text("utf-8").startswith(text)
-    assert out.read_bytes().splitlines()[5:] == wanted.splitlines()[5:]
+    edited = write_jsonl(place.out, rows).read_bytes()
+    place.out.write_bytes(edited.removesuffix(b"\n"))  # the editor removed the line break
+    assert place.run(CUE + ONE) == edited + b"".join(lines[5:])
 
 
-# 4. What is refused, and what is left alone
-
-SETTINGS = {
-    "seed": ["--seed", 5],
-    "temperature": ["--temperature", 0],
-    "top_p": ["--top-p", 0.5],
-    "dtype": ["--dtype", "bfloat16"],
-    "template": ["--template", "{source}"],
-    "system": ["--system", "Be brief."],
-    "cue": ["--cue", "Note:"],
-    "max_new_tokens": ["--max-new-tokens", 11],
-    "chat": ["--chat", "plain"],
-    "task": ["--task", "paraphrase"],
-}
+def test_a_finished_ledger_that_was_saved_in_another_encoding_is_refused(place):
+    rows = place.rows()
+    rows[1]["rationale"] = "Schön."
+    text = write_jsonl(place.out, rows).read_text("utf-8")
+    place.out.write_bytes(text.encode("latin-1", "replace"))
+    assert place.error("--limit 7").startswith(f"error: {place.out}:1: ")
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "model_hash"])
-def test_a_ledger_of_other_settings_is_refused_by_name_and_stays(
-    folder, mute, pairs, tmp_path, monkeypatch, capsys, name
-):
-    out = run(folder, pairs, tmp_path / "l.jsonl", "--limit", 4)
-    before = contents(tmp_path)
-    model = mute if name == "model_hash" else folder
-    words = arguments(model, pairs, out, *SETTINGS.get(name, []))
-    assert f" {name} " in error_of(script, words, monkeypatch, capsys)
-    assert contents(tmp_path) == before
+def test_rows_of_parts_count_only_if_the_data_is_as_it_was(place):
+    place.stop(5, ONE)
+    write_jsonl(place.data, [pair | {"reference": "The gate."} for pair in PAIRS])
+    rows = place.run(ONE)
+    place.out = place.path / "fresh.jsonl"
+    assert place.run(ONE) == rows
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "model_hash"])
-def test_part_files_of_other_settings_are_not_read_nor_removed(
-    folder, mute, pairs, tmp_path, monkeypatch, name
-):
-    out = tmp_path / "l.jsonl"
-    interrupt(4, monkeypatch, folder, pairs, out)
-    before = contents(tmp_path)
-    model = mute if name == "model_hash" else folder
-    run(model, pairs, out, *SETTINGS.get(name, []))
-    fresh = run(model, pairs, tmp_path / "fresh.jsonl", *SETTINGS.get(name, []))
-    assert out.read_bytes() == fresh.read_bytes()
-    after = contents(tmp_path)
-    assert {file: after[file] for file in before} == before
+ODD_LINES = [
+    "5",
+    "[]",
+    "{}",
+    "null",
+    '"x"',
+    '{"id": 0}',
+    '{"id": 77, "input_hash": null}',
+    '{"id": [], "input_hash": "x"}',
+    '{"id": 0, "input_hash": []}',
+    '{"id": 0, "input_hash": "x"',
+    "[" * 99_999,
+    "9" * 5000,
+    "\0" * 50,
+    "\udcff",
+]
 
 
-def test_a_backup_of_a_part_file_is_neither_read_nor_removed(
-    folder, pairs, wanted, tmp_path, monkeypatch
-):
-    out = tmp_path / "l.jsonl"
-    interrupt(4, monkeypatch, folder, pairs, out, *CUE, *ONE)
-    [part] = tmp_path.glob("l.jsonl.*.rank0")
-    content = part.read_bytes().replace(b'"rationale": "', b'"rationale": "Spoilt ')
-    part.unlink()
-    backups = [f"{part.name}.bak", f"{part.name}x", f"x{part.name}", "l.jsonl.rank0", "l.jsonl.bak"]
-    for name in backups:
-        (tmp_path / name).write_bytes(content)
-    assert run(folder, pairs, out, *CUE, *ONE).read_bytes() == wanted
-    for name in backups:
-        assert (tmp_path / name).read_bytes() == content
+def test_odd_lines_in_a_part_do_no_harm(place, expected):
+    place.stop(4, CUE + ONE)
+    [part] = place.parts.glob("rank0-*")
+    odd = "\n".join(ODD_LINES) + "\n"
+    with open(part, "ab") as f:
+        f.write(odd.encode("utf-8", "surrogateescape"))
+    assert place.run(CUE + ONE) == expected
 
 
-CHANGES = {
-    "source": {"source": "Das Tor."},
-    "reference": {"reference": "The gate."},
-    "language": {"target_lang": "fr"},
-}
+# 6. What is refused, and what is left alone
 
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_row_that_was_changed_since_is_refused_by_place(
-    folder, pairs, tmp_path, monkeypatch, capsys, name
-):
-    out = run(folder, pairs, tmp_path / "l.jsonl", "--limit", 4)
-    write_jsonl(pairs, [*PAIRS[:2], PAIRS[2] | CHANGES[name], *PAIRS[3:]])
-    before = contents(tmp_path)
-    line = error_of(script, arguments(folder, pairs, out), monkeypatch, capsys)
-    assert line.startswith(f"error: {out}:3: ")
-    assert contents(tmp_path) == before
-
-
+ASKED = {"prompt": "What grows here?"}
+ANSWERED = {"prompt": "Why?", "response": "So."}
 OTHER_DATA = {
-    "prompt": ("answer", {"prompt": "What grows here?"}, {"prompt": "What grows there?"}),
-    "response": ("rationale", {"prompt": "Why?", "response": "So."}, {"response": "Thus."}),
+    # task, a row, and how it changes
+    "source": ("rationale", PAIRS[0], {"source": "Das Tor."}),
+    "language": ("rationale", PAIRS[0], {"target_lang": "fr"}),
+    "id": ("rationale", PAIRS[0], {"id": "another"}),
     "reference": ("translation", PAIRS[0], {"reference": "The boat."}),
+    "response": ("rationale", ANSWERED, {"response": "Thus."}),
+    "prompt": ("answer", ASKED, {"prompt": "What grows there?"}),
 }
 
 
 @pytest.mark.parametrize("name", OTHER_DATA)
-def test_a_ledger_does_not_go_on_with_another_row_of_the_same_id(folder, tmp_path, name):
+def test_a_ledger_of_other_data_is_refused_by_its_line(place, name):
     task, row, change = OTHER_DATA[name]
-    file = write_jsonl(tmp_path / "a.jsonl", [row])
-    out = run(folder, file, tmp_path / "l.jsonl", "--task", task)
-    before = contents(tmp_path)
-    for other in (row | change, row | {"id": "another"}):
-        write_jsonl(file, [other])
-        with pytest.raises(ValueError, match=f"^{out}:1: "):
-            run(folder, file, out, "--task", task)
-    write_jsonl(file, [row])
-    assert contents(tmp_path) == before
+    options = f"--task {task} --template '{{source}}'"
+    write_jsonl(place.data, [row])
+    place.run(options)
+    write_jsonl(place.data, [row | change])
+    assert place.error(options).startswith(f"error: {place.out}:1: ")
 
 
-def test_part_files_do_not_give_a_row_that_was_changed_since(folder, pairs, tmp_path, monkeypatch):
-    out = tmp_path / "l.jsonl"
-    interrupt(5, monkeypatch, folder, pairs, out, *ONE)
-    rows = [pair | {"reference": "The gate."} for pair in PAIRS]
-    run(folder, write_jsonl(pairs, rows), out, *ONE)
-    assert out.read_bytes() == run(folder, pairs, tmp_path / "fresh.jsonl", *ONE).read_bytes()
+def test_an_id_that_two_files_have_is_refused_by_its_place(place):
+    other = write_jsonl(place.path / "other.jsonl", [PAIRS[0] | {"id": 3}])
+    line = place.error(f"--data {other}")
+    assert line.startswith(f"error: {other}:1: duplicate id 3")
 
 
-@pytest.mark.parametrize("files", [1, 2])
-def test_an_id_that_stands_twice_is_refused_by_place(folder, tmp_path, monkeypatch, capsys, files):
-    named = [pair | {"id": "x"} for pair in PAIRS[:2]]
-    given = [write_jsonl(tmp_path / f"{n}.jsonl", named[n::files]) for n in range(files)]
-    words = arguments(folder, given[0], tmp_path / "l.jsonl", "--data", *given)
-    line = error_of(script, words, monkeypatch, capsys)
-    assert line.startswith(f"error: {given[-1]}:{3 - files}: ")
-    assert "twice" in line
-    assert sorted(tmp_path.iterdir()) == given
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_foreign_meta_file_is_refused(place, finished):
+    if finished:
+        place.run("--limit 1")
+    for text in [*ODD.values(), '{"temperature": 1.0}']:
+        place.meta.write_text(text)
+        assert place.error().startswith(f"error: {place.meta}: ")
 
 
-ODD_LINES = [
-    *("5", "[]", "{}", "null", '"x"', '{"id": 0}', '{"input_hash": null, "id": 77}'),
-    *('{"input_hash": "x", "id": []}', '{"input_hash": [], "id": 0}', "[" * 99_999, "9" * 5000),
-    *("\0" * 50, '{"id": 0, "input_hash": "x"', "\udcff"),
-]
+def make_file(place):
+    place.out.write_text('{"id": 0}\n')
 
 
-def test_odd_lines_in_a_part_file_do_no_harm(folder, pairs, wanted, tmp_path, monkeypatch):
-    out = tmp_path / "l.jsonl"
-    interrupt(4, monkeypatch, folder, pairs, out, *CUE, *ONE)
-    [part] = tmp_path.glob("l.jsonl.*.rank0")
-    odd = "\n".join(ODD_LINES) + "\n"
-    part.write_bytes(part.read_bytes() + odd.encode("utf-8", "surrogateescape"))
-    assert run(folder, pairs, out, *CUE, *ONE).read_bytes() == wanted
+def make_folder(place):
+    place.out.mkdir()
+    (place.out / "notes.txt").write_text("mine")
 
 
-@pytest.mark.parametrize("odd", ODD)
-def test_odd_settings_beside_a_ledger_are_one_line(
-    folder, pairs, tmp_path, monkeypatch, capsys, odd
-):
-    out = run(folder, pairs, tmp_path / "l.jsonl", "--limit", 1, "--max-new-tokens", 2)
-    meta = tmp_path / "l.meta.json"
-    meta.write_text(ODD[odd])
-    before = contents(tmp_path)
-    line = error_of(script, arguments(folder, pairs, out), monkeypatch, capsys)
-    assert line.startswith(f"error: {meta}")
-    assert contents(tmp_path) == before
+def make_loop(place):
+    place.out.symlink_to(place.out.name)
+
+
+def make_pipe(place):
+    os.mkfifo(place.out)
+
+
+def make_parts(place):
+    place.parts.mkdir()
+    (place.parts / "notes.txt").write_text("mine")
+
+
+def make_link_to_parts(place):
+    (place.path / "other").mkdir()
+    (place.path / "other" / "notes.txt").write_text("mine")
+    place.parts.symlink_to("other")
+
+
+FOREIGN = [make_file, make_folder, make_loop, make_pipe, make_parts, make_link_to_parts]
+
+
+@pytest.mark.parametrize("make", FOREIGN)
+def test_what_somebody_else_has_there_is_refused(place, make):
+    make(place)
+    assert place.error().startswith(f"error: {place.path}/l.")
+
+
+def test_what_appears_at_its_place_meanwhile_is_not_replaced(place, expected):
+    place.before_each_row(lambda: place.out.write_text("mine"))
+    with pytest.raises(UserError, match="l.meta.json: "):
+        place.run(CUE + ONE)
+    assert place.out.read_text() == "mine"
+    place.out.unlink()
+    assert place.run(CUE + ONE) == expected
+
+
+def test_notes_among_the_parts_are_kept(place, expected):
+    place.stop(4, CUE + ONE)
+    notes = place.parts / "rank0.jsonl.bak"
+    notes.write_text("mine")
+    assert place.run(CUE + ONE) == expected
+    assert notes.read_text() == "mine"
+    assert [*place.parts.iterdir()] == [notes]
+
+
+def test_a_link_is_the_ledger_that_it_points_to(place, expected):
+    (place.path / "runs").mkdir()
+    place.out.symlink_to("runs/1.jsonl")
+    assert place.run(CUE + ONE) == expected
+    assert place.out.is_symlink()
+    files = [path.name for path in sorted((place.path / "runs").iterdir())]
+    assert files == ["1.jsonl", "1.meta.json"]
+
+
+def test_a_second_process_with_the_same_out_is_refused_and_the_first_continues(place, expected):
+    def start_another():
+        before = place.contents()
+        with pytest.raises(UserError, match="another process"):
+            place.run(CUE + ONE)
+        assert place.contents() == before
+
+    place.before_each_row(start_another)
+    assert place.run(CUE + ONE) == expected
 
 
 MISTAKES = {
-    "no model": (["--model", "absent"], "absent"),
-    "no data": (["--data", "absent.jsonl"], "absent.jsonl"),
-    "temperature": (["--temperature", "-1"], "--temperature"),
-    "no number": (["--temperature", "nan"], "--temperature"),
-    "an endless number": (["--temperature", "1e400"], "--temperature"),
-    "no tokens": (["--max-new-tokens", 0], "--max-new-tokens"),
-    "half a row": (["--batch-size", 1.5], "--batch-size"),
-    "no rows": (["--limit", 0], "--limit"),
-    "no out": (["--out", ""], "--out"),
-    "top_p": (["--top-p", "1.5"], "--top-p"),
-    "seed": (["--seed", 2**64], "--seed"),
-    "template": (["--template", "{text}"], "--template"),
-    "direction": (["--direction", "en"], "--direction"),
-    "context": (["--max-new-tokens", "500"], "pairs.jsonl:1: "),
-    "cue": (["--task", "answer", "--cue", "So"], "--cue"),
-    "out": (["--out", "/dev/null/l.jsonl"], "/dev/null"),
-    "flag": (["--tempreature", "1"], "--tempreature"),
-    "a cue that is no text": (["--cue", "\udcff"], ""),
-    "a system prompt that is no text": (["--system", "\udcff"], ""),
+    "--out ''": "--out",
+    "--out ledger.json": "must end in .jsonl",
+    "--out /dev/null/l.jsonl": "/dev/null",
+    "--top-p 0": "--top-p",
+    "--temperature nan": "--temperature",
+    "--max-new-tokens 500": "pairs.jsonl:1: ",
+    "--task answer --cue So": "--cue",
+    "--limit 0": "--limit",
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_ends_with_one_line_and_leaves_nothing(
-    folder, pairs, tmp_path, monkeypatch, capsys, name
-):
-    more, message = MISTAKES[name]
-    words = arguments(folder, pairs, tmp_path / "l.jsonl", *more)
-    assert message in error_of(script, words, monkeypatch, capsys)
-    assert list(tmp_path.iterdir()) == [pairs]
+@pytest.mark.parametrize("options", MISTAKES)
+def test_a_mistake_is_one_line(place, options):
+    assert MISTAKES[options] in place.error(options)
 
 
-BROKEN_MODELS = {
-    "NaN": (lambda t: t["model.norm.weight"].fill_(math.nan), "model.norm.weight"),
-    "infinity": (lambda t: t["lm_head.weight"].fill_(math.inf), "lm_head.weight"),
-    "weights too large": (lambda t: t["lm_head.weight"].fill_(3e38), "row "),
-}
+def test_weights_that_are_too_large_are_an_error_of_the_row(place):
+    place.model = write_tokenizer(write_model(place.path / "model"))
+    model = Transformer.from_pretrained(place.model)
+    model.get_parameter("lm_head.weight").data.fill_(3e38)
+    model.save_pretrained(place.model)
+    assert f"{place.data}:" in place.error()
 
 
-@pytest.mark.parametrize("name", BROKEN_MODELS)
-def test_numbers_that_are_not_finite_are_told_by_name(
-    folder, pairs, tmp_path, monkeypatch, capsys, name
-):
-    spoil, message = BROKEN_MODELS[name]
-    broken = write_tokenizer(write_model(tmp_path / "broken"))
-    tensors = load_file(broken / "model.safetensors")
-    spoil(tensors)
-    save_file(tensors, broken / "model.safetensors")
-    words = arguments(broken, pairs, tmp_path / "l.jsonl", *ONE)
-    assert message in error_of(script, words, monkeypatch, capsys)
-    assert not (tmp_path / "l.jsonl").exists()
-
-
-@pytest.mark.parametrize("name", ["hidden_size", "rope_theta", "num_hidden_layers", "vocab_size"])
-def test_a_config_without_sense_is_one_line_by_its_file(
-    folder, pairs, tmp_path, monkeypatch, capsys, name
-):
-    broken = write_tokenizer(tmp_path / "broken")
-    for value in (10**30, 10**400, -1, [], "x"):
-        write_config(broken, **{name: value})
-        words = arguments(broken, pairs, tmp_path / "l.jsonl")
-        line = error_of(script, words, monkeypatch, capsys)
-        assert line.startswith(f"error: {broken}/config.json: {name}")
-    with pytest.raises(ValueError, match=name):
-        ModelConfig.from_file(broken)
-
-
-@pytest.mark.parametrize("task", ["rationale", "translation", "paraphrase", "answer"])
-def test_an_odd_row_is_one_line_with_its_place_or_gives_a_ledger_that_can_be_read(
-    folder, tmp_path, monkeypatch, capsys, task
-):
-    file = tmp_path / "odd.jsonl"
-    for seed in range(25):
-        file.write_text(f"{json.dumps(PAIRS[0])}\n{odd_row(1000 + seed)}\n")
-        out = tmp_path / f"{seed}.jsonl"
-        words = arguments(folder, file, out, "--task", task, "--max-new-tokens", 2)
-        line = last_line(script, words, monkeypatch, capsys)
-        if line:
-            assert line.startswith(f"error: {file}:2: ")
-            assert not out.exists()
-        else:
-            assert len(read_rows([out])) == 2
-
-
-def test_a_second_process_with_the_same_out_is_told_so_and_the_first_goes_on(
-    folder, pairs, wanted, tmp_path, monkeypatch
-):
-    out = tmp_path / "l.jsonl"
-    words = arguments(folder, pairs, out, *CUE, *ONE)
-    ledger_row = script.ledger_row
-    ended = []
-
-    def meanwhile(*args):
-        if not ended:
-            before = contents(tmp_path)
-            command = [sys.executable, SCRIPT, *words]
-            ended.append(subprocess.run(command, capture_output=True, text=True))
-            assert contents(tmp_path) == before
-        return ledger_row(*args)
-
-    monkeypatch.setattr(script, "ledger_row", meanwhile)
-    main(parser().parse_args(words))
-    assert ended[0].returncode == 2
-    assert ended[0].stderr.startswith(f"error: {out}: another process")
-    assert ended[0].stderr.count("\n") == 1
-    assert out.read_bytes() == wanted
-    assert not list(tmp_path.glob("*.lock"))
-
-
-def test_a_lock_is_gone_with_its_process_whatever_became_of_the_file(folder, pairs, tmp_path):
-    out = tmp_path / "l.jsonl"
-    (tmp_path / "l.jsonl.lock").write_text("")  # as a kill leaves it
-    run(folder, pairs, out)
-    with data.lock(out):
-        with pytest.raises(ValueError, match="another process"):
-            run(folder, pairs, out)
-    run(folder, pairs, out)
+def test_weights_of_another_tokenizer_blame_the_model(place):
+    place.model = write_tokenizer(write_model(place.path / "model", vocab_size=300))
+    assert place.error().startswith(f"error: {place.model}: ")
