@@ -185,12 +185,13 @@ class Encoder:
         require(same, row.where, fault)
         own = row.tokenizer == self.tokenizer.hash
         unedited = own and self.holds_text(row)
-        if unedited and self.tokenizer.chat_option is None:
+        same_chat = row.chat == self.tokenizer.chat_option
+        if unedited and same_chat and row.chat is None:
             return row.prompt_ids
         prompt = self.tokenizer.chat(messages, where=row.where)
         if own:
-            same = prompt == row.prompt_ids if unedited else row.chat == self.tokenizer.chat_option
-            require(same, row.where, "its prompt was made with another --chat; give that, or none")
+            fault = f"its prompt was made with --chat {row.chat or 'auto'}; give that"
+            require(prompt == row.prompt_ids if unedited else same_chat, row.where, fault)
         return prompt
 
     def holds_text(self, row: Row) -> bool:
@@ -371,7 +372,7 @@ class Tokenizer:
         self.files = {}  # name -> bytes, as they were read: what an export must hold
         templates = self.folder.glob("additional_chat_templates/*.jinja")
         for file in [*map(self.folder.joinpath, TOKENIZER_FILES), *sorted(templates)]:
-            if file.exists():
+            if os.path.lexists(file):
                 self.files[str(file.relative_to(self.folder))] = file.read_bytes()
         where = self.folder / "tokenizer_config.json"
         config = self.read_json("tokenizer_config.json")
@@ -382,6 +383,7 @@ class Tokenizer:
             require(not config.get(name), where, fault)
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
+        self.check_vocabulary()
         self.added = self.read_added_tokens(config, where)  # text -> AddedToken
         self.variables = self.read_named_tokens(config, where)  # of a template
         self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
@@ -417,6 +419,16 @@ class Tokenizer:
         proto = self.files["tokenizer.model"].hex()
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
 
+    def with_chat_of(self, rows: list[Row]) -> "Tokenizer":
+        """With the --chat NAME that ledger rows were written with, unless another was given."""
+        chats = {row.chat: row for row in rows if row.tokenizer == self.hash}
+        if self.chat_option is not None or {None: 0}.keys() >= chats.keys():
+            return self
+        for chat, row in chats.items():
+            one = len(chats) == 1 and chat in NAMES
+            require(one, row.where, "its prompt was made with a --chat FILE, or others; give that")
+        return Tokenizer(self.folder, chat)
+
     def read_json(self, name) -> dict:
         return read_object(self.folder / name) if name in self.files else {}
 
@@ -447,18 +459,22 @@ class Tokenizer:
                 added[piece] = AddedToken(id)
             elif id in defined and "▁" not in piece:  # SentencePiece finds those by itself
                 added[piece] = AddedToken(id, special=False)
-        listed = read_field(config, "added_tokens_decoder", dict, where, None)
-        if listed is None:  # older files count only then, as in transformers
-            listed = {}
+        listed = {}  # id -> FILE, fields
+        if config.get("added_tokens_decoder") is not None:
+            for number, fields in read_field(config, "added_tokens_decoder", dict, where).items():
+                listed[number] = (where, fields)
+        else:  # older files count only then, as in transformers
+            file = self.folder / "added_tokens.json"
             for text, id in self.read_json("added_tokens.json").items():
-                listed[str(id)] = {"content": text}
-            for fields in read_field(
-                self.read_json("tokenizer.json"), "added_tokens", list, where, []
-            ):
-                require(isinstance(fields, dict), where, "an added token must be an object")
-                listed[str(fields.get("id"))] = fields
-        for number, fields in listed.items():
-            place = f"{where}: added token {number[:20]}"
+                require(str(id) not in listed, file, f"two tokens have the id {id}")
+                listed[str(id)] = (file, {"content": text})
+            file = self.folder / "tokenizer.json"
+            saved = self.read_json(file.name)
+            for fields in read_field(saved, "added_tokens", list, file, []):
+                require(isinstance(fields, dict), file, "an added token must be an object")
+                listed[str(fields.get("id"))] = (file, fields)
+        for number, (file, fields) in listed.items():
+            place = f"{file}: added token {number[:20]}"
             number = re.fullmatch(r"[0-9]{1,9}", number)
             require(number and isinstance(fields, dict), place, "must be an object with an id")
             id = int(number[0])
@@ -477,6 +493,15 @@ class Tokenizer:
             flags["special"] |= known.special
             added[text] = AddedToken(id, **flags)
         return added
+
+    def check_vocabulary(self):
+        """Raises UserError where tokenizer.json has other pieces than tokenizer.model."""
+        file = self.folder / "tokenizer.json"
+        vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab", {})
+        pieces = vocab.items() if isinstance(vocab, dict) else []
+        for piece, id in pieces:
+            same = type(id) is int and (id >= self.size or self.sp.id_to_piece(id) == piece)
+            require(same, file, f"{piece!r} has the id {id}, in tokenizer.model another has it")
 
     def read_named_tokens(self, config, where) -> dict[str, str]:
         """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
@@ -539,6 +564,9 @@ class Tokenizer:
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
+            tags = re.findall(r"<\|im_\w+\|>", FORMATS[chat])
+            fault = f"the vocabulary lacks {tags}; choose another"
+            require(self.added.keys() >= set(tags), f"--chat {chat}", fault)
             space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
@@ -565,12 +593,17 @@ class Tokenizer:
     @functools.cached_property
     def end_id(self) -> int:
         """The token that ends an answer: what the template writes after one, else EOS."""
-        if self.template is not None:
-            talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-            after = self.render(talk, "chat template", False).rpartition("y")[2]
-            for part in self.split(after, GUARDS[0]):
+        mark = GUARDS[1]
+        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+        for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
+            try:
+                text = self.render(messages, self.folder, False) if self.template else ""
+            except UserError:
+                continue
+            for part in self.split(text.partition(mark)[2], GUARDS[0]):
                 if isinstance(part, int):
                     return part
+            break
         fault = "has no eos_token, and the chat template ends no answer; name one"
         require(self.eos_id is not None, self.folder / "tokenizer_config.json", fault)
         return self.eos_id
@@ -586,15 +619,14 @@ class Tokenizer:
         return self.encode_parts(self.break_up(text, guard), guard, within)
 
     def break_up(self, text, guard):
-        """The text with `guard` after the first character of each control token in it."""
-        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
-        return guard.join(text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)]))
+        """The text with `guard` before each control token in it, by which it is known as text."""
+        return self.control_pattern.sub(guard, text)
 
     def split(self, text, guard):
         """The ids of the added tokens in a text, and the texts between them."""
         start = 0
         for match in self.split_pattern.finditer(text):
-            if text.startswith(guard, match.end()):  # a control token of one character, broken up
+            if text[: match.start()].endswith(guard):
                 continue
             yield text[start : match.start()]
             yield self.split_ids[match.lastindex - 1]
@@ -612,11 +644,11 @@ class Tokenizer:
             sp = self.sp if space else self.sp_within
             encoded = sp.encode(part.replace(guard, ""))
             if not self.control.isdisjoint(encoded):
-                # SentencePiece itself finds control tokens: encode what they are broken up into
+                # SentencePiece itself finds control tokens: cut each after its first character
                 encoded = []
-                for piece in part.split(guard):
+                for piece in re.split(f"{guard}(.)", part, flags=re.DOTALL):
                     encoded += sp.encode(piece)
-                    sp = self.sp_within
+                    sp = self.sp_within if piece else sp
             for id in encoded:
                 # one character can't be broken up: it is spelled in bytes
                 ids += self.spell(id) if id in self.control else [id]
@@ -980,6 +1012,7 @@ def read_ledger_fields(row: Row, fields):
         setattr(row, name, read_field(fields, name, kind, where))
     for name in ID_FIELDS:
         check_ids(getattr(row, name), 2**31, where)
+    require(row.prompt_ids, where, '"prompt_ids" is empty; write the row again by generate.py')
     for name, values in {"finish": FINISHES, "status": STATUSES}.items():
         known = getattr(row, name) in values
         require(known, where, f'"{name}" must be {" or ".join(values)}')
@@ -991,7 +1024,9 @@ def read_template(value: str | None) -> str | None:
     """--template: a text that has {source}, else the file that holds one."""
     if value is None:
         return None
-    text = utf8_text(value) if "{source}" in value else read_text(value).removesuffix("\n")
+    text = utf8_text(value)
+    if "{source}" not in value and Path(value).is_file():
+        text = read_text(value).removesuffix("\n")
     unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
     fault = "must have {source}, and nothing in braces but {source_lang} and {target_lang}"
     require("{source}" in text and not unknown, f"--template {value[:60]}", fault)
@@ -1243,8 +1278,8 @@ def print_example(example, tokenizer):
 
 
 def main(args):
-    tokenizer = Tokenizer(args.model, args.chat)
     rows = read_rows(args.data, args.direction)
+    tokenizer = Tokenizer(args.model, args.chat).with_chat_of(rows)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
     print_statistics(rows, examples, args.max_length)

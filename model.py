@@ -132,9 +132,9 @@ class ModelConfig:
 
 
 def read_rope(raw, path):
-    """Returns the fields about RoPE that config.json has in an object of their own."""
+    """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
     scaling = read_field(raw, "rope_scaling", dict, path, {})
-    parameters = read_field(raw, "rope_parameters", dict, path, {})  # of transformers 5
+    parameters = read_field(raw, "rope_parameters", dict, path, {})
     rope = scaling | parameters
     agree = scaling in ({}, rope) and parameters in ({}, rope)
     require(agree, path, '"rope_scaling" contradicts "rope_parameters"; remove the wrong one')
@@ -346,10 +346,10 @@ class Transformer(nn.Module):
         With `shared`, of `data.share`, tokens are [1, U], and B and T are those of the rows.
         """
         T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
-        masked = positions is not None
-        if not masked:
+        window = self.config.sliding_window
+        masked = positions is not None or (window is not None and T > window)
+        if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
-            masked = T > (self.config.sliding_window or T)
         positions = positions.contiguous()  # a compiled layer has a program for every stride
         cos, sin = rotary(self.config, positions)
         mask = None
@@ -496,7 +496,7 @@ def list_weights(folder):
     Raises UserError if a file is missing, or if two contradict each other.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        fault = "adapters are not supported; merge it into the weights, or remove its files"
+        fault = "an adapter is not supported; merge it into the weights, or remove its files"
         require(not (folder / name).exists(), folder / name, fault)
     single = folder / "model.safetensors"
     index = folder / INDEX
@@ -540,9 +540,8 @@ def find_weights(folder, parameters):
         faults += [f"{x}: in {file.name} and in another file" for x in names & stored.keys()]
         stored |= {name: content.get_slice(name) for name in names}
     expected = dict(parameters)
-    if (
-        HEAD in stored and HEAD not in parameters
-    ):  # tied: the embedding under another name, or twice
+    tied = HEAD in stored and HEAD not in parameters
+    if tied:  # the embedding is stored as head, or as both
         expected[HEAD] = parameters[EMBEDDING]
         stored.setdefault(EMBEDDING, stored[HEAD])
     for name in sorted(expected.keys() | stored.keys()):
@@ -564,15 +563,14 @@ def load_weights(parameters, folder):
     for name, p, tensor in find_weights(folder, parameters):
         local, start = local_rows(p)
         values = tensor[start : start + len(local)]
+        fault = f"{name} must hold finite floating-point numbers; download it again"
+        require(values.dtype in FLOATS, folder, fault)
         if name in parameters:
             local.copy_(values)
-            finite = values.dtype in FLOATS and local.isfinite().all()
-            require(
-                finite, folder, f"{name} has values that are no finite floats; download it again"
-            )
         else:
-            fault = f"{name} differs from {EMBEDDING}, but config.json has tie_word_embeddings true"
-            require(local.equal(values.to(local)), folder, fault)
+            differs = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+            require(local.equal(values.to(local)), folder, differs)
+        require(local.isfinite().all(), folder, fault)
 
 
 def save_weights(parameters, folder, dtype):
@@ -656,10 +654,9 @@ def read_field(fields: dict, name: str, kind: type, where, default=...):
     if value is None:
         require(default is not ..., where, f'"{name}" is missing; it must be {KINDS[kind]}')
         return default
-    kinds = (int, float) if kind is float else (kind,)
-    fault = f'"{name}" must be {KINDS[kind]}, found {quote(value)}'
-    require(type(value) in kinds, where, fault)
-    return value
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise UserError(f'{where}: "{name}" must be {KINDS[kind]}, found {quote(value)}')
 
 
 def quote(value):

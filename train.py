@@ -28,7 +28,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,7 +53,6 @@ FREE = """resume out micro_batch_size save_every export_every valid valid_every 
     activation_checkpointing model teacher config tokenizer data versions""".split()
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 CHUNK = 2**25  # numbers of a loss in float32, on a GPU: 128 MiB a tensor
-REPEAT_S = 2  # a Ctrl-C within this time is the same one, passed on by torchrun
 
 # 1. The joint loss and the step
 
@@ -66,9 +64,9 @@ def loss_sums(model, teacher, batch):
     )  # [N, V]: only where there is loss
     soft_targets = logits.new_empty(0, logits.shape[1])
     if teacher:
-        places = batch.places[batch.references :]
+        rationales = batch.places[batch.references :]
         with torch.no_grad():
-            soft_targets = teacher(batch.tokens, places, shared=batch.shared)
+            soft_targets = teacher(batch.tokens, rationales, shared=batch.shared)
     losses = TokenLosses.apply(logits, batch.targets, soft_targets).double()  # [N]
     return losses[: batch.references].sum(), losses[batch.references :].sum()
 
@@ -191,24 +189,25 @@ def batch_of(examples, step, batch_size, seed):
     epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
-    start = i * batch_size
-    return [examples[j] for j in order[start : start + batch_size].tolist()]
+    batch = order[i * batch_size : (i + 1) * batch_size]
+    return [examples[j] for j in batch.tolist()]
 
 
 def micro_batches(examples, size):
     """This rank's micro-batches of at most `size` rows of similar length.
 
-    Every rank has as many, since all take part in every reduction; some may be empty.
+    All ranks have equally many, since all take part in every reduction; some may be empty.
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
     rows = sorted(examples, key=len, reverse=True)
     parts = []
     for start in range(0, len(rows), size * world_size):
-        together = rows[start : start + size * world_size]
-        # a snake, so that no rank has the longest row of every round: 0 1 2 2 1 0 0 1 2
-        back = 2 * world_size - 1 - rank
-        parts.append(together[rank :: 2 * world_size] + together[back :: 2 * world_size])
+        part = rows[start : start + size * world_size]
+        # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
+        parts.append(
+            part[rank :: 2 * world_size] + part[2 * world_size - 1 - rank :: 2 * world_size]
+        )
     return parts
 
 
@@ -332,10 +331,9 @@ def record(line, out):
 
 def checkpoint_tensors(model, optimizer):
     """The tensors of a checkpoint: the weights, and both moments of Adam."""
-    tensors = {}
-    for name, p in model.named_parameters():
-        tensors[name] = p
-        for moment in MOMENTS:
+    tensors = dict(model.named_parameters())
+    for moment in MOMENTS:
+        for name, p in model.named_parameters():
             tensors[f"{moment}.{name}"] = optimizer.state[p][moment]
     return tensors
 
@@ -393,7 +391,6 @@ def export(model, tokenizer, folder, dtype):
             file.write_bytes(content)
             flush_to_disk(file)
     model.save_pretrained(folder, dtype)
-    dist.barrier()
 
 
 def settings_of(args, examples):
@@ -415,17 +412,13 @@ def settings_of(args, examples):
 
 @contextmanager
 def noted_signals():
-    """SIGTERM and Ctrl-C are noted, and end the run after its step.
-
-    They may come twice, from a scheduler or a terminal and from torchrun. A later Ctrl-C ends the
-    run at once.
-    """
-    noted = {}  # number -> when it came first
+    """SIGTERM and Ctrl-C are noted, and end the run after its step; a second Ctrl-C at once."""
+    noted = []
 
     def note(number, _):
-        since = noted.setdefault(number, time.monotonic())
-        if number == signal.SIGINT and time.monotonic() - since > REPEAT_S:
+        if number == signal.SIGINT and number in noted:
             os._exit(128 + number)
+        noted.append(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -472,13 +465,15 @@ def run(args, device, out, tokenizer, examples, valid, noted):
 
     # 2. the steps
     steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
-    count = sum(p.numel() for p in model.parameters())
-    say(f"{count:,} parameters on {dist.get_world_size()} x {device.type}, {steps} steps")
+    say(f"{steps} steps on {dist.get_world_size()} x {device.type}")
     warmup_steps = args.warmup_steps
     if warmup_steps is None:
         warmup_steps = math.ceil(0.03 * steps)
-    settings = {"micro_batch_size": args.micro_batch_size, "weight": args.rationale_weight}
-    compute_loss = partial(joint_loss, model, teacher, **settings)
+
+    def compute_loss(examples, backward=False):
+        size = args.micro_batch_size
+        return joint_loss(model, teacher, examples, size, args.rationale_weight, backward)
+
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
         validate(compute_loss, model, valid, 0, out)
@@ -510,7 +505,7 @@ def run(args, device, out, tokenizer, examples, valid, noted):
 
 def main(args):
     # 1. processes; a rank waits while others write the checkpoint of a large model
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # lengths vary
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
     _, _, device = start_processes(timedelta(hours=2))
 
     # 2. the data: mistakes are found before any weight is read
@@ -526,8 +521,10 @@ def main(args):
     coverage = args.rationale_coverage if args.rationale_weight else 0
     template = data.read_template(args.template)
     encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    reading = {"directions": args.direction, "encoder": encoder, "config": config}
-    read = partial(read_examples, **reading, max_length=args.max_length)
+
+    def read(files):
+        return read_examples(files, args.direction, encoder, config, args.max_length)
+
     examples = read(args.data)
     valid = {name: read([file]) for name, file in named_files(args.valid).items()}
     gc.freeze()  # or every collection would visit all ids

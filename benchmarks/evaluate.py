@@ -1,9 +1,9 @@
-"""Choices by evaluate.py against each (prompt, choice) pair alone, as most scripts do it.
+"""Choices scored by evaluate.py, compared with one forward pass per (prompt, choice) pair.
 
     python benchmarks/evaluate.py --model DIR --choice piqa.jsonl bbh.jsonl --limit 60
 
-Prints the seconds of both in float32 on the CPU, how many times as fast evaluate.py is, and the
-largest difference of a log-likelihood. The pairs alone go through transformers.
+Prints the seconds of both in float32 on the CPU, their ratio, and the largest difference of a
+log-likelihood. The single passes are those of transformers.
 """
 
 import argparse
@@ -17,57 +17,56 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import evaluate  # noqa: E402
-from data import Encoder, Tokenizer  # noqa: E402
-from model import Transformer, start_processes  # noqa: E402
+from model import Transformer  # noqa: E402
 
 
-def score_alone(model, row: dict) -> list[float]:
-    """log P of each ending of `row`, each with a forward pass of its own."""
-    found = []
-    for ending in row["endings"]:
-        ids = torch.tensor([row["ids"] + ending])
+def score_alone(model, question) -> list[float]:
+    """log P of each ending, by one forward pass each."""
+    scores = []
+    for ending in question.endings:
+        ids = torch.tensor([question.prompt + ending])
         logits = model(ids[:, :-1]).logits[0, -len(ending) :]
         logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(ending)[:, None])
-        found.append(logprobs.sum().item())
-    return found
+        scores.append(logprobs.sum().item())
+    return scores
 
 
-def score_together(model: Transformer, row: dict) -> list[float]:
-    return evaluate.score_choices(model, row["ids"], row["endings"])
+def score_together(model: Transformer, question) -> list[float]:
+    _, scores = evaluate.score_endings(model, question)
+    return scores
 
 
-def timed(score, model, rows: list[dict]) -> tuple[float, list[float]]:
+def timed(score, model, questions) -> tuple[float, list[float]]:
     """Seconds, and all log-likelihoods in their order."""
     start = time.perf_counter()
-    found = []
-    for row in rows:
-        found += score(model, row)
-    return time.perf_counter() - start, found
+    scores = []
+    for question in questions:
+        scores += score(model, question)
+    return time.perf_counter() - start, scores
 
 
 @torch.inference_mode()
 def main(args: argparse.Namespace):
-    start_processes()
-    options = ["--model", args.model, "--out", "unused", "--choice", *args.choice]
-    if args.limit:
-        options += ["--limit", str(args.limit)]
-    options = evaluate.parser().parse_args(options)
-    tests = evaluate.read_tests(options, Encoder(Tokenizer(args.model)))
+    words = ["--model", args.model, "--choice", *args.choice]
+    options = evaluate.parser().parse_args(words)
+    subject = evaluate.read_subject(options)
+    tests = evaluate.read_tests(vars(options), subject, args.limit)
     ours = Transformer.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
     totals = [0.0, 0.0]
     largest = 0.0
-    for key, rows in tests.items():
-        timed(score_together, ours, rows[:1])  # once, unmeasured: the first call of either is slow
-        timed(score_alone, theirs, rows[:1])
-        together, found = timed(score_together, ours, rows)
-        alone, wanted = timed(score_alone, theirs, rows)
-        largest = max([largest, *(abs(a - b) for a, b in zip(found, wanted))])
-        times = f"{together:.1f} s; alone {alone:.1f} s: {alone / together:.2f} times"
-        print(f"{key}: {len(rows)} questions, {times}", flush=True)
+    for (_, test), questions in tests.items():
+        timed(score_together, ours, questions[:1])  # the first call of either is slow
+        timed(score_alone, theirs, questions[:1])
+        together, scores = timed(score_together, ours, questions)
+        alone, expected = timed(score_alone, theirs, questions)
+        differences = [abs(a - b) for a, b in zip(scores, expected)]
+        largest = max(largest, *differences)
+        times = f"{together:.1f} s together, {alone:.1f} s alone, ratio {alone / together:.2f}"
+        print(f"{test}: {len(questions)} questions, {times}", flush=True)
         totals[0] += together
         totals[1] += alone
-    print(f"all: {totals[1] / totals[0]:.2f} times as fast, largest difference {largest:.1e}")
+    print(f"all: ratio {totals[1] / totals[0]:.2f}, largest difference {largest:.1e}")
 
 
 if __name__ == "__main__":

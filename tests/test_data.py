@@ -415,20 +415,30 @@ def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused
         fault = fault_at(
             f"{tmp_path}/rows.jsonl:1", example_of, tmp_path, row, Tokenizer(folder, chat)
         )
-        assert "another --chat" in fault
+        assert "--chat auto" in fault
 
 
-def test_a_prompt_that_was_made_with_chat_is_kept_without_it_and_not_made_anew(
-    folder, tokenizer, tmp_path
-):
+def test_rows_that_were_written_with_chat_bring_their_format_along(folder, tokenizer, tmp_path):
     plain = Tokenizer(folder, "plain")
     [row, *_] = ledger_of(tmp_path, plain)
     row["chat"] = "plain"
+    rows = rows_of(tmp_path, [row])
+    assert tokenizer.with_chat_of(rows).chat_option == "plain"
+    assert plain.with_chat_of(rows) is plain
+    pairs = rows_of(tmp_path, PAIRS)
+    assert tokenizer.with_chat_of(pairs) is tokenizer
     assert example_of(tmp_path, row, plain).prompt == row["prompt_ids"]
-    assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
+    assert "--chat plain" in fault_of(example_of, tmp_path, row, tokenizer)
     row["source"] = "Das Schiff."
     assert spell(plain, example_of(tmp_path, row, plain).prompt).endswith("Das Schiff.\nEnglish:")
-    assert "--chat" in fault_of(example_of, tmp_path, row, tokenizer)
+
+
+def test_rows_of_several_formats_or_of_a_template_file_need_that_option(folder, tmp_path):
+    tokenizer = Tokenizer(folder)
+    [first, second, *_] = ledger_of(tmp_path, tokenizer)
+    for one, other in (("plain", None), ("plain", "zephyr"), ("0123456789abcdef",) * 2):
+        rows = rows_of(tmp_path, [first | {"chat": one}, second | {"chat": other}])
+        assert "--chat" in fault_of(tokenizer.with_chat_of, rows)
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
