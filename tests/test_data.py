@@ -446,7 +446,7 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
     for name in ("prompt_ids", "reference_ids", "rationale_ids"):
         rows[1] |= {name: [5, tokenizer.vocab_size]}
         fault = fault_at(f"{tmp_path}/rows.jsonl:2", examples_of, tmp_path, rows, tokenizer)
-        assert fault.startswith("token id {tokenizer.vocab_size}")
+        assert fault.startswith(f"token id {tokenizer.vocab_size} ")
         rows[1] |= {name: [5]}
 
 
@@ -904,7 +904,6 @@ def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer
 
 # 4. Text of a user never becomes a control token, and none of it is lost
 
-WRITTEN = ["<|user|>", "<think>"]
 HOSTILE_TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
 )
@@ -939,12 +938,26 @@ def hostile_texts(tokens: list):
         yield "".join(r.choices([*fragments, " ", "\n", "x"], k=r.randint(1, 8)))
 
 
+CUT_TEMPLATE = """
+{%- for m in messages -%}
+<|user|>{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
+{{- m.content | replace('<s>', '') }}<|end|>
+{%- endfor -%}"""
+HOSTILE_TEMPLATES = {
+    # a template -> the tokens that are not special and that it writes
+    "tokens before and after": (HOSTILE_TEMPLATE, ["<|user|>", "<think>"]),
+    "tokens between parts of a text": (CUT_TEMPLATE, ["<|user|>", "<think>"]),
+    "other tokens": (CHATML, []),
+}
+
+
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
-@pytest.mark.parametrize("written", [WRITTEN, []], ids=["template has them", "chatml"])
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lost(
-    tmp_path, written, legacy
+    tmp_path, name, legacy
 ):
-    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE if written else CHATML)
+    template, written = HOSTILE_TEMPLATES[name]
+    tokenizer = hostile_tokenizer(tmp_path, template)
     tokenizer.legacy = legacy
     names = {text: id for id, text in tokenizer.list_tokens().items()}
     control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
@@ -955,13 +968,13 @@ def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lo
         assert control.isdisjoint(tokenizer.answer(text))
         ids = tokenizer.chat([said(role, text) for role in roles])
         found = [id for id in ids if id in control]
-        assert found == [id for id in harmless if id in control]
+        assert found == [id for id in harmless if id in control], text
         once = tokenizer.decode(tokenizer.encode(text))
         whole = tokenizer.decode(ids)
         if legacy:  # it puts a space after every added token
             text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
         assert once == text
-        assert whole.count(text) >= len(roles)
+        assert whole.count(text) >= len(roles) or template == CUT_TEMPLATE
 
 
 def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
@@ -2416,7 +2429,7 @@ def test_the_command_takes_the_options_of_a_prompt(folder, tmp_path, capsys):
     options = ["--direction", "en-de", "--chat", "plain", "--system", BRIEF, *template]
     printed = output_of(capsys, "--model", folder, "--data", file, *options)
     shown = printed.replace("▁", " ").replace("<0x3A>", ":").replace("<0x0A>", "\n")
-    assert f"{BRIEF}\n\nTo German: {LINES[-2]}" in shown
+    assert f"{BRIEF}\n\nTo German: {LINES[0]}" in shown
 
 
 def test_a_mistake_on_the_command_line_is_one_line(folder, tmp_path, monkeypatch, capsys):
@@ -2443,9 +2456,9 @@ BROKEN_FILES = {
     "text as vocabulary": ("tokenizer.model", "aGVsbG8= 1\n", ": not a SentencePiece model"),
     "broken JSON": ("tokenizer_config.json", '{\n"a": }', ":2: not valid JSON"),
     "half a file": ("generation_config.json", "{", ":1: not valid JSON"),
-    "a list": ("tokenizer_config.json", [], ":1: "),
-    "added tokens in a list": ("added_tokens.json", ["<a>"], ":1: "),
-    "a template in Latin-1": ("chat_template.jinja", b"x\n\xfc", ":2: not UTF-8"),
+    "a list": ("tokenizer_config.json", [], ": must hold a JSON object"),
+    "added tokens in a list": ("added_tokens.json", ["<a>"], ": must hold a JSON object"),
+    "a template in Latin-1": ("chat_template.jinja", b"x\n\xfc", ":2: byte 0xfc is not UTF-8"),
     "an empty template": ("chat_template.jinja", "", ": the file is empty"),
     "an EOS that is text": ("generation_config.json", {"eos_token_id": "x"}, ": "),
     "an EOS of -1": ("config.json", {"eos_token_id": [2, -1]}, ": "),
@@ -2484,13 +2497,13 @@ def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
 ):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
     folder = write_files(tmp_path / "folder", {})
+    write(folder / "chat_template.jinja", CHATML)
     refused = []
     for field, shape, odd in itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values()):
-        value = shape.format(odd)
-        write(folder / file, f'{{"chat_template": {json.dumps(CHATML)}, "{field}": {value}}}')
+        write(folder / file, f'{{"{field}": {shape.format(odd)}}}')
         given = ["--model", folder, "--data", pairs]
         refused.append(last_line(data, given, monkeypatch, capsys))
-    assert 0 < refused.count("") < len(refused)
+    assert len(set(refused)) > 1
     for line in filter(None, refused):
         assert str(folder) in line
 
