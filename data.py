@@ -1078,7 +1078,7 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
             if known[0]:
                 require_same(file, (defaults or {}) | read_object(file), settings, free)
             else:
-                write_text(file, json.dumps(MARK | settings, indent=2))
+                write_text(file, json.dumps(MARK | settings, indent=2, ensure_ascii=False))
         dist.broadcast_object_list(known)
         yield known[0]
     finally:

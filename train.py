@@ -48,20 +48,13 @@ from model import (
     start_processes,
 )
 
-# settings that change speed, memory or what is written; of files, hashes are compared
-FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
-    activation_checkpointing model teacher config tokenizer data versions""".split()
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-CHUNK = 2**25  # numbers of a loss in float32, on a GPU: 128 MiB a tensor
-
 # 1. The joint loss and the step
 
 
 def loss_sums(model, teacher, batch):
-    """The losses of a batch, summed over the references y and over the rationales r."""
-    logits = model(
-        batch.tokens, batch.places, shared=batch.shared
-    )  # [N, V]: only where there is loss
+    """Returns the losses of a batch, summed over the references y and over the rationales r."""
+    # [N, V], only where there is loss: first the references, then the rationales
+    logits = model(batch.tokens, batch.places, shared=batch.shared)
     soft_targets = logits.new_empty(0, logits.shape[1])
     if teacher:
         rationales = batch.places[batch.references :]
@@ -72,7 +65,10 @@ def loss_sums(model, teacher, batch):
 
 
 def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=False):
-    """Metrics of the joint loss of `examples`, split among the ranks; `backward` adds gradients."""
+    """Returns the joint loss of `examples`, which all ranks share, as metrics.
+
+    With `backward`, its gradient is added to that of the parameters.
+    """
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
@@ -101,7 +97,7 @@ def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=Fals
 
 
 def cross_entropy(logits, targets):
-    """-log P of each target [n] under logits [n, V], and its gradient [n, V]."""
+    """Returns -log P of each target [n] under logits [n, V], and its gradient [n, V]."""
     log_probs = logits.float().log_softmax(-1)
     targets = targets[:, None]
     losses = -log_probs.gather(1, targets)  # [n, 1]
@@ -111,7 +107,7 @@ def cross_entropy(logits, targets):
 
 
 def kl_divergence(logits, teacher_logits):
-    """KL(teacher || model) in each row [n] of logits [n, V], and its gradient [n, V]."""
+    """Returns KL(teacher || model) for each row of logits [n, V], and its gradient [n, V]."""
     log_probs = logits.float().log_softmax(-1)
     teacher_log_probs = teacher_logits.float().log_softmax(-1)
     teacher_probs = teacher_log_probs.exp()
@@ -119,10 +115,13 @@ def kl_divergence(logits, teacher_logits):
     return losses, log_probs.exp() - teacher_probs
 
 
+CHUNK = 2**25  # numbers of a loss in float32 on a GPU: 128 MiB a tensor
+
+
 class TokenLosses(torch.autograd.Function):
     """The loss of each supervised token [N], from logits [N, V], in float32.
 
-    The last M are learned from a teacher's logits [M, V], the others from targets [N]. The
+    The last M have soft targets, a teacher's logits [M, V]; the others have targets [N]. The
     gradient overwrites the logits, the largest tensor of a step, a few rows at a time. Autograd
     allows it: the linear layer keeps no output, and nothing else reads the logits.
     """
@@ -142,7 +141,7 @@ class TokenLosses(torch.autograd.Function):
 
 
 def in_chunks(loss, logits, targets):
-    """The losses of a few rows at a time, whose gradient overwrites the logits."""
+    """Returns the losses, a few rows at a time; their gradient overwrites the logits."""
     size = max(64, CHUNK // logits.shape[1]) if logits.is_cuda else 16
     losses = []
     for x, target in zip(logits.split(size), targets.split(size)):
@@ -153,11 +152,15 @@ def in_chunks(loss, logits, targets):
 
 
 def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
-    """One optimizer step -> its metrics. Raises UserError, and changes nothing, if it has a NaN."""
+    """Takes an optimizer step and returns its metrics.
+
+    Raises UserError before any weight changes if the loss or its gradient is not finite.
+    """
+    start = time.perf_counter()
     line = compute_loss(examples, backward=True)
-    parameters = model.parameters()
+    limit = max_grad_norm or math.inf
     # foreach: by default DTensors are scaled one by one
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf, foreach=True)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
     norm = norm.full_tensor().item()
     ids = [example.id for example in examples]
     fault = f"loss {line['loss']}, gradient norm {norm}; lower --learning-rate, or check these rows"
@@ -166,26 +169,31 @@ def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return line | {"learning_rate": rate, "grad_norm": norm}
+    return line | {
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "seconds": time.perf_counter() - start,
+        "memory_gib": memory_gib(),
+    }
 
 
 @torch.no_grad()
 def validate(compute_loss, model, valid, step, out):
-    """Records the loss on each set of `valid`."""
+    """Records the loss on each validation set."""
     for name, examples in valid.items():
         line = compute_loss(examples)
         line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
         record(line, out)
         say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
     for module in (model, model.model["layers"][-1]):
-        module.reshard()  # only a backward pass would do it
+        module.reshard()  # as a backward pass would
 
 
 # 2. The order of the examples, and the learning rate
 
 
 def batch_of(examples, step, batch_size, seed):
-    """The examples of `step` (from 0); the order of an epoch depends on seed and epoch alone."""
+    """Returns the examples of `step` (from 0), in an order that depends on seed and epoch alone."""
     epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
@@ -194,9 +202,9 @@ def batch_of(examples, step, batch_size, seed):
 
 
 def micro_batches(examples, size):
-    """This rank's micro-batches of at most `size` rows of similar length.
+    """Returns this rank's micro-batches: at most `size` rows of similar length each.
 
-    All ranks have equally many, since all take part in every reduction; some may be empty.
+    Every rank has the same number, since all take part in every reduction; some may be empty.
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
@@ -212,7 +220,9 @@ def micro_batches(examples, size):
 
 
 def learning_rate(step, steps, peak, warmup_steps, schedule):
-    """The rate of `step` (from 0) of `steps`: linear warm-up to `peak`, then the schedule."""
+    """Returns the rate of `step` (from 0): linear warm-up to `peak`, then the schedule."""
+    if warmup_steps is None:
+        warmup_steps = math.ceil(0.03 * steps)
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     after = step - warmup_steps
@@ -227,17 +237,39 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     return peak * factors[schedule]
 
 
+def count_steps(examples, args):
+    """The optimizer steps of a run over so many examples."""
+    in_epoch = math.ceil(examples / args.batch_size)
+    return args.max_steps or math.ceil(args.epochs * in_epoch)
+
+
 def is_due(step, every):
-    """Whether something that is done every few steps (0: never) is done after this one."""
+    """Returns whether what is done every `every` steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
 
 
-def read_examples(files, directions, encoder, config, max_length):
-    """The examples in `files`; rows that are too long are dropped whole, and counted."""
+def read_data(args, config):
+    """Returns the tokenizer, the examples of --data, and those of each set of --valid."""
+    rows = data.read_rows(args.data, args.direction)
+    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    examples = make_examples(rows, " ".join(args.data), encoder, config, args.max_length)
+    valid = {}
+    for name, file in named_files(args.valid).items():
+        rows = data.read_rows([file], args.direction)
+        valid[name] = make_examples(rows, file, encoder, config, args.max_length)
+    return tokenizer, examples, valid
+
+
+def make_examples(rows, name, encoder, config, max_length):
+    """Returns the examples of the rows of `name`; too long ones are dropped whole, and counted."""
     max_length = min(max_length, config.max_position_embeddings)
     examples = []
     dropped = Counter()
-    for row in data.read_rows(files, directions):
+    for row in rows:
         example = encoder.example(row)
         if example.dropped:
             dropped[f"rationales ({example.dropped})"] += 1
@@ -248,9 +280,9 @@ def read_examples(files, directions, encoder, config, max_length):
         else:
             examples.append(example)
     counts = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
-    say(f"{' '.join(files)}: {len(examples)} examples; dropped: {counts}")
+    say(f"{name}: {len(examples)} examples; dropped: {counts}")
     fault = f"no row has a target and at most {max_length} tokens (--max-length)"
-    require(examples, files[0], fault)
+    require(examples, name, fault)
     largest = max(max(example.tokens) for example in examples)
     fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
@@ -258,7 +290,7 @@ def read_examples(files, directions, encoder, config, max_length):
 
 
 def named_files(items):
-    """`[NAME=]FILE` ... -> files by name; without NAME it is the file's, without its ending."""
+    """Returns a dict of the items `[NAME=]FILE`; the default name is the file's, without suffix."""
     named = {}
     for item in items:
         name, _, file = item.partition("=")
@@ -274,11 +306,10 @@ def named_files(items):
 # 3. The model, in shards
 
 
-def make_sharded(source, dtype, device, compiled, frozen=False):
-    """A model without weights yet, of which each rank will hold a part.
+def make_sharded(source, dtype, compiled, frozen=False):
+    """Returns a model without values; each rank holds a shard of every parameter.
 
-    It computes in `dtype`, and has weights and gradients in float32; a `frozen` one, a teacher, has
-    weights in `dtype`.
+    It computes in `dtype`. Parameters and gradients are float32, those of a frozen model `dtype`.
     """
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_file(source))
@@ -288,17 +319,18 @@ def make_sharded(source, dtype, device, compiled, frozen=False):
         model.compile_layers()
     # keep cos and sin in float32: FSDP casts the inputs of every layer by default
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    _, world_size, device = start_processes()
+    mesh = dist.init_device_mesh(device.type, (world_size,))
     layers = model.model["layers"]
     for module in [*layers, model]:
-        # where the backward pass begins, parameters would be gathered again at once
+        # the backward pass begins with these: they would be gathered again at once
         reshard = frozen or module not in (layers[-1], model)
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     return model.to_empty(device=device)
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW; norms are not decayed."""
+    """Returns AdamW without weight decay for the norms."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -308,6 +340,11 @@ def make_optimizer(model, weight_decay):
 
 # 4. What a run writes
 
+# settings that change speed, memory or what is written; of files, hashes are compared
+FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
+    activation_checkpointing model teacher config tokenizer data versions""".split()
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+
 
 def say(text):
     """Prints from rank 0."""
@@ -316,7 +353,7 @@ def say(text):
 
 
 def from_first_rank(value):
-    """The value of rank 0: the ranks may see different states of a shared folder."""
+    """Returns the value of rank 0: ranks may see different states of a shared folder."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -330,7 +367,7 @@ def record(line, out):
 
 
 def checkpoint_tensors(model, optimizer):
-    """The tensors of a checkpoint: the weights, and both moments of Adam."""
+    """Returns the tensors of a checkpoint: the weights, and both moments of Adam."""
     tensors = dict(model.named_parameters())
     for moment in MOMENTS:
         for name, p in model.named_parameters():
@@ -339,9 +376,9 @@ def checkpoint_tensors(model, optimizer):
 
 
 def save_checkpoint(model, optimizer, out, step):
-    """Writes a checkpoint that any number of ranks can read; it appears whole or not at all.
+    """Writes a checkpoint, with the metrics so far, and removes the previous one.
 
-    It holds the metrics up to its step, too, and takes the place of the one before.
+    Any number of ranks can load it. It appears whole or not at all.
     """
     folder = out / "checkpoint" / f"step-{step}"
     temporary = folder.with_suffix(".tmp")
@@ -355,7 +392,7 @@ def save_checkpoint(model, optimizer, out, step):
 
 
 def remove_checkpoints(out, kept=None):
-    """Removes all checkpoints but `kept`, and nothing that somebody else has put there."""
+    """Removes all checkpoints except `kept`, and nothing else that is in their folder."""
     for folder in out.glob("checkpoint/step-*"):
         if folder != kept and re.fullmatch(r"step-\d+(\.tmp)?", folder.name):
             shutil.rmtree(folder)
@@ -364,7 +401,7 @@ def remove_checkpoints(out, kept=None):
 
 
 def load_checkpoint(model, optimizer, out):
-    """Restores the newest whole checkpoint -> its step, 0 where there is none."""
+    """Loads the newest complete checkpoint and returns its step, 0 if there is none."""
     names = [folder.name.removeprefix("step-") for folder in out.glob("checkpoint/step-*")]
     step = from_first_rank(max((int(name) for name in names if name.isdecimal()), default=0))
     folder = out / "checkpoint" / f"step-{step}"
@@ -382,9 +419,9 @@ def load_checkpoint(model, optimizer, out):
 
 
 def export(model, tokenizer, folder, dtype):
-    """Writes a model folder with the tokenizer's files; config.json comes last: it is complete."""
+    """Writes a model folder with the tokenizer's files; config.json, the last one, completes it."""
     if is_first_rank():
-        (folder / "config.json").unlink(missing_ok=True)  # of an export before the run was resumed
+        (folder / "config.json").unlink(missing_ok=True)  # the run was resumed
         for name, content in tokenizer.files.items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -394,7 +431,7 @@ def export(model, tokenizer, folder, dtype):
 
 
 def settings_of(args, examples):
-    """The content of args.json; of data and weights hashes are compared, not the paths."""
+    """Returns the content of args.json. Of data and weights it has hashes, which are compared."""
     data_hash = data.short_hash([vars(example) for example in examples])
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, data_hash)
@@ -412,7 +449,10 @@ def settings_of(args, examples):
 
 @contextmanager
 def noted_signals():
-    """SIGTERM and Ctrl-C are noted, and end the run after its step; a second Ctrl-C at once."""
+    """Yields the signals so far: SIGTERM or Ctrl-C end the run after its step.
+
+    A second Ctrl-C ends it at once.
+    """
     noted = []
 
     def note(number, _):
@@ -429,7 +469,7 @@ def noted_signals():
 
 
 def memory_gib():
-    """The peak so far: on a GPU what PyTorch has reserved, on a CPU the whole process."""
+    """Returns the peak so far: on a GPU of what PyTorch reserves, on a CPU of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -447,11 +487,11 @@ def print_step(line, steps):
     say(f"{line['step']:6}/{steps}  {losses}  {rate}  {cost}")
 
 
-def run(args, device, out, tokenizer, examples, valid, noted):
-    """Trains from the newest checkpoint in `out` to the end, or until a signal is noted."""
+def run(args, out, tokenizer, examples, valid, noted):
+    """Trains from the newest checkpoint in `out` to the last step, or until a signal comes."""
     # 1. model, teacher and optimizer
     dtype = getattr(torch, args.dtype)
-    model = make_sharded(args.model or args.config, dtype, device, args.compile)
+    model = make_sharded(args.model or args.config, dtype, args.compile)
     model.activation_checkpointing = args.activation_checkpointing
     if args.model:
         load_weights(dict(model.named_parameters()), args.model)
@@ -459,16 +499,13 @@ def run(args, device, out, tokenizer, examples, valid, noted):
         model.initialize(args.seed)
     teacher = None
     if args.teacher:
-        teacher = make_sharded(args.teacher, dtype, device, args.compile, frozen=True)
+        teacher = make_sharded(args.teacher, dtype, args.compile, frozen=True)
         load_weights(dict(teacher.named_parameters()), args.teacher)
     optimizer = make_optimizer(model, args.weight_decay)
 
     # 2. the steps
-    steps = args.max_steps or math.ceil(args.epochs * math.ceil(len(examples) / args.batch_size))
-    say(f"{steps} steps on {dist.get_world_size()} x {device.type}")
-    warmup_steps = args.warmup_steps
-    if warmup_steps is None:
-        warmup_steps = math.ceil(0.03 * steps)
+    steps = count_steps(len(examples), args)
+    say(f"{steps} steps on {dist.get_world_size()} x {model.device.type}")
 
     def compute_loss(examples, backward=False):
         size = args.micro_batch_size
@@ -478,12 +515,11 @@ def run(args, device, out, tokenizer, examples, valid, noted):
     if done == 0:
         validate(compute_loss, model, valid, 0, out)
     for step in range(done + 1, steps + 1):
-        start = time.perf_counter()
         batch = batch_of(examples, step - 1, args.batch_size, args.seed)
-        rate = learning_rate(step - 1, steps, args.learning_rate, warmup_steps, args.schedule)
+        schedule = (steps, args.learning_rate, args.warmup_steps, args.schedule)
+        rate = learning_rate(step - 1, *schedule)
         line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
-        cost = {"seconds": time.perf_counter() - start, "memory_gib": memory_gib()}
-        line = {"step": step} | line | cost
+        line = {"step": step} | line
         record(line, out)
         print_step(line, steps)
         if step == steps or is_due(step, args.valid_every):
@@ -506,27 +542,18 @@ def run(args, device, out, tokenizer, examples, valid, noted):
 def main(args):
     # 1. processes; a rank waits while others write the checkpoint of a large model
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
-    _, _, device = start_processes(timedelta(hours=2))
+    start_processes(timedelta(hours=2))
 
     # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
     fault = "give --model, or --config and --tokenizer"
     require(one and args.tokenizer, "train.py", fault)
+    require(args.epochs > 0, "--epochs", "must be above 0")
     config = ModelConfig.from_file(args.model or args.config)
-    tokenizer = Tokenizer(args.tokenizer, args.chat)
+    tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    # at weight 0 the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-
-    def read(files):
-        return read_examples(files, args.direction, encoder, config, args.max_length)
-
-    examples = read(args.data)
-    valid = {name: read([file]) for name, file in named_files(args.valid).items()}
     gc.freeze()  # or every collection would visit all ids
 
     # 3. the folder, of which no other process has the lock
@@ -540,7 +567,7 @@ def main(args):
         if from_first_rank((out / "config.json").exists()):
             say(f"{out}: this run is finished")
         else:
-            run(args, device, out, tokenizer, examples, valid, noted)
+            run(args, out, tokenizer, examples, valid, noted)
         if is_first_rank():
             remove_checkpoints(out)
 

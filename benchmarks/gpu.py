@@ -227,8 +227,8 @@ def sampler_gap(model: Transformer, prompts: list[list[int]]) -> float:
     """How far the sampler's log-probabilities are from those of a pass without a cache, at most."""
     gap = 0.0
     sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
-    how = Sampling(16, batch_size=3)  # the fourth takes a slot that is free
-    for sequence in sample(model, sequences, how):
+    # the fourth takes a slot that is free
+    for sequence in sample(model, sequences, Sampling(16), batch_size=3):
         ids = sequence.ids
         tokens = torch.tensor([sequence.prompt + ids], device=device())
         logits = model(tokens)[0, len(sequence.prompt) - 1 : -1].float()
@@ -268,8 +268,8 @@ def measure_sampling(s, name: str, config: ModelConfig):
 def seconds_of_wave(model: Transformer, prompts: list[list[int]], batch: int, n: int) -> float:
     """Seconds of `batch` rows. The first of three waves is left out: it makes the CUDA graphs."""
     sequences = [Sequence(i, prompt) for i, prompt in enumerate(prompts)]
-    how = Sampling(n, temperature=1.0, batch_size=batch)
-    ends = [time.perf_counter() for _ in sample(model, sequences, how)]
+    sampling = Sampling(n, temperature=1.0)
+    ends = [time.perf_counter() for _ in sample(model, sequences, sampling, batch_size=batch)]
     return (ends[-1] - ends[batch - 1]) / 2
 
 
@@ -313,10 +313,10 @@ def their_step(s, model, forward, optimizer, batch: list[Example]) -> list[Examp
     size = s.micro // 2  # more: no room
     for first in range(0, len(batch), size):
         part = batch[first : first + size]
-        tokens, (_, same), places, targets = collate(part, device())
-        tokens = tokens[0][same]  # [B, T]
+        made = collate(part, device())
+        tokens = made.tokens[0][made.shared.token_at]  # [B, T]
         labels = torch.full_like(tokens, -100)
-        labels.view(-1)[places] = targets
+        labels.view(-1)[made.places] = made.targets
         # pads stand on the right, so causality keeps them out: a mask would only cost time
         inputs = {"input_ids": tokens, "labels": labels, "shift_labels": labels}
         half = s.dtype == torch.bfloat16

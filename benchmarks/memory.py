@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
 import train  # noqa: E402
-from data import Encoder, Example, Tokenizer  # noqa: E402
+from data import Example  # noqa: E402
 from model import ModelConfig, Transformer, require, start_processes  # noqa: E402
 
 # hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size
@@ -159,11 +159,8 @@ def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
     """Prints what the data is -> its largest micro-batch, as one rank would cut it."""
     source = args.tokenizer or args.model
     require(source, "memory.py", "--data needs --model, or --config with --tokenizer")
-    tokenizer = Tokenizer(source, args.chat)
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    examples = train.read_examples(args.data, args.direction, encoder, config, args.max_length)
+    args.tokenizer = source
+    _, examples, _ = train.read_data(args, config)
     in_epoch = math.ceil(len(examples) / args.batch_size)
     parts = []
     for step in range(in_epoch):
@@ -172,7 +169,7 @@ def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
     tokens = sum(map(len, examples))
     computed = [data.collate(part).tokens.numel() for part in parts]
     supervised = sum(len(example.reference) + len(example.rationale) for example in examples)
-    steps = args.max_steps or math.ceil(args.epochs * in_epoch)
+    steps = train.count_steps(len(examples), args)
     print(
         f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {sum(computed):,} are "
         f"computed ({1 - sum(computed) / tokens:.1%} fewer: what rows share counts once); "

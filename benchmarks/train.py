@@ -26,7 +26,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import bounds  # noqa: E402
 
 import train  # noqa: E402
-from data import Tokenizer  # noqa: E402
 from model import ModelConfig, start_processes  # noqa: E402
 
 
@@ -119,8 +118,10 @@ def read_batches(args: argparse.Namespace, place: Path) -> list[list]:
     given = ["--model", str(args.model), "--data", str(args.data), "--out", str(place)]
     settings = train.parser().parse_args([*given, "--batch-size", str(args.batch_size)])
     config = ModelConfig.from_file(Path(args.model) / "config.json")
-    examples = train.read_examples(settings.data, settings, Tokenizer(args.model), config)
-    return [train.batch_of(examples, step, settings) for step in range(args.steps)]
+    settings.tokenizer = settings.model
+    _, examples, _ = train.read_data(settings, config)
+    size = settings.batch_size
+    return [train.batch_of(examples, step, size, settings.seed) for step in range(args.steps)]
 
 
 def count_work(config: ModelConfig, batches: list[list]) -> tuple[int, float]:

@@ -1,11 +1,7 @@
-"""RaDis in plain PyTorch, a row at a time: what generate.py and train.py must equal.
+"""RaDis in plain PyTorch, a row at a time: generate.py and train.py must equal it.
 
-    write_rationale(model, prompt, reference, cue, eos_ids, max_new_tokens, temperature, seed, id)
-        -> (rationale, "eos" or "length")
-    train_step(model, teacher, optimizer, examples, weight, max_grad_norm) -> (loss, gradient norm)
-
-model(tokens [1, T]) -> logits [1, T, V]; so does `teacher`, or it is None. Prompt, reference,
-rationale and cue are lists of token ids; an example is (prompt, reference, rationale) with EOS.
+`model` and `teacher` map tokens [1, T] to logits [1, T, V]. Prompt, reference, rationale and cue
+are lists of token ids; an example is (prompt, reference, rationale), with EOS where it belongs.
 """
 
 import torch
@@ -16,14 +12,15 @@ from generate import exponential_noise, noise_key
 
 @torch.no_grad()
 def write_rationale(model, prompt, reference, cue, eos_ids, max_new_tokens, temperature, seed, id):
-    """Step 1: prefill the reference; the continuation is the rationale."""
+    """Step 1: prefill the reference; the model's continuation is the rationale."""
     rationale = list(cue)
+    key = torch.tensor([noise_key(seed, id)])
     for count in range(max_new_tokens):
-        logits = model(torch.tensor([prompt + reference + rationale]))[0, -1]  # [V]
+        tokens = torch.tensor([prompt + reference + rationale])
+        logits = model(tokens)[0, -1]  # [V]
         if temperature > 0:  # the argmax of logits and Gumbel noise is a sample
-            key = torch.tensor([noise_key(seed, id)])
-            noise = exponential_noise(key, torch.tensor([count]), len(logits))[0]
-            logits = logits / temperature - noise.log()
+            noise = exponential_noise(key, torch.tensor([count]), len(logits))
+            logits = logits / temperature - noise[0].log()
         token = logits.argmax().item()
         if token in eos_ids:
             return rationale, "eos"
@@ -32,21 +29,23 @@ def write_rationale(model, prompt, reference, cue, eos_ids, max_new_tokens, temp
 
 
 def joint_loss(model, teacher, examples, weight):
-    """Step 2: the losses of references, and `weight` times those of rationales, over all tokens."""
+    """Step 2: losses of references, plus `weight` times those of rationales, over all tokens."""
     total = 0.0
     count = 0
     for prompt, reference, rationale in examples:
         tokens = torch.tensor([prompt + reference + rationale])
-        answer = slice(len(prompt) - 1, -1)  # logits at t predict token t + 1
-        log_probs = model(tokens)[0, answer].log_softmax(-1)  # [y + r, V]
-        losses = F.nll_loss(log_probs, tokens[0, len(prompt) :], reduction="none")
+        places = slice(len(prompt) - 1, -1)  # logits at t predict token t + 1
+        log_probs = model(tokens)[0, places].log_softmax(-1)  # [y + r, V]
+        answer = tokens[0, len(prompt) :]
+        losses = F.nll_loss(log_probs, answer, reduction="none")
         y, r = losses.split([len(reference), len(rationale)])
         if teacher is not None:
             with torch.no_grad():
-                target = teacher(tokens)[0, answer].log_softmax(-1)
-            r = F.kl_div(log_probs, target, reduction="none", log_target=True)[len(y) :]
+                target = teacher(tokens)[0, places].log_softmax(-1)
+            kl = F.kl_div(log_probs, target, reduction="none", log_target=True)
+            r = kl[len(reference) :]  # [r, V]
         total = total + y.sum() + weight * r.sum()
-        count += len(losses)
+        count += len(answer)
     return total / count
 
 
