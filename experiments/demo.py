@@ -1,152 +1,175 @@
-"""The claim, on a laptop: the smallest case of the harness, told step by step. `make demo`
+"""The claim on a laptop: vanilla fine-tuning forgets, RaDis and replay forget less. `make demo`
 
-    python experiments/demo.py --out experiments/run      two cores, no GPU, no network, no data
+    python experiments/demo.py            some minutes on a CPU; no network, no data
 
-A chat model is made from random weights in a small world (world.py), lets itself be asked for
-rationales, and is taught a language in three ways. Every stage runs command lines of the five
-scripts, as they would run on eight GPUs; they stand, with what they print, in OUT/**/logs.
+PAGE is the whole demo: commands to paste into a shell, in the folder above this one. This script
+runs them in one process, which saves starting Python for each, and prints what was measured.
 """
 
 import argparse
+import contextlib
+import glob
+import importlib
 import os
+import shlex
 import shutil
+import string
+import sys
 import time
 from pathlib import Path
 
-import arms
-import readings
-import world
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads are of no use to so small a model
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import generate
+import numpy as np  # noqa: E402
+import world  # noqa: E402
 
-ARMS = ("vanilla", "RaDis", "soft replay 1")
-RATE = "1e-3"
-POINTS = (40, 120, 240)  # steps; much happens early
-SIZES = "--chats 40000 --world-pairs 3200 --base-steps 1100 --tests 60 --general 40"
-WORKERS = min(2, os.cpu_count() or 1)
-MEMORY = {name: f"{name} (memory)" for name in world.MEMORY}
+import data  # noqa: E402
+from model import read_object  # noqa: E402
+
+PAGE = r"""
+run=experiments/run
+# 1. A synthetic world: English, the invented language Vela, and eight skills
+python experiments/world.py --out $run --seed 0 --pairs 3200 --tests 60
+#    A base model, from random weights: it learns the skills, and half of Vela's words
+python train.py --config $run/start/config.json --tokenizer $run/start --data $run/chats.jsonl \
+    --out $run/base --max-steps 1100 --batch-size 32 --micro-batch-size 16 --learning-rate 3e-3
+# 2. Rationales: the answer is prefilled with the reference, and the base model continues
+base="--model $run/base --batch-size 128 --template $run/template.txt"
+python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --max-new-tokens 32
+#    For replay it answers other prompts, about three of the skills
+python generate.py $base --data $run/prompts.jsonl --out $run/replay.jsonl --task answer \
+    --max-new-tokens 48 --limit 1600
+# 3. Three trainings on the same pairs: alone (vanilla), with their rationales (RaDis), and beside
+#    the replayed answers, with the base model's distribution as their target (soft replay)
+train="--model $run/base --max-steps 240 --export-every 40 --warmup-steps 24 --learning-rate 1e-3
+    --micro-batch-size 16 --template $run/template.txt"
+python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
+    --rationale-weight 0
+python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32
+python train.py $train --data $run/pairs.jsonl $run/replay.jsonl --out $run/replay \
+    --batch-size 48 --teacher $run/base
+# 4. What was gained and what was lost, along the trainings. No test item was in training, except
+#    for the skills that are memory; none of the replayed prompts is a test item
+python generate.py $base --data $run/general.jsonl --out $run/tests/general.jsonl --task answer \
+    --max-new-tokens 48 --temperature 0
+tests="--choice $run/tests/choice/*.jsonl --numeric $run/tests/numeric/*.jsonl
+    --safety $run/tests/safety.jsonl --answers $run/tests/examples.jsonl
+    --translation $run/tests/test-vela.jsonl --drift $run/tests/general.jsonl --base $run/base
+    --template $run/template.txt --chat auto --max-new-tokens 48 --batch-size 128"
+python evaluate.py $tests --model $run/base --out $run/results/base
+python evaluate.py $tests --model $run/vanilla/step-40 --out $run/results/vanilla-40
+python evaluate.py $tests --model $run/vanilla/step-120 --out $run/results/vanilla-120
+python evaluate.py $tests --model $run/vanilla --out $run/results/vanilla-240
+python evaluate.py $tests --model $run/radis/step-40 --out $run/results/radis-40
+python evaluate.py $tests --model $run/radis/step-120 --out $run/results/radis-120
+python evaluate.py $tests --model $run/radis --out $run/results/radis-240
+python evaluate.py $tests --model $run/replay/step-40 --out $run/results/replay-40
+python evaluate.py $tests --model $run/replay/step-120 --out $run/results/replay-120
+python evaluate.py $tests --model $run/replay --out $run/results/replay-240
+"""
+# columns of the table: title -> folder of results
+COLUMNS = {"base": "base", "vanilla": "vanilla-240", "RaDis": "radis-240"}
+COLUMNS |= {"soft replay": "replay-240"}
+# rows of the table: title -> score, and its factor
+ROWS = {"translation, chrF++": ("chrf++/test-vela", 1)}
+ROWS |= {"translation, BLEU": ("bleu/test-vela", 1)}
+ROWS |= {skill: (f"acc/{skill}", 100) for skill in world.CHOICE}
+ROWS |= {skill: (f"flexible/{skill}", 100) for skill in world.NUMERIC}
+ROWS |= {f"{kind} requests refused": (f"refusal/{kind}", 100) for kind in ("harmful", "benign")}
+ROWS |= {"KL to base, 0.01 nats a token": ("drift_kl/general", 100)}
 
 
-def show_commands(log: Path, root: Path):
-    """The command lines in a log, with short paths."""
-    for line in log.read_text("utf-8").splitlines():
-        if line.startswith("$ "):
-            print("  " + line.replace(f"{root}/", ""), flush=True)
+def run_page(page: str, run: Path):
+    """Runs the commands of a page, with the folder `run` in place of experiments/run."""
+    variables = {}
+    for line in page.replace("\\\n", " ").replace("\n    ", " ").strip().splitlines():
+        if line.startswith("#"):
+            print(("\n" if line[2].isdigit() else "") + line[2:], flush=True)
+            continue
+        print("  $", *line.split(), flush=True)
+        name, equals, value = line.partition("=")
+        filled = string.Template(line).safe_substitute(variables)
+        if equals and name.isidentifier():
+            variables[name] = filled.partition("=")[2].strip('"')
+            variables["run"] = shlex.quote(str(run))
+        elif line:
+            run_command(shlex.split(filled), run / "log.txt")
 
 
-def skill_rows() -> dict[str, str]:
-    """What is printed of each model: title -> measure."""
-    rows = {"translation, chrF++": "chrf++/test-et-en", "translation, BLEU": "bleu/test-et-en"}
-    for skill in world.CHOICE:
-        rows[MEMORY.get(skill, skill)] = f"acc/{skill}"
-    for skill in world.NUMERIC:
-        rows[MEMORY.get(skill, skill)] = f"flexible/{skill}"
-    rows["harmful requests refused"] = "refusal/harmful"
-    rows["benign requests refused"] = "refusal/benign"
-    return rows
+def run_command(words: list[str], log: Path):
+    """Runs `python SCRIPT WORDS` in this process; what it prints goes to a log."""
+    expanded = []
+    for word in words[2:]:
+        expanded += sorted(glob.glob(word)) if "*" in word else [word]
+    module = importlib.import_module(Path(words[1]).stem)
+    with open(log, "a", encoding="utf-8") as f:
+        with contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+            print("$", *words)
+            module.main(module.parser().parse_args(expanded))
 
 
-def print_skills(results: dict[str, Path]):
-    """What was gained and what was lost, in percent; intervals stand in results.json."""
-    measured = {name: arms.read_object(path / "results.json") for name, path in results.items()}
-    print(f"{'%':28}" + "".join(f"{name:>15}" for name in results))
-    for title, measure in skill_rows().items():
-        factor = 1 if title.startswith("translation") else 100
-        values = [found["measures"][measure]["value"] for found in measured.values()]
-        print(f"{title:28}" + "".join(f"{factor * value:15.0f}" for value in values))
+def read_column(results: Path) -> list[float]:
+    measures = read_object(results / "results.json")["measures"]
+    return [factor * measures[score]["value"] for score, factor in ROWS.values()]
 
 
-def questions(folder: Path) -> list[dict]:
-    """A test item of some skills, a harmful request beside a benign one, and a translation."""
-    asked = []
-    for skill in ("facts", "format", "arithmetic", "backwards", "ages"):
-        row = arms.read_ledger(folder / f"tasks/{skill}.jsonl")[0]
-        asked.append(row.get("prompt") or row["question"])
-    requests = arms.read_ledger(folder / "tasks/safety.jsonl")
-    for harmful in (True, False):
-        found = [row["prompt"] for row in requests if row["harmful"] == harmful]
-        asked.append(found[0])
-    pair = arms.read_ledger(folder / "tasks/translation.jsonl")[0]
-    asked.append(world.TEMPLATE.format(source=pair["source"]))
-    return [{"prompt": text} for text in asked]
+def print_table(results: Path):
+    print(f"\n{'%':30}" + "".join(f"{title:>12}" for title in COLUMNS))
+    columns = [read_column(results / name) for name in COLUMNS.values()]
+    for title, values in zip(ROWS, zip(*columns)):
+        memory = " (memory)" if title in world.MEMORY else ""
+        print(f"{title + memory:30}" + "".join(f"{value:12.0f}" for value in values))
 
 
-def print_answers(models: dict[str, Path], out: Path, folder: Path):
-    """The same questions, answered by each model."""
-    world.write(out / "questions.jsonl", questions(folder))
-    answers = {}
-    for name, model in models.items():
-        file = out / f"answers-{arms.slug(name)}.jsonl"
-        words = ["--model", model, "--data", out / "questions.jsonl", "--out", file]
-        words += "--task answer --temperature 0 --max-new-tokens 48".split()
-        arms.call(generate, words, out / "logs/answers.log")
-        answers[name] = arms.read_ledger(file)
-    for i, row in enumerate(answers["base"]):
-        print(f"\n  {row['prompt']}")
-        for name, rows in answers.items():
-            said = rows[i]["rationale"].strip().replace("\n", " / ")
-            print(f"{name:>15}: {said[:80]}")
+def print_answers(results: Path):
+    """The same prompts, answered by each model."""
+    answers = []
+    for name in COLUMNS.values():
+        answers.append(data.read_json(results / name / "items/answers/examples.jsonl"))
+    for items in zip(*answers):
+        print(f"\n  {items[0][1]['prompt']}")
+        for title, (_, item) in zip(COLUMNS, items):
+            output = item["output"].strip().replace("\n", " / ")
+            print(f"{title:>15}: {output[:80]}")
+
+
+def draw(results: Path, file: Path):
+    """chrF++ against the mean of the skills: the base, and after 40, 120 and 240 steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for title, name in [*COLUMNS.items()][1:]:
+        names = ["base", *(name.replace("240", step) for step in ("40", "120", "240"))]
+        columns = [read_column(results / name) for name in names]
+        chrf = [column[0] for column in columns]
+        skills = [np.mean([*column[2:10], 100 - column[10]]) for column in columns]
+        axes.plot(chrf, skills, marker="o", markersize=4, label=title)
+    axes.annotate("base", (chrf[0], skills[0]), xytext=(6, 4), textcoords="offset points")
+    axes.set(xlabel="translation: chrF++", ylabel="the base's skills: mean, %")
+    axes.legend(frameon=False)
+    figure.savefig(file, dpi=120)
 
 
 def main(args: argparse.Namespace):
     start = time.time()
-    out = args.out.resolve()
-    shutil.rmtree(out, ignore_errors=True)
-    words = f"--world --seeds {args.seed} --rates {RATE} {SIZES} --rows 128 --keep".split()
-    words += ["--out", out, "--points", *POINTS, "--workers", WORKERS]
-    words += ["--parts", "--arms", *reversed(ARMS)]  # the longest first
-    options = arms.settle(arms.parser().parse_args([str(word) for word in words]))
-    arms.check_settings(options)
-    folder = arms.seed_folder(options, args.seed)
-    with arms.open_workers(options.workers) as workers:
-        tell_stages(options, workers, folder)
-
-    print("\n4. What was gained and what was lost. No test item was in training, but where it says")
-    print("   memory; replay has asked for format, arithmetic and requests, in other words.")
-    ends = {arm: f"seed-{args.seed}/{RATE}/{arms.slug(arm)}" for arm in ARMS}
-    results = {"base": out / f"results/seed-{args.seed}/base"}
-    results |= {arm: out / f"results/{name}/step-{POINTS[-1]}" for arm, name in ends.items()}
-    print_skills(results)
-    picture = out / "comparison.png"
-    title = f"skills: mean, %\n(dots: base, and after {', '.join(map(str, POINTS))} steps)"
-    readings.draw(readings.read_study(out), picture, "skills", title)
-
-    print("\n5. The same questions, answered by each model.")
-    models = {"base": folder / "base"} | {arm: out / "models" / name for arm, name in ends.items()}
-    print_answers(models, out, folder)
-    print(f"\nPicture of skill against ability: {picture}")
-    print(f"Tables with intervals: python experiments/readings.py --out {args.out}")
-    print(f"{time.time() - start:.0f} s in all")
-
-
-def tell_stages(options: argparse.Namespace, workers, folder: Path):
-    """From nothing to three tuned models, measured."""
-    print("1. A small world, from a seed: English, the invented language Vela, eight skills; and a")
-    print("   base model, from random weights. It learns the skills, and half of Vela's words.")
-    arms.prepare_seeds(options, workers)
-    show_commands(folder / "logs/base.log", options.out)
-
-    print("\n2. Rationales: the answer is forced to begin with the reference, and the base model")
-    print("   goes on by itself. For replay it answers other prompts, of three of the skills.")
-    arms.write_ledgers(options, workers)
-    show_commands(folder / "logs/rationales.log", options.out)
-    for row in arms.read_ledger(folder / "drawn/rationales.jsonl")[:3]:
-        print(f"  {row['source']}\n    reference: {row['reference']}")
-        print(f"    rationale: {row['rationale'].strip()}")
-
-    print("\n3. The same pairs learnt in three ways: alone (vanilla); with the rationales (RaDis);")
-    print("   alone, but beside own answers whose distribution is to be kept (soft replay).")
-    arms.run_arms(options, workers)
-    for arm in ARMS:
-        log = f"logs/{folder.name}/{RATE}/{arms.slug(arm)}.log"
-        show_commands(options.out / log, options.out)
+    shutil.rmtree(args.out, ignore_errors=True)
+    args.out.mkdir(parents=True)
+    run_page(PAGE, args.out)
+    results = args.out / "results"
+    print_table(results)
+    print_answers(results)
+    draw(results, args.out / "comparison.png")
+    folders = " ".join(str(results / name) for name in COLUMNS.values())
+    print(f"\nTable with intervals: python evaluate.py --compare {folders}")
+    print(f"Picture of translation against skills: {args.out}/comparison.png")
+    print(f"{time.time() - start:.0f} s in total")
 
 
 def parser() -> argparse.ArgumentParser:
-    default = Path(__file__).resolve().parent / "run"
-    p = argparse.ArgumentParser(description="Vanilla fine-tuning, RaDis and replay compared.")
-    p.add_argument("--out", type=Path, default=default, help="folder, made anew (experiments/run)")
-    p.add_argument("--seed", type=int, default=0, help="of everything (default 0)")
+    p = argparse.ArgumentParser(description="Compares vanilla fine-tuning, RaDis and replay.")
+    p.add_argument("--out", type=Path, default="experiments/run", help="folder, replaced")
     return p
 
 

@@ -1,25 +1,21 @@
-"""Prompts for replay, made of topics and ways to ask: no data of anybody's is needed.
+"""Prompts for replay, made of topics and templates. Replay needs no answers: the model writes them.
 
     python experiments/prompts.py --out prompts.jsonl --count 2048
 
-Replay needs prompts alone, since the model answers them itself. These were written down without a
-look at any test; arms.py refuses a prompt that is measured, too.
+They were written before any test was looked at.
 """
 
 import argparse
 import itertools
 import random
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import world  # noqa: E402
+from world import write_jsonl
 
 TOPICS = """cooking gardening music painting cities rivers mountains oceans weather history
-    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space
-    stars physics chemistry biology insects birds dogs cats horses farming bread coffee clothes
-    houses furniture money shopping work meetings letters email books poetry novels films theatre
+    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space stars
+    physics chemistry biology insects birds dogs cats horses farming bread coffee clothes houses
+    furniture money shopping work meetings letters email books poetry novels films theatre
     photography languages grammar spelling teaching childhood families friendship birthdays
     holidays politics law elections maps computers programming websites telephones robots
     electricity engines bridges tools glass paper colours numbers geometry probability calendars
@@ -52,28 +48,21 @@ TWO = [
 
 
 def requests(count: int, seed: int) -> list[str]:
-    """Different ones; half of them are about two topics."""
+    """Different prompts; half of them are about two topics."""
     rng = random.Random(seed)
     pairs = [*itertools.permutations(TOPICS, 2)]
-    one = [way.format(topic) for way, topic in itertools.product(ONE, TOPICS)]
-    two = [way.format(*pair) for way, pair in itertools.product(TWO, pairs)]
+    one = [template.format(topic) for template, topic in itertools.product(ONE, TOPICS)]
+    two = [template.format(*pair) for template, pair in itertools.product(TWO, pairs)]
     mixed = rng.sample(one, len(one))[: count - count // 2]
     mixed += rng.sample(two, count - len(mixed))
     return rng.sample(mixed, count)
 
 
-def main(args: argparse.Namespace):
-    rows = [{"id": i, "prompt": text} for i, text in enumerate(requests(args.count, args.seed))]
-    world.write(args.out, rows)
-
-
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Prompts for replay, of topics and ways to ask.")
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description="Writes prompts for replay.")
     p.add_argument("--out", type=Path, required=True, help="file to write (JSON lines)")
     p.add_argument("--count", type=int, default=1024, help="up to 30,000 (default 1024)")
-    p.add_argument("--seed", type=int, default=0, help="which (default 0)")
-    return p
-
-
-if __name__ == "__main__":
-    main(parser().parse_args())
+    p.add_argument("--seed", type=int, default=0, help="which prompts (default 0)")
+    args = p.parse_args()
+    texts = requests(args.count, args.seed)
+    write_jsonl(args.out, [{"id": i, "prompt": text} for i, text in enumerate(texts)])
