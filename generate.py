@@ -48,6 +48,7 @@ from model import (
     require,
     start_processes,
     write_text,
+    writing,
 )
 
 # a CJK character counts as a word
@@ -76,22 +77,21 @@ def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
     return Sequence(row.id, encoder.prompt(row) + reference + cue_ids, row.where, row=row)
 
 
-def write_rationale(sequence, encoder):
+def write_rationale(sequence: "Sequence", encoder: Encoder) -> Row:
     """All that follows the reference is the rationale: the cue, and what the model added."""
     row = sequence.row
     tokenizer = encoder.tokenizer
-    prompt = encoder.prompt(row)
     reference = tokenizer.answer(row.reference)
-    rationale = (sequence.prompt + sequence.ids)[len(prompt + reference) :]
-    return {
-        "rationale": tokenizer.decode_after(reference, rationale),
-        "prompt_ids": prompt,
-        "reference_ids": reference,
-        "rationale_ids": rationale,
-        "finish": sequence.finish,
-        "status": status_of(tokenizer.decode(sequence.ids)),
-        "logprob": sequence.mean_logprob(),
-    }
+    start = len(encoder.prompt(row) + reference)
+    rationale = (sequence.prompt + sequence.ids)[start:]
+    return replace(
+        row,
+        rationale=tokenizer.decode_after(reference, rationale),
+        reference_ids=reference,
+        rationale_ids=rationale,
+        finish=sequence.finish,
+        status=status_of(tokenizer.decode(sequence.ids)),
+    )
 
 
 def status_of(text: str) -> str:
@@ -120,27 +120,19 @@ def ask_for_rewrite(row, encoder, task):
 
 
 def write_rewrite(sequence, encoder, task):
-    """The original is kept, without a log-probability, where the model's text is unusable."""
+    """The model's own text is the reference; where it is unusable, the original stays."""
+    row = sequence.row
     tokenizer = encoder.tokenizer
-    original = sequence.row.reference
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
         text = text.strip().split("\n")[0]
         ids = tokenizer.answer(text)
     leaks = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
-    usable = text.strip() and sequence.finish == "eos" and not leaks
-    return {
-        "reference": text if usable else original,
-        "original": original,
-        "rationale": "",
-        "prompt_ids": encoder.prompt(sequence.row),
-        "reference_ids": ids if usable else tokenizer.answer(original),
-        "rationale_ids": [],
-        "finish": "eos",
-        "status": "ok",
-        "logprob": sequence.mean_logprob() if usable else None,
-    }
+    if not text.strip() or sequence.finish == "length" or leaks:
+        text = row.reference
+        ids = tokenizer.answer(text)
+    return replace(row, reference=text, reference_ids=ids, rationale_ids=[])
 
 
 def make_sequence(row, encoder, task, cue):
@@ -152,24 +144,28 @@ def make_sequence(row, encoder, task, cue):
 
 
 def ledger_row(sequence, encoder, task):
-    """The pair as it came, what the model wrote, and the options that made the prompt."""
-    row = sequence.row
+    """All that training needs to know. `logprob` is of what was sampled, whether used or not."""
     if task in REWRITES:
-        written = write_rewrite(sequence, encoder, task)
+        row = write_rewrite(sequence, encoder, task)
     else:
-        written = write_rationale(sequence, encoder)
-    reference = written.pop("reference", row.reference)
-    if row.messages is None:
-        pair = {name: getattr(row, name) for name in data.PAIR_FIELDS}
-        pair["reference"] = reference
-    elif len(row.messages) == 1:
-        pair = {"prompt": row.messages[0]["content"], "response": reference}
-    else:
-        pair = {"messages": [*row.messages, {"role": "assistant", "content": reference}]}
-    tokenizer = encoder.tokenizer
-    options = [tokenizer.chat_option, encoder.system, encoder.template]
-    given = {name: x for name, x in zip(data.PROMPT_FIELDS, options) if x is not None}
-    return {"id": row.id} | pair | written | {"tokenizer": tokenizer.hash} | given
+        row = write_rationale(sequence, encoder)
+    row.prompt_ids = encoder.prompt(sequence.row)
+    row.tokenizer = encoder.tokenizer.hash
+    row.chat = encoder.tokenizer.chat_option
+    row.system = encoder.system
+    row.template = encoder.template
+    fields = {name: value for name, value in vars(row).items() if value is not None}
+    del fields["where"]
+    if row.messages is not None:
+        del fields["messages"]
+        answer = fields.pop("reference")
+        if len(row.messages) == 1:
+            fields |= {"prompt": row.messages[0]["content"], "response": answer}
+        else:
+            fields["messages"] = [*row.messages, {"role": "assistant", "content": answer}]
+    logprob = sum(sequence.logprobs) / len(sequence.logprobs)
+    # further digits depend on the batch in which the row was computed
+    return fields | {"logprob": round(logprob, 3)}
 
 
 # 2. The sampler
@@ -234,10 +230,6 @@ class Sequence:
         elif len(self.ids) == max_new_tokens:
             self.finish = "length"
 
-    def mean_logprob(self):
-        # rounded: further digits depend on the batch in which the row was computed
-        return round(sum(self.logprobs) / len(self.logprobs), 3)
-
 
 @torch.inference_mode()
 def sample(
@@ -279,10 +271,9 @@ def sample(
         for b in reversed(range(len(running))):
             if running[b].finish:
                 yield running[b]
-                last = running.pop()
-                if b < len(running):  # the last one takes its row
-                    running[b] = last
-                    cache.move(len(running), b)
+                running[b] = running[-1]  # the last one takes its row
+                running.pop()
+                cache.move(len(running), b)
 
 
 def require_room(sequences, max_new_tokens, config, folder="the model"):
@@ -328,9 +319,9 @@ def read_prompts(model, cache, first, new, pick):
     """Reads the prompts of new sequences into the rows from `first` on, and picks a token each."""
     tokens, shared = data.share([sequence.prompt for sequence in new], model.device)
     B, T = shared.token_at.shape
-    last = [b * T + len(sequence.prompt) - 1 for b, sequence in enumerate(new)]  # in B * T
-    keys = [sequence.key for sequence in new]
-    last, keys = torch.tensor([last, keys], device=model.device)
+    # the last token of each prompt, as a place in B * T
+    inputs = [(b * T + len(sequence.prompt) - 1, sequence.key) for b, sequence in enumerate(new)]
+    last, keys = torch.tensor(inputs, device=model.device).unbind(1)
     logits = model(tokens, last, cache.view(slice(first, first + B), T), shared=shared)  # [B, V]
     return pick(logits, keys, torch.zeros_like(keys))
 
@@ -439,8 +430,8 @@ def exponential_noise(keys: Tensor, counts: Tensor, size: int) -> Tensor:
     rows = mix(keys.int() + counts.int() * -1640531535)
     rows = mix(rows + (keys >> 32).int())
     tokens = torch.arange(size, device=keys.device, dtype=torch.int32)
-    x = mix(rows[:, None] + tokens * -1640531535)
-    uniform = ((x >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # 2^-32 and up
+    x = mix(tokens * -1640531535 + rows[:, None])  # [N, size], contiguous in this order
+    uniform = (x >> 1).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # from 2^-32 on
     return uniform.neg_().log1p_().neg_()  # log1p keeps the smallest exact
 
 
@@ -450,7 +441,7 @@ def mix(x):
     Shift and factors are of Wellons' hash-prospector.
     """
     for factor in (739982445, 695872825):
-        x ^= (x >> 15) & 0x1FFFF  # the mask makes the shift a logical one
+        x ^= (x >> 15).bitwise_and_(0x1FFFF)  # the mask makes the shift a logical one
         x *= factor
     return x
 
@@ -498,7 +489,7 @@ def complete(path: Path, rows: list, produce: Callable, settings: dict | None = 
     for row in produce(mine) if mine else []:
         known = by_id[row["id"]]
         line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
-        with open(part, "a", encoding="utf-8") as f:
+        with writing(part), open(part, "a", encoding="utf-8") as f:
             f.write(line + "\n")
     dist.barrier()  # until all have written their part
     if rank == 0:
@@ -580,7 +571,7 @@ def claim_parts(parts, settings):
                 yield
             finally:
                 if first and not any(parts.glob("rank*.jsonl")):
-                    (parts / "settings.json").unlink()
+                    (parts / "settings.json").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):  # it has rows, or another run holds it
             if first:
@@ -599,23 +590,25 @@ def replace_file(path, text, parts):
 def main(args):
     # 1. the options and the data, before any weight is read
     sampling = Sampling(**{name: getattr(args, name) for name in DEFAULTS})
-    require(args.task == "rationale" or not args.cue, "--cue", "is for --task rationale only")
+    cue = args.cue or ""
+    require(args.task == "rationale" or not cue, "--cue", "is for --task rationale only")
     out = Path(os.path.realpath(args.out))
     require(out.name.endswith(".jsonl"), f"--out {args.out}", "must end in .jsonl; rename it")
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
-    forgotten = dict.fromkeys(("prompt_ids", "tokenizer", *data.PROMPT_FIELDS))
     sequences = []
     for row in rows[: args.limit]:
-        pair = replace(row, **forgotten)  # of a ledger only the pairs are read
-        sequences.append(make_sequence(pair, encoder, args.task, args.cue or ""))
+        # of a ledger only the pairs count
+        languages = (row.source_lang, row.target_lang)
+        pair = Row(row.id, row.where, row.reference, row.source, *languages, row.messages)
+        sequences.append(make_sequence(pair, encoder, args.task, cue))
     config = ModelConfig.from_file(args.model)
     require_room(sequences, sampling.max_new_tokens, config, args.model)
 
     # 2. all that a row depends on, besides what the model reads
-    settings = {name: getattr(args, name) for name in ("task", "model", "dtype", "cue")}
+    settings = {"task": args.task, "model": args.model, "dtype": args.dtype, "cue": cue}
     settings |= asdict(sampling) | encoder.settings()
     settings["model_hash"] = hash_model(args.model)
     settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}

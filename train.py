@@ -197,7 +197,7 @@ def batch_of(examples, step, batch_size, seed):
     epoch, i = divmod(step, math.ceil(len(examples) / batch_size))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(examples), generator=generator)
-    batch = order[i * batch_size : (i + 1) * batch_size]
+    batch = order.split(batch_size)[i]
     return [examples[j] for j in batch.tolist()]
 
 
@@ -208,14 +208,13 @@ def micro_batches(examples, size):
     """
     rank = dist.get_rank()
     world_size = dist.get_world_size()
+    back = 2 * world_size - 1 - rank
     rows = sorted(examples, key=len, reverse=True)
     parts = []
     for start in range(0, len(rows), size * world_size):
         part = rows[start : start + size * world_size]
         # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
-        parts.append(
-            part[rank :: 2 * world_size] + part[2 * world_size - 1 - rank :: 2 * world_size]
-        )
+        parts.append(part[rank :: 2 * world_size] + part[back :: 2 * world_size])
     return parts
 
 
@@ -238,7 +237,7 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
 
 
 def count_steps(examples, args):
-    """The optimizer steps of a run over so many examples."""
+    """Returns the optimizer steps of a run on so many examples."""
     in_epoch = math.ceil(examples / args.batch_size)
     return args.max_steps or math.ceil(args.epochs * in_epoch)
 
@@ -554,7 +553,8 @@ def main(args):
     tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    gc.freeze()  # or every collection would visit all ids
+    gc.collect()
+    gc.freeze()  # or every collection would visit all token ids
 
     # 3. the folder, of which no other process has the lock
     out = Path(args.out).resolve()

@@ -1,11 +1,12 @@
-r"""How fast rationales are sampled: this project and transformers in turn, and the bound.
+r"""How fast rationales are sampled: by this project, by transformers, and the upper bound.
 
     python benchmarks/generate.py --model DIR --data train.jsonl --direction de-en
 
-Both go on from the same prompts and forced references (cue "\n") at temperature 1. The peer reads
-them sorted by length and padded on the left, at two batch sizes, of which the better counts. Each
-measurement is a process of its own. Useful tokens are those of the rationales, without padding and
-EOS. The bound is what the matrix products of a decoding step take by themselves.
+Both continue the same prompts and prefilled references (cue "\n") at temperature 1. The
+transformers baseline reads them sorted by length and padded on the left, at two batch sizes, of
+which the better counts. Each measurement is a process of its own. Useful tokens are those of the
+rationales, without padding and EOS. The bound is the time of the matrix products of a decoding
+step alone.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[data.Tokenizer, list[list[in
     encoder = data.Encoder(tokenizer)
     prompts = []
     for row in data.read_rows(args.data, args.direction)[: args.rows]:
-        prompts.append(generate.request(row, "rationale", encoder, "\n")["ids"])
+        prompts.append(generate.prefill_reference(row, encoder, "\n").prompt)
     return tokenizer, prompts
 
 
@@ -43,32 +44,37 @@ def count_time(name: str, spent: Counter):
     """Adds the seconds of each call of a function of the sampler to `spent`."""
     function = getattr(generate, name)
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         start = time.perf_counter()
-        result = function(*arguments)
+        result = function(*arguments, **options)
         spent[name] += time.perf_counter() - start
         return result
 
     setattr(generate, name, counted)
 
 
-def ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
-    """Useful tokens, seconds, and what of them the steps and the noise take."""
+def measure_ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
+    """Useful tokens, seconds, and how many of these the steps and the noise take."""
     tokenizer, prompts = read_prompts(args)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype))
     spent = Counter()
     for name in ("decode", "choose", "exponential_noise"):
         count_time(name, spent)
-    how = generate.Sampling(args.max_new_tokens, 1.0, 1.0, tokenizer.eos_ids)
-    how.batch_size = batch_size
-    how.vocab_size = tokenizer.vocab_size
     sequences = [generate.Sequence(i, prompt) for i, prompt in enumerate(prompts[:count])]
     start = time.perf_counter()
-    ended = list(generate.sample(model, sequences, how))
+    for _ in generate.sample(
+        model,
+        sequences,
+        generate.Sampling(args.max_new_tokens, temperature=1.0),
+        tokenizer.eos_ids,
+        tokenizer.vocab_size,
+        batch_size,
+    ):
+        pass
     seconds = time.perf_counter() - start
-    chosen = sum(len(sequence.logprobs) for sequence in ended)
+    chosen = sum(len(sequence.logprobs) for sequence in sequences)
     return {
-        "tokens": sum(len(sequence.ids) for sequence in ended),
+        "tokens": sum(len(sequence.ids) for sequence in sequences),
         "seconds": seconds,
         "memory": memory_gib(),
         "bound": batch_size / bounds.matrix_seconds(model, batch_size),
@@ -78,7 +84,7 @@ def ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
 
 
 @torch.inference_mode()
-def peer(args: argparse.Namespace, batch_size: int, count: int) -> dict:
+def measure_transformers(args: argparse.Namespace, batch_size: int, count: int) -> dict:
     from transformers import AutoModelForCausalLM
 
     tokenizer, prompts = read_prompts(args)
@@ -87,20 +93,23 @@ def peer(args: argparse.Namespace, batch_size: int, count: int) -> dict:
     eos = tokenizer.eos_ids
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     settings |= {"eos_token_id": eos, "pad_token_id": eos[0]}
+    settings["max_new_tokens"] = args.max_new_tokens
     tokens = 0
     start = time.perf_counter()
     prompts = sorted(prompts[:count], key=len)
     for first in range(0, count, batch_size):
-        part = prompts[first : first + batch_size]
-        T = max(map(len, part))
-        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in part])
-        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in part])
-        settings["max_new_tokens"] = args.max_new_tokens
+        batch = prompts[first : first + batch_size]
+        T = max(map(len, batch))
+        ids = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt in batch])
+        mask = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt in batch])
         outputs = model.generate(ids, attention_mask=mask, **settings)
         for row in outputs[:, T:].tolist():
             ends = [i for i, token in enumerate(row) if token in eos]
             tokens += ends[0] if ends else len(row)
     return {"tokens": tokens, "seconds": time.perf_counter() - start, "memory": memory_gib()}
+
+
+MEASURES = {"ours": measure_ours, "transformers": measure_transformers}
 
 
 def memory_gib() -> float:
@@ -112,15 +121,17 @@ def measure(name: str, batch_size: int, count: int) -> dict:
     """One measurement in a fresh process."""
     only = ["--only", name, str(batch_size), str(count)]
     command = [sys.executable, __file__, *sys.argv[1:], *only]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    found["rate"] = found["tokens"] / found["seconds"]
-    text = f"{found['tokens']:6,} tokens {found['rate']:7.1f} tokens/s {found['memory']:5.2f} GiB"
-    print(f"{name:>5} batch {batch_size:>3} {count:>4} rows {text}", flush=True)
-    return found
+    result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    result["rate"] = result["tokens"] / result["seconds"]
+    text = (
+        f"{result['tokens']:6,} tokens {result['rate']:7.1f} tokens/s {result['memory']:5.2f} GiB"
+    )
+    print(f"{name:>12} batch {batch_size:>3} {count:>4} rows {text}", flush=True)
+    return result
 
 
 def spread(values: list[float], form: str) -> str:
-    """The least and the most."""
+    """The smallest and the largest."""
     low = format(min(values), form)
     high = format(max(values), form)
     return low if low == high else f"{low} to {high}"
@@ -128,31 +139,31 @@ def spread(values: list[float], form: str) -> str:
 
 def compare(args: argparse.Namespace, batch_size: int, count: int):
     """Measures both in turn; prints the ratio of each round, our share of the bound, the memory."""
-    mine = []
-    its = []
+    ours = []
+    theirs = []
     sizes = sorted({batch_size, -(-batch_size // 2)})
     for _ in range(args.rounds):
-        mine.append(measure("ours", batch_size, count))
-        tried = {size: measure("peer", size, count) for size in sizes}
+        ours.append(measure("ours", batch_size, count))
+        tried = {size: measure("transformers", size, count) for size in sizes}
         sizes = [max(tried, key=lambda size: tried[size]["rate"])]
-        its.append(tried[sizes[0]])
-    ratios = [a["rate"] / b["rate"] for a, b in zip(mine, its)]
-    shares = [a["rate"] / a["bound"] for a in mine]
-    decoding = [a["decoded"] / a["spent"]["decode"] / a["bound"] for a in mine]
-    noise = [a["spent"]["exponential_noise"] / a["seconds"] for a in mine]
-    choosing = [a["spent"]["choose"] / a["seconds"] for a in mine]
-    print(f"batch {batch_size}: {spread([a['rate'] for a in mine], '.1f')} tokens/s; ", end="")
-    print(f"transformers, batch {sizes[0]}: {spread([a['rate'] for a in its], '.1f')}")
-    print(f"  ratio {spread(ratios, '.2f')}; bound {mine[0]['bound']:.0f} tokens/s, of it ", end="")
+        theirs.append(tried[sizes[0]])
+    ratios = [a["rate"] / b["rate"] for a, b in zip(ours, theirs)]
+    shares = [a["rate"] / a["bound"] for a in ours]
+    decoding = [a["decoded"] / a["spent"]["decode"] / a["bound"] for a in ours]
+    noise = [a["spent"]["exponential_noise"] / a["seconds"] for a in ours]
+    choosing = [a["spent"]["choose"] / a["seconds"] for a in ours]
+    print(f"batch {batch_size}: {spread([a['rate'] for a in ours], '.1f')} tokens/s; ", end="")
+    print(f"transformers, batch {sizes[0]}: {spread([a['rate'] for a in theirs], '.1f')}")
+    print(f"  ratio {spread(ratios, '.2f')}; bound {ours[0]['bound']:.0f} tokens/s, of it ", end="")
     print(f"{spread(shares, '.0%')} with prefill, {spread(decoding, '.0%')} while decoding")
     print(f"  of the time, choosing tokens {spread(choosing, '.1%')}, ", end="")
-    print(f"the Gumbel noise in it {spread(noise, '.1%')}")
-    print(f"  peak memory {max(a['memory'] for a in mine):.2f} GiB, ", end="")
-    print(f"transformers {max(a['memory'] for a in its):.2f}")
+    print(f"its Gumbel noise {spread(noise, '.1%')}")
+    print(f"  peak memory {max(a['memory'] for a in ours):.2f} GiB, ", end="")
+    print(f"transformers {max(a['memory'] for a in theirs):.2f}")
 
 
 def rehearse():
-    """The whole of it on a tiny random model."""
+    """Runs everything on a tiny random model."""
     from conftest import PAIRS, write_jsonl, write_model, write_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -166,8 +177,7 @@ def rehearse():
 def main(args: argparse.Namespace):
     if args.only:
         name, batch_size, count = args.only
-        side = {"ours": ours, "peer": peer}[name]
-        print(json.dumps(side(args, int(batch_size), int(count))))
+        print(json.dumps(MEASURES[name](args, int(batch_size), int(count))))
     elif args.smoke:
         rehearse()
     else:
@@ -177,7 +187,7 @@ def main(args: argparse.Namespace):
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description="Sampling speed beside transformers, and its bound.")
+    p = argparse.ArgumentParser(description="Sampling speed next to transformers, and its bound.")
     add = p.add_argument
     add("--model", help="model folder")
     add("--data", nargs="+", help="pairs")

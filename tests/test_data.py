@@ -80,6 +80,14 @@ def fault_of(function, *arguments, **options) -> str:
     return message
 
 
+def fault_at(place, function, *arguments, **options) -> str:
+    """The same without the place at its beginning."""
+    fault = fault_of(function, *arguments, **options)
+    start = f"{place}: "
+    assert fault.startswith(start)
+    return fault.removeprefix(start)
+
+
 def spell(tokenizer: Tokenizer, ids: list) -> str:
     """The text of `ids`, control tokens included."""
     pieces = tokenizer.list_tokens()
@@ -391,8 +399,7 @@ def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
         prompt = example_of(tmp_path, row, tokenizer, **now).prompt
         assert prompt == example_of(tmp_path, pair, tokenizer, **now).prompt
     else:
-        fault = fault_of(example_of, tmp_path, row, tokenizer, **now)
-        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, tmp_path, row, tokenizer, **now)
         assert "another --template or --system" in fault
 
 
@@ -405,8 +412,9 @@ def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused
         same = Tokenizer(folder, chat)
         assert example_of(tmp_path, row, same).prompt == row["prompt_ids"]
     for chat in ("plain", "vicuna"):
-        fault = fault_of(example_of, tmp_path, row, Tokenizer(folder, chat))
-        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        fault = fault_at(
+            f"{tmp_path}/rows.jsonl:1", example_of, tmp_path, row, Tokenizer(folder, chat)
+        )
         assert "--chat auto" in fault
 
 
@@ -437,8 +445,8 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
     rows = ledger_of(tmp_path, tokenizer)
     for name in ("prompt_ids", "reference_ids", "rationale_ids"):
         rows[1] |= {name: [5, tokenizer.vocab_size]}
-        fault = fault_of(examples_of, tmp_path, rows, tokenizer)
-        assert fault.startswith(f"{tmp_path}/rows.jsonl:2: token id {tokenizer.vocab_size}")
+        fault = fault_at(f"{tmp_path}/rows.jsonl:2", examples_of, tmp_path, rows, tokenizer)
+        assert fault.startswith(f"token id {tokenizer.vocab_size} ")
         rows[1] |= {name: [5]}
 
 
@@ -446,8 +454,7 @@ def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(tokenizer
     [row, *_] = ledger_of(tmp_path, tokenizer)
     for name in sorted(row.keys() - PAIRS[0].keys() - {"id", "logprob"}):
         fields = {field: value for field, value in row.items() if field != name}
-        fault = fault_of(rows_of, tmp_path, [fields])
-        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [fields])
         assert f'"{name}"' in fault
         assert "generate.py" in fault
 
@@ -679,8 +686,7 @@ def test_a_rendered_prompt_has_the_ids_of_transformers(tmp_path, name, legacy):
         if name == "a refusal" and messages[0]["role"] == "system":
             with pytest.raises(jinja2.TemplateError, match='No "system" role here'):
                 render_theirs(theirs, messages)
-            fault = fault_of(tokenizer.chat, messages, where="a.jsonl:7")
-            assert fault.startswith("a.jsonl:7: ")
+            fault = fault_at("a.jsonl:7", tokenizer.chat, messages, where="a.jsonl:7")
             assert 'No "system" role here' in fault
         else:
             assert tokenizer.chat(messages) == render_theirs(theirs, messages)
@@ -735,8 +741,8 @@ def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(t
     [row] = rows_of(tmp_path, PAIRS[:1])
     with pytest.raises(Exception, match=re.escape(reason)):
         render_theirs(theirs_of(folder), [said("user", "x")])
-    fault = fault_of(Encoder(Tokenizer(folder)).prompt, row)
-    assert fault.startswith(f"{tmp_path}/rows.jsonl:1: the chat template refuses this")
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", Encoder(Tokenizer(folder)).prompt, row)
+    assert fault.startswith("the chat template refuses this")
     assert reason in fault
 
 
@@ -754,8 +760,7 @@ ENDLESS = {
 def test_a_template_without_end_is_refused(tmp_path, name):
     template, reason = ENDLESS[name]
     tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
-    fault = fault_of(tokenizer.chat, [said("user", "x")], where="a.jsonl:7")
-    assert fault.startswith("a.jsonl:7: ")
+    fault = fault_at("a.jsonl:7", tokenizer.chat, [said("user", "x")], where="a.jsonl:7")
     assert reason in fault
 
 
@@ -797,8 +802,10 @@ def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tok
 def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path, system):
     dropped = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
     tokenizer = Tokenizer(write_llama(tmp_path, chat_template=dropped))
-    fault = fault_of(tokenizer.chat, [said("user", "Why? Because.")], system, "a.jsonl:7")
-    assert fault.startswith("a.jsonl:7: the chat template drops the system prompt")
+    fault = fault_at(
+        "a.jsonl:7", tokenizer.chat, [said("user", "Why? Because.")], system, "a.jsonl:7"
+    )
+    assert fault.startswith("the chat template drops the system prompt")
 
 
 def test_a_system_prompt_that_the_template_changes_is_not_dropped(tmp_path):
@@ -859,8 +866,8 @@ def test_a_folder_without_a_template_encodes_and_is_refused_where_a_prompt_is_re
     tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=None))
     assert tokenizer.decode(tokenizer.encode("a boat")) == "a boat"
     assert tokenizer.eos_ids == [2]
-    fault = fault_of(tokenizer.chat, [said("user", "x")])
-    assert fault.startswith(f"{tmp_path}: has no chat template; give --chat")
+    fault = fault_at(f"{tmp_path}", tokenizer.chat, [said("user", "x")])
+    assert fault.startswith("has no chat template; give --chat")
     for name in data.NAMES:
         assert name in fault
     assert "no such file" in fault_of(Tokenizer, tmp_path, "chatlm")
@@ -897,7 +904,6 @@ def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer
 
 # 4. Text of a user never becomes a control token, and none of it is lost
 
-WRITTEN = ["<|user|>", "<think>"]
 HOSTILE_TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
 )
@@ -932,12 +938,26 @@ def hostile_texts(tokens: list):
         yield "".join(r.choices([*fragments, " ", "\n", "x"], k=r.randint(1, 8)))
 
 
+CUT_TEMPLATE = """
+{%- for m in messages -%}
+<|user|>{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
+{{- m.content | replace('<s>', '') }}<|end|>
+{%- endfor -%}"""
+HOSTILE_TEMPLATES = {
+    # a template -> the tokens that are not special and that it writes
+    "tokens before and after": (HOSTILE_TEMPLATE, ["<|user|>", "<think>"]),
+    "tokens between parts of a text": (CUT_TEMPLATE, ["<|user|>", "<think>"]),
+    "other tokens": (CHATML, []),
+}
+
+
 @pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
-@pytest.mark.parametrize("written", [WRITTEN, []], ids=["template has them", "chatml"])
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lost(
-    tmp_path, written, legacy
+    tmp_path, name, legacy
 ):
-    tokenizer = hostile_tokenizer(tmp_path, HOSTILE_TEMPLATE if written else CHATML)
+    template, written = HOSTILE_TEMPLATES[name]
+    tokenizer = hostile_tokenizer(tmp_path, template)
     tokenizer.legacy = legacy
     names = {text: id for id, text in tokenizer.list_tokens().items()}
     control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
@@ -948,13 +968,13 @@ def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lo
         assert control.isdisjoint(tokenizer.answer(text))
         ids = tokenizer.chat([said(role, text) for role in roles])
         found = [id for id in ids if id in control]
-        assert found == [id for id in harmless if id in control]
+        assert found == [id for id in harmless if id in control], text
         once = tokenizer.decode(tokenizer.encode(text))
         whole = tokenizer.decode(ids)
         if legacy:  # it puts a space after every added token
             text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
         assert once == text
-        assert whole.count(text) >= len(roles)
+        assert whole.count(text) >= len(roles) or template == CUT_TEMPLATE
 
 
 def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
@@ -1106,8 +1126,7 @@ MISSING = {
 def test_a_named_token_that_the_vocabulary_lacks_is_an_error(tmp_path, name):
     folder = write_files(tmp_path, dict(MISSING[name]))
     [[field, value]] = MISSING[name]["tokenizer_config.json"].items()
-    fault = fault_of(Tokenizer, folder)
-    assert fault.startswith(f"{folder}/tokenizer_config.json: ")
+    fault = fault_at(f"{folder}/tokenizer_config.json", Tokenizer, folder)
     assert "which the vocabulary lacks" in fault
 
 
@@ -1412,3 +1431,1112 @@ def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
     folder = write_files(tmp_path, config_of(**fields))
     write(folder / "generation_config.json", {"temperature": 0.6, "do_sample": True, "x": [1]})
     assert Tokenizer(folder).hash == tokenizer.hash
+
+
+def test_the_hash_ignores_which_pieces_of_the_vocabulary_are_listed(tokenizer, tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", START, END]
+    listed = added_tokens(pieces, start=0, special=True)
+    assert Tokenizer(write_files(tmp_path, {})).hash == tokenizer.hash
+    for fields in (
+        {"added_tokens_decoder": listed},
+        {"added_tokens_decoder": {}},
+        {"eos_token": END, "pad_token": "<unk>"},
+        {"additional_special_tokens": [START, END]},
+        {"chat_template": "{{ messages }}", "legacy": False, "add_bos_token": True},
+    ):
+        assert Tokenizer(write_files(tmp_path, config_of(**fields))).hash == tokenizer.hash
+
+
+def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
+    hashes = [tokenizer.hash]
+    tag = added_tokens(["<call>"])
+    for fields in (
+        {"legacy": True},
+        {"add_prefix_space": False},
+        {"added_tokens_decoder": tag},
+        {"added_tokens_decoder": added_tokens(["<call>"], start=481)},
+        {"added_tokens_decoder": added_tokens(["<cell>"])},
+        {"added_tokens_decoder": added_tokens(["<call>"], special=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], lstrip=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], rstrip=True)},
+        {"added_tokens_decoder": added_tokens(["<call>"], single_word=True)},
+    ):
+        hashes.append(Tokenizer(write_files(tmp_path, config_of(**fields))).hash)
+    for options in ({"vocab_size": 470}, {"add_dummy_prefix": False}):
+        write_files(tmp_path, {})
+        hashes.append(Tokenizer(write_vocabulary(tmp_path, **options)).hash)
+    assert len(set(hashes)) == len(hashes)
+
+
+TOKENIZER_FILES = {
+    "added_tokens.json": "{}",
+    "special_tokens_map.json": "{}",
+    "generation_config.json": '{"eos_token_id": 2}',
+    "chat_template.jinja": "{{ messages[0].content }}",
+    "additional_chat_templates/tool_use.jinja": "tools",
+}
+
+
+def test_the_files_of_a_tokenizer_are_their_bytes_also_in_a_folder_of_links(tmp_path):
+    store = write_files(tmp_path / "store", dict(TOKENIZER_FILES))
+    names = {*TOKENIZER_FILES, "tokenizer.model", "tokenizer_config.json"}
+    contents = {name: (store / name).read_bytes() for name in names}
+    links = tmp_path / "links"
+    for name in names:
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        (links / name).symlink_to(store / name)
+    for name in ("model.safetensors", "README.md", "config.json", "additional_chat_templates/x"):
+        write(links / name, b"not a tokenizer's")
+    (links / "config.json").write_text("{}")
+    tokenizer = Tokenizer(links)
+    assert tokenizer.files == contents
+    write(store / "tokenizer_config.json", {"legacy": True})  # as it was read, not as it is
+    assert tokenizer.files == contents
+
+
+# 6. --chat NAME: the official encodings
+
+
+def folder_of_mistral(folder: Path, version: str, **fields) -> Path:
+    """The tokenizer that mistral-common has."""
+    names = {"v1": "tokenizer.model.v1", "v3": "mistral_instruct_tokenizer_240323.model.v3"}
+    common = pytest.importorskip("mistral_common")
+    model = Path(common.__file__).parent / "data" / names[version]
+    write(folder / "tokenizer.model", model.read_bytes())
+    write(folder / "tokenizer_config.json", fields)
+    return folder
+
+
+HOSTILE = [*WORDS, "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<0x0A>", "<unk>", "  "]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_chat_mistral_has_the_ids_of_mistral_common(tmp_path, version, legacy):
+    tokenizer = Tokenizer(folder_of_mistral(tmp_path, version, **LEGACY[legacy]), "mistral")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    official = getattr(MistralTokenizer, version)()
+    for messages, answer in conversations(HOSTILE):
+        forced = said("assistant", answer) | {"prefix": True}
+        request = ChatCompletionRequest(messages=[*messages, forced])
+        ids = official.encode_chat_completion(request).tokens
+        assert tokenizer.chat(messages) + tokenizer.answer(answer) == ids
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
+    tokenizer = Tokenizer(folder_of_mistral(tmp_path, "v1", **LEGACY[legacy]), "llama2")
+    encode = tokenizer.sp.encode
+    for messages, answer in conversations(HOSTILE):
+        texts = [message["content"] for message in messages]
+        if messages[0]["role"] == "system":
+            texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
+        ids = []
+        for user, reply in zip(texts[::2], texts[1::2]):
+            ids += [1, *encode(f"[INST] {user.strip()} [/INST] {reply.strip()} "), 2]
+        ids += [1, *encode(f"[INST] {texts[-1].strip()} [/INST]")]
+        assert tokenizer.chat(messages) == ids
+        assert tokenizer.answer(answer) == encode(answer)
+
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def zephyr_text(messages):
+    turns = [f"<|{m['role']}|>\n{m['content']}</s>\n" for m in messages]
+    return "".join(turns) + "<|assistant|>\n"
+
+
+def chatml_text(messages):
+    turns = [f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages]
+    return "".join(turns) + f"{START}assistant\n"
+
+
+def vicuna_text(messages):
+    text = VICUNA_SYSTEM
+    if messages[0]["role"] == "system":
+        text = messages[0]["content"]
+        messages = messages[1:]
+    text += " "
+    for user, answer in zip(messages[::2], messages[1::2]):
+        text += f"USER: {user['content']} ASSISTANT: {answer['content']}</s>"
+    return f"<s>{text}USER: {messages[-1]['content']} ASSISTANT:"
+
+
+def plain_text(messages):
+    return "<s>" + "\n\n".join(message["content"] for message in messages)
+
+
+DEFINITIONS = {
+    # the prompt as text, and what ends an answer
+    "zephyr": (zephyr_text, "</s>"),
+    "chatml": (chatml_text, END),
+    "vicuna": (vicuna_text, "</s>"),
+    "plain": (plain_text, "</s>"),
+}
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", DEFINITIONS)
+def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
+    prompt_text, end = DEFINITIONS[name]
+    folder = write_llama(tmp_path, **LEGACY[legacy])
+    tokenizer = Tokenizer(folder, name)
+    theirs = theirs_of(folder)
+    assert spell(tokenizer, [tokenizer.end_id]) == end
+    for messages, answer in conversations():
+        text = prompt_text(messages)
+        if text.startswith("<s>") and legacy != "legacy":
+            text = text.replace("<s>", "<s> ", 1)  # SentencePiece's, before every text
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.chat(messages) == ids
+        text += answer if text.endswith("\n") else f" {answer}"
+        ids += tokenizer.answer(answer)
+        assert ids == theirs.encode(text, add_special_tokens=False)
+
+
+MISTRAL_V3 = [START, END, "[INST]", "[/INST]"]
+
+
+@pytest.mark.parametrize("legacy", LEGACY)
+@pytest.mark.parametrize("name", [*data.NAMES, "mistral v3", "a file"])
+def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, legacy):
+    fields = LEGACY[legacy] | {"chat_template": [{"name": "default", "template": "another"}]}
+    folder = write_files(tmp_path / "folder", config_of(**fields))
+    write(folder / "additional_chat_templates/tool_use.jinja", "tools")
+    chat = name
+    if name == "mistral v3":
+        write_vocabulary(folder, control_symbols=MISTRAL_V3)
+        chat = "mistral"
+    elif name == "a file":
+        chat = str(write(tmp_path / "x.jinja", TEMPLATES["a macro"]))
+    tokenizer = Tokenizer(folder, chat)
+    for file, content in tokenizer.files.items():
+        write(tmp_path / "export" / file, content)
+    theirs = theirs_of(tmp_path / "export")
+    again = Tokenizer(tmp_path / "export")
+    assert again.hash == tokenizer.hash
+    assert again.end_id == tokenizer.end_id
+    for messages, _ in conversations():
+        ids = tokenizer.chat(messages)
+        assert again.chat(messages) == ids
+        assert render_theirs(theirs, messages) == ids
+
+
+def test_a_folder_with_a_template_named_default_is_exported_with_that_of_chat(tmp_path):
+    folder = write_llama(tmp_path / "folder")
+    write(folder / "additional_chat_templates/default.jinja", "another")
+    for file, content in Tokenizer(folder, "plain").files.items():
+        write(tmp_path / "export" / file, content)
+    asked = [said("user", "x")]
+    ids = Tokenizer(folder, "plain").chat(asked)
+    assert render_theirs(theirs_of(tmp_path / "export"), asked) == ids
+
+
+# 7. Rows
+
+BACK = [
+    {"source": pair["reference"], "reference": pair["source"]}
+    | {"source_lang": "en", "target_lang": "de"}
+    for pair in PAIRS
+]
+BARE = [{"source": pair["source"], "reference": pair["reference"]} for pair in PAIRS]
+ALMA = [{"translation": {"de": pair["source"], "en": pair["reference"]}} for pair in PAIRS]
+
+
+def lines_of(rows: list) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+FORMATS = {
+    # content of a file, --direction for one way
+    "pairs": (lines_of(PAIRS), []),
+    "pairs in an array": (json.dumps(PAIRS), []),
+    "pairs without languages": (lines_of(BARE), ["de-en"]),
+    "pairs of the other direction": (lines_of(BACK), ["de-en"]),
+    "ALMA": (lines_of(ALMA), ["de-en"]),
+    "ALMA in an array": (json.dumps(ALMA, indent=1), ["de-en"]),
+    "with blank lines": ("\n" + lines_of(PAIRS).replace("\n", "\n \n"), []),
+    "with fields of somebody": (lines_of([pair | {"score": [1]} for pair in PAIRS]), []),
+    "with null fields": (lines_of([pair | {"prompt": None} for pair in PAIRS]), []),
+}
+ENDINGS = {"LF": ("\n", ""), "CRLF": ("\r\n", ""), "BOM": ("\n", "\ufeff")}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_pairs_in_one_direction_and_in_both(tmp_path, name, ending):
+    content, one_way = FORMATS[name]
+    end, mark = ENDINGS[ending]
+    file = write(tmp_path / "a.json", mark + content.replace("\n", end))
+    for directions, pairs in ((one_way, PAIRS), (["de-en", "en-de"], PAIRS + BACK)):
+        rows = read_rows([str(file)], directions)
+        assert [row.id for row in rows] == [*range(len(pairs))]
+        found = [{field: getattr(row, field) for field in PAIRS[0]} for row in rows]
+        assert sorted(found, key=str) == sorted(pairs, key=str)
+    assert rows[0].where == f"{file}:{2 if name in ('with blank lines', 'ALMA in an array') else 1}"
+
+
+def test_each_row_knows_its_line(tmp_path):
+    pair = json.dumps(PAIRS[0])
+    file = write(tmp_path / "a.json", f"[\n{pair},\n\n{pair}, {pair}\n,{pair}]")
+    lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)])]
+    assert lines == ["2", "4", "4", "5"]
+    file = write(tmp_path / "b.json", json.dumps(ALMA, indent=2))
+    lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)], ["de-en"])]
+    assert lines == [str(line) for line in range(2, 2 + 6 * len(ALMA), 6)]
+
+
+ASKED = [said("user", "Why?")]
+ANSWERED = [*ASKED, said("assistant", "So.")]
+TALK = [said("system", ""), *ANSWERED, said("user", "How?"), said("assistant", "Thus.")]
+CONVERSATIONS = {
+    # row -> the conversation before the answer, and the answer
+    "prompt and response": ({"prompt": "Why?", "response": "So."}, ASKED, "So."),
+    "messages": ({"messages": ANSWERED}, ASKED, "So."),
+    "several turns and an empty system prompt": ({"messages": TALK}, TALK[:-1], "Thus."),
+    "messages of somebody": ({"messages": ANSWERED, "source": "web"}, ASKED, "So."),
+    "messages and their prompt": ({"messages": ANSWERED, "prompt": "Why?"}, ASKED, "So."),
+    "null messages": ({"prompt": "Why?", "response": "So.", "messages": None}, ASKED, "So."),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
+    fields, messages, answer = CONVERSATIONS[name]
+    for directions in ([], ["de-en", "en-de"]):
+        [row] = rows_of(tmp_path, [fields], directions)
+        assert row.messages == messages
+        assert row.reference == answer
+        assert row.source is row.source_lang is None
+
+
+PROMPTS = {
+    "a prompt": {"prompt": "Why?"},
+    "a prompt of somebody": {"prompt": "Why?", "source": "web", "reference": None},
+    "FastChat's": {"question_id": 81, "turns": ["Why?", "And?"], "reference": ["x"]},
+    "messages": {"messages": ASKED},
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name):
+    [row] = rows_of(tmp_path, [PROMPTS[name]], prompts=True)
+    assert row.messages == ASKED
+    assert row.reference == ""
+    assert row.id == PROMPTS[name].get("question_id", 0)
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [PROMPTS[name]])
+    assert fault.startswith("the row has no answer")
+
+
+def test_a_row_without_id_gets_its_place_in_the_data(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        rows = [PAIRS[0], PAIRS[1] | {"id": name}, PAIRS[2] | {"id": None}]
+        files.append(str(write_jsonl(tmp_path / name, rows)))
+    assert [row.id for row in read_rows(files)] == [0, "a", 2, 3, "b", 5]
+
+
+def test_a_row_that_is_read_in_two_directions_has_two_ids(tmp_path):
+    rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
+    ids = [row.id for row in rows_of(tmp_path, rows, ["de-en", "en-de"])]
+    assert ids == [7, "x", 2, "7 en-de", "x en-de", 5]
+    assert len(rows_of(tmp_path, rows, ["de-en", "de-en"])) == 3
+
+
+@pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
+@pytest.mark.parametrize("ids", [(7, 7), ("a", "a"), (None, 0), (1.0, 1.0)], ids=repr)
+def test_a_duplicate_id_is_refused_by_line(tmp_path, ids, array):
+    rows = [PAIRS[0] | {"id": ids[0]}, PAIRS[1], PAIRS[2] | {"id": ids[1]}]
+    content = ",\n".join(map(json.dumps, rows)) if array else lines_of(rows)
+    file = write(tmp_path / "a.json", f"[{content}]" if array else content)
+    fault = fault_of(read_rows, [str(file)])
+    if ids[0] == 1.0:
+        assert fault == f'{file}:1: "id" must be a whole number or a text'
+    else:
+        assert fault == f"{file}:3: duplicate id {ids[1]!r} in {file}"
+
+
+def test_a_number_and_a_text_are_two_ids(tmp_path):
+    rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "7"}]
+    assert [row.id for row in rows_of(tmp_path, rows)] == [7, "7"]
+
+
+BAD_FIELDS = {
+    # fields that replace those of a pair -> what the message names
+    "no source": ({"source": None}, "a row needs"),
+    "no reference": ({"reference": None}, '"reference" is missing'),
+    "a source that is a number": ({"source": 7}, '"source" must be text'),
+    "a blank source": ({"source": "\u3000\n"}, '"source" is empty'),
+    "an empty reference": ({"reference": ""}, '"reference" is empty'),
+    "half a surrogate pair": ({"source": "\ud800x"}, "ud800"),
+    "an id that is a list": ({"id": [1]}, '"id" must be'),
+    "an id that is a fraction": ({"id": 1.5}, '"id" must be'),
+    "an id that is true": ({"id": True}, '"id" must be'),
+    "no language": ({"source_lang": None}, "two languages"),
+    "an unknown language": ({"source_lang": "xx"}, "two languages"),
+    "a language by its name": ({"source_lang": "German"}, "two languages"),
+    "a language that is a list": ({"source_lang": [1]}, "two languages"),
+    "one language twice": ({"source_lang": "en"}, "two languages"),
+    "a rationale that is a number": ({"rationale": 7}, '"rationale" must be text'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FIELDS)
+def test_a_bad_field_of_a_pair_is_refused_by_line(tmp_path, name):
+    fields, words = BAD_FIELDS[name]
+    rows = [PAIRS[0], PAIRS[1] | fields]
+    file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    fault = fault_at(f"{file}:2", read_rows, [str(file)])
+    assert words in fault
+
+
+BAD_ROWS = {
+    "a list": ([1], "a row must be a JSON object"),
+    "a number": (5, "a row must be"),
+    "two users": ({"messages": ASKED * 2 + ANSWERED[1:]}, "roles must be user, assistant"),
+    "only a system prompt": ({"messages": [said("system", "x")]}, "no answer"),
+    "a tool": ({"messages": [*ASKED, said("tool", "x"), *ANSWERED]}, "roles must be"),
+    "a late system prompt": ({"messages": [*ASKED, said("system", "x"), *ANSWERED]}, "roles"),
+    "no turn": ({"messages": []}, "no answer"),
+    "messages that are text": ({"messages": "Why?"}, '"messages" must be a list'),
+    "messages in a list": ({"messages": [ANSWERED]}, "a message must be an object"),
+    "a role that is a list": ({"messages": [said([1], "Why?")]}, '"role" must be text'),
+    "a message without content": ({"messages": [{"role": "user"}]}, '"content" is missing'),
+    "content in parts": (
+        {"messages": [said("user", [{"type": "text", "text": "Why?"}])]},
+        '"content" must be text',
+    ),
+    "an answer that is a number": ({"messages": [*ASKED, said("assistant", 7)]}, '"content"'),
+    "a blank answer": ({"messages": [*ASKED, said("assistant", " ")]}, '"content" is empty'),
+    "turns that are text": ({"turns": "Why?"}, '"turns" must be a list'),
+    "turns that are objects": ({"turns": [{}]}, '"prompt" must be text'),
+    "no turns": ({"turns": []}, '"prompt" is missing'),
+    "a response alone": ({"response": "x"}, '"prompt" is missing'),
+    "a null prompt": ({"prompt": None, "response": "x"}, '"prompt" is missing'),
+    "a prompt that is a list": ({"prompt": ASKED, "response": "x"}, '"prompt" must be text'),
+    "a blank response": ({"prompt": "Why?", "response": " "}, '"response" is empty'),
+    "a pair without languages": (BARE[0], "two languages are needed, such as --direction de-en"),
+    "a two-way row": (ALMA[0], "choose --direction, such as de-en"),
+    "a translation that is text": ({"translation": "Tor"}, '"translation" must be an object'),
+    "an empty object": ({}, "a row needs"),
+}
+FOREIGN_ROWS = {
+    "ARC": {"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
+    "GSM8K": {"question": "Why?", "answer": "So. #### 42"},
+    "AdvBench": {"goal": "Why?", "target": "So."},
+    "Alpaca": {"instruction": "Why?", "input": "", "output": "So."},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}]},
+    "LLaVA's text": {"text": "Why?"},
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_refused_by_line(tmp_path, name):
+    fields, words = BAD_ROWS[name]
+    file = write(tmp_path / "a.jsonl", json.dumps(fields) + "\n")
+    fault = fault_at(f"{file}:1", read_rows, [str(file)])
+    assert words in fault
+
+
+@pytest.mark.parametrize("name", FOREIGN_ROWS)
+def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name):
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [FOREIGN_ROWS[name]])
+    assert fault.startswith("a row needs translation, source and")
+    for field in FOREIGN_ROWS[name]:
+        assert f'"{field}"' in fault
+
+
+BAD_LEDGERS = {
+    "an id that is negative": ({"prompt_ids": [5, -1]}, "-1"),
+    "an id that is a fraction": ({"prompt_ids": [1.0]}, "1.0"),
+    "an id that is true": ({"rationale_ids": [True]}, "true"),
+    "an id beyond any vocabulary": ({"reference_ids": [2**31]}, "2147483648"),
+    "ids that are text": ({"rationale_ids": "5"}, '"rationale_ids" must be a list'),
+    "another finish": ({"finish": "stop"}, '"finish" must be eos or length'),
+    "another status": ({"status": "copy"}, '"status" must be ok or empty or repetitive'),
+    "a tokenizer that is a number": ({"tokenizer": 5}, '"tokenizer" must be text'),
+    "a template that is a list": ({"template": []}, '"template" must be text'),
+    "a chat that is a number": ({"chat": 5}, '"chat" must be text'),
+    "a system prompt that is a number": ({"system": 5}, '"system" must be text'),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LEDGERS)
+def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tokenizer, tmp_path, name):
+    fields, words = BAD_LEDGERS[name]
+    rows = ledger_of(tmp_path, tokenizer)
+    rows[1] |= fields
+    fault = fault_at(f"{tmp_path}/rows.jsonl:2", rows_of, tmp_path, rows)
+    assert words in fault
+
+
+GOOD = json.dumps(PAIRS[0])
+PRETTY = json.dumps(PAIRS[0], indent=1)
+BAD_FILES = {
+    # content -> line and what is wrong
+    "empty": ("", "", "the file is empty"),
+    "blank": (" \n \n", "", "the file is empty"),
+    "an array of nothing": ("[]", "", "the file holds no rows"),
+    "a broken line": (f"{GOOD}\n\n{{1}}", ":3", "not valid JSON"),
+    "half a line": (f"{GOOD}\n{GOOD[:-9]}", ":2", "one JSON object on one line"),
+    "a broken array": (f"[{GOOD}\n,{GOOD}\n,{{1}}]", ":3", "not valid JSON"),
+    "half an array": (f"[{GOOD}\n,{GOOD}\n,", ":3", "not valid JSON"),
+    "no comma": (f"[{GOOD}\n{GOOD}]", ":2", "not valid JSON"),
+    "two arrays": (f"[{GOOD}]\n[{GOOD}]", ":2", "not valid JSON"),
+    "an array with a number": (f"[{GOOD}\n,3]", ":2", "a row must be a JSON object"),
+    "a pretty-printed object": (PRETTY, ":1", "one JSON object on one line"),
+    "one after a good line": (f"{GOOD}\n{PRETTY}", ":2", "one JSON object on one line"),
+    "one that begins at once": (PRETTY.replace("{\n", "{"), ":1", "one JSON object on one line"),
+    "Latin-1": (GOOD.encode() + b"\n\xfc", ":2", "not UTF-8"),
+    "UTF-16": (GOOD.encode("utf-16"), ":1", "not UTF-8"),
+    "a number of 5,000 digits": ('{"id": ' + "9" * 5000 + "}", ":1", "not valid JSON"),
+    "a line 100,000 deep": (
+        f'{GOOD}\n{{"x": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        ":2",
+        "not valid JSON",
+    ),
+    "an array 100,000 deep": ("[" * 10**5 + "]" * 10**5, ":1", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_broken_file_is_refused_by_line(tmp_path, name):
+    content, line, words = BAD_FILES[name]
+    file = write(tmp_path / "a.json", content)
+    fault = fault_at(f"{file}{line}", read_rows, [str(file)])
+    assert words in fault
+
+
+def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(tmp_path):
+    for file in (tmp_path / "absent.jsonl", tmp_path):
+        assert fault_of(read_rows, [str(file)]).startswith(f"{file}: ")
+
+
+DIRECTIONS = {
+    # --direction, rows -> what the message names
+    "another language": (["fr-en"], ALMA, "a.jsonl:1: --direction fr-en needs both"),
+    "another language of pairs": (["fr-en"], PAIRS, "a.jsonl:1: --direction fr-en needs both"),
+    "no language": (["xx-de"], PAIRS, "--direction: two languages"),
+    "a word": (["german"], PAIRS, "--direction: two languages"),
+    "three": (["de-en-fr"], PAIRS, "--direction: two languages"),
+    "one twice": (["de-de"], PAIRS, "--direction: two languages"),
+    "a blank text": (["de-en"], [{"translation": {"de": " ", "en": "x"}}], '"de" is empty'),
+    "a text that is a number": (["de-en"], [{"translation": {"de": "x", "en": 3}}], '"en" must'),
+    "a rationale for both": (["de-en", "en-de"], [PAIRS[0] | {"rationale": WHY}], "a rationale"),
+}
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_a_direction_that_the_rows_do_not_have_is_refused(tmp_path, name):
+    directions, rows, words = DIRECTIONS[name]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert words in fault_of(read_rows, [str(file)], directions)
+
+
+def test_a_ledger_has_one_direction(tokenizer, tmp_path):
+    ledger = ledger_of(tmp_path, tokenizer)
+    assert rows_of(tmp_path, ledger, ["de-en"]) == rows_of(tmp_path, ledger)
+    for directions in (["en-de"], ["de-en", "en-de"]):
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, ledger, directions)
+
+
+def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path):
+    [row] = rows_of(tmp_path, PAIRS[:1])
+    file = write(tmp_path / "t.txt", "{source_lang}: {source}\n{target_lang}:\n")
+    for template in (str(file), "{source_lang}: {source}\\n{target_lang}:"):
+        [message] = Encoder(tokenizer, read_template(template)).messages(row)
+        assert message == said("user", f"German: {LINES[1]}\nEnglish:")
+    for template in ("{source} {text}", "Translate it.", "{source} {target lang}", "absent.txt"):
+        assert fault_of(read_template, template).startswith(f"--template {template}: ")
+    assert read_template(None) is None
+
+
+def test_braces_in_a_source_are_text(tokenizer, tmp_path):
+    source = "{target_lang} {source} {x} {"
+    [row] = rows_of(tmp_path, [PAIRS[0] | {"source": source}])
+    [message] = Encoder(tokenizer, "{source}").messages(row)
+    assert message["content"] == source
+
+
+# 8. Folders that a run owns
+
+SETTINGS = {"program": "RaDis", "seed": 1, "model": "m"}
+
+
+def claim_of(folder: Path, **settings):
+    """Claims a folder as train.py does. One setting is newer than the others."""
+    start_processes()
+    values = {"seed": 1, "model": "m", "limit": None} | settings
+    return claim(folder, "args.json", values, defaults={"limit": None})
+
+
+def contents_of(folder: Path) -> dict:
+    """Everything below a folder: the text of files, the target of links."""
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        content = path.stat(follow_symlinks=False).st_mode
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif path.is_file():
+            content = path.read_bytes()
+        contents[str(path.relative_to(folder))] = content
+    return contents
+
+
+def refusal_of(folder: Path, **settings) -> str:
+    """The error of a claim that must change nothing."""
+    before = contents_of(folder.parent)
+    fault = fault_of(claim_of(folder, **settings).__enter__)
+    assert contents_of(folder.parent) == before
+    return fault
+
+
+def test_a_run_creates_its_folder_and_knows_it_again(tmp_path):
+    folder = tmp_path / "a/b"
+    with claim_of(folder) as known:
+        assert not known
+        assert json.loads((folder / "args.json").read_text()) == SETTINGS | {"limit": None}
+        write(folder / "metrics.jsonl", "1\n")
+    assert sorted(contents_of(folder)) == ["args.json", "metrics.jsonl"]
+    with claim_of(folder) as known:
+        assert known
+    assert (folder / "metrics.jsonl").read_text() == "1\n"
+
+
+def test_an_empty_folder_may_be_taken(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with claim_of(folder) as known:
+        assert not known
+
+
+def test_a_folder_is_free_again_after_a_run_that_failed(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(KeyError), claim_of(folder):
+        raise KeyError("a bug")
+    with claim_of(folder) as known:
+        assert known
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path):
+    contents = {
+        "a file": {"thesis.txt": "mine"},
+        "a hidden file": {".git/config": "mine"},
+        "settings of another program": {"args.json": {"seed": 1}},
+        "broken settings": {"args.json": "{"},
+        "deep settings": {"args.json": "[" * 10**5},
+        "settings of another script": {"settings.json": SETTINGS},
+        "a lock with a text": {".lock": "mine"},
+        "a temporary file": {"args.json.tmp": "mine"},
+        "a lock in our folder": {"args.json": SETTINGS, ".lock": "mine"},
+        "a temporary file in our folder": {"args.json": SETTINGS, "args.json.tmp": "mine"},
+    }
+    for name, files in contents.items():
+        for file, content in files.items():
+            write(tmp_path / name / file, content)
+        fault = refusal_of(tmp_path / name)
+        assert fault.startswith(f"{tmp_path / name}"), name
+        assert "choose another --out" in fault
+
+
+def test_a_file_is_no_folder_and_nothing_below_a_file_is(tmp_path):
+    write(tmp_path / "a.txt", "mine")
+    assert "is not a folder" in refusal_of(tmp_path / "a.txt")
+    with pytest.raises(OSError, match=r"a\.txt"):
+        claim_of(tmp_path / "a.txt/run").__enter__()
+
+
+LINKS = ["args.json", "args.json.tmp", ".lock"]
+
+
+@pytest.mark.parametrize("name", LINKS)
+@pytest.mark.parametrize("own", [False, True], ids=["empty folder", "own folder"])
+def test_nothing_is_opened_through_a_link(tmp_path, name, own):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write(tmp_path / "victim", SETTINGS)
+    if own and name != "args.json":
+        write(folder / "args.json", SETTINGS)
+    for target in ("../victim", "../nowhere"):
+        (folder / name).symlink_to(target)
+        refusal_of(folder)
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_a_pipe_or_a_folder_of_the_name_is_refused_and_not_waited_for(tmp_path, name):
+    for make in (os.mkfifo, os.mkdir):
+        folder = tmp_path / make.__name__
+        folder.mkdir()
+        make(folder / name)
+        refusal_of(folder)
+
+
+def test_the_folder_of_a_run_that_was_killed_early_is_taken(tmp_path):
+    begun = json.dumps(SETTINGS, indent=2)
+    for length in (0, 5, 30, len(begun)):
+        folder = tmp_path / f"run {length}"
+        write(folder / ".lock", "")
+        write(folder / "args.json.tmp", begun[:length])
+        with claim_of(folder) as known:
+            assert not known
+        assert sorted(contents_of(folder)) == ["args.json"]
+
+
+def test_settings_that_changed_are_refused_by_name_and_free_ones_may_change(tmp_path):
+    write(tmp_path / "run/args.json", SETTINGS)
+    fault = refusal_of(tmp_path / "run", seed=2)
+    assert fault.startswith(f"{tmp_path}/run/args.json: seed was 1, now 2")
+    with claim_of(tmp_path / "run", model="moved") as known:
+        assert known
+    assert json.loads((tmp_path / "run/args.json").read_text()) == SETTINGS
+
+
+def test_a_setting_that_an_older_file_lacks_was_the_default(tmp_path):
+    write(tmp_path / "run/args.json", SETTINGS)
+    with claim_of(tmp_path / "run") as known:
+        assert known
+    assert "limit was null, now 5" in refusal_of(tmp_path / "run", limit=5)
+    write(tmp_path / "run/args.json", SETTINGS | {"limit": 5, "unknown": 1})
+    with claim_of(tmp_path / "run", limit=5) as known:
+        assert known
+
+
+def hold(lock, holding, release):
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        holding.set()
+        release.wait(30)
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path):
+    lock = write(tmp_path / "run/.lock", "")
+    write(tmp_path / "run/args.json", SETTINGS)
+    context = multiprocessing.get_context("fork")
+    holding = context.Event()
+    release = context.Event()
+    other = context.Process(target=hold, args=(lock, holding, release))
+    other.start()
+    assert holding.wait(30)
+    assert "another process" in refusal_of(tmp_path / "run")
+    release.set()
+    other.join(30)
+    with claim_of(tmp_path / "run") as known:
+        assert known
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write(tmp_path / "run/args.json", SETTINGS)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    fault = refusal_of(tmp_path / "run")
+    assert fault.startswith(f"{tmp_path}/run: its file system has no locks")
+    assert "No locks available" in fault
+
+
+def test_a_number_that_is_not_finite_is_not_written():
+    assert data.finite_json({"a": "ä", "b": 1.5}, "x") == '{"a": "ä", "b": 1.5}'
+    for number in (float("nan"), float("inf")):
+        assert fault_of(data.finite_json, {"a": [number]}, "step 3").startswith("step 3: ")
+
+
+# 9. Options
+
+OPTIONS = """
+--name! NAME           the name
+--file FILE...         files
+--count COUNT=3        a count
+--place N=0            a place
+--rate NUMBER=0.5      a rate
+--share SHARE=1        a share
+--top-p P=1            a probability
+--text TEXT            a text
+--kind plain|fancy     a kind
+--fast                 a switch
+"""
+GIVEN = {
+    # options -> name and value, of the attribute
+    "a name": (["--name", "x"], ("name", "x")),
+    "no file": ([], ("file", [])),
+    "repeated": (["--file", "a", "b", "--file", "c"], ("file", ["a", "b", "c"])),
+    "a default": ([], ("count", 3)),
+    "zero": (["--place", "0"], ("place", 0)),
+    "a bound": (["--share", "0"], ("share", 0.0)),
+    "a small probability": (["--top-p", "1e-9"], ("top_p", 1e-9)),
+    "an empty text": (["--text", ""], ("text", "")),
+    "a text of two lines": (["--text", "a\\nb\\tc"], ("text", "a\nb\tc")),
+    "no text": ([], ("text", None)),
+    "the first choice": ([], ("kind", "plain")),
+    "a choice": (["--kind", "fancy"], ("kind", "fancy")),
+    "a switch": (["--fast"], ("fast", True)),
+    "no switch": ([], ("fast", False)),
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_options_are_parsed_by_the_table(name):
+    words, (attribute, value) = GIVEN[name]
+    args = make_parser("What it does.", OPTIONS).parse_args(["--name", "x", *words])
+    assert getattr(args, attribute) == value
+    assert type(getattr(args, attribute)) is type(value)
+
+
+BAD_OPTIONS = {
+    "required": ([], "--name"),
+    "unknown": (["--name", "x", "--colour"], "--colour"),
+    "no value": (["--name"], "--name"),
+    "not a choice": (["--name", "x", "--kind", "odd"], "--kind"),
+    "a count of zero": (["--name", "x", "--count", "0"], "--count"),
+    "a count that is half": (["--name", "x", "--count", "1.5"], "--count"),
+    "a place before the first": (["--name", "x", "--place", "-1"], "--place"),
+    "an endless place": (["--name", "x", "--place", "1" + "0" * 30], "--place"),
+    "a negative rate": (["--name", "x", "--rate", "-1"], "--rate"),
+    "a rate of nothing": (["--name", "x", "--rate", "nan"], "--rate"),
+    "an infinite rate": (["--name", "x", "--rate", "inf"], "--rate"),
+    "a share above one": (["--name", "x", "--share", "1.1"], "--share"),
+    "a probability of zero": (["--name", "x", "--top-p", "0"], "--top-p"),
+    "a text that is not UTF-8": (["--name", "x", "--text", "\udcff"], "--text"),
+    "a switch with a value": (["--name", "x", "--fast=1"], "--fast"),
+    "files without one": (["--name", "x", "--file"], "--file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_a_bad_option_is_one_line_that_names_it(capsys, name):
+    words, option = BAD_OPTIONS[name]
+    with pytest.raises(SystemExit) as ended:
+        make_parser("What it does.", OPTIONS).parse_args(words)
+    assert ended.value.code == 2
+    [line, end] = capsys.readouterr().err.split("\n")
+    assert line.startswith("error: ")
+    assert option in line
+    assert end == ""
+
+
+def test_help_explains_each_option_with_its_default(capsys):
+    with pytest.raises(SystemExit) as ended:
+        make_parser("What it does.", OPTIONS).parse_args(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "What it does." in text
+    for line in (
+        "--count COUNT a count (default 3)",
+        "--kind {plain,fancy} a kind (default plain)",
+    ):
+        assert line in text
+    assert "--file FILE [FILE ...] files --count" in text
+
+
+# 10. How a script ends
+
+
+def outcome_of(main, **environment) -> tuple[int, str]:
+    """Exit status and stderr of a script in a process of its own."""
+
+    def run():
+        os.dup2(writing, 2)
+        sys.stderr = open(2, "w", encoding="ascii", errors="strict")
+        os.environ.update(environment)
+        sys.argv[1:] = []
+        data.cli(main, make_parser("", ""))
+
+    reading, writing = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    os.close(writing)
+    with open(reading, encoding="ascii") as pipe:
+        printed = pipe.read()
+    process.join(30)
+    return process.exitcode, printed
+
+
+def raising(error):
+    def main(args):
+        raise error
+
+    return main
+
+
+LINE = {
+    # what main raises -> the line
+    "a mistake": (UserError("a.jsonl:3: no row"), "a.jsonl:3: no row"),
+    "a mistake of two lines": (UserError("x: first\nsecond"), "x: first second"),
+    "Latin-1 in a path": (UserError("\udcfc.jsonl: no row"), "\\udcfc.jsonl: no row"),
+    "letters beyond ASCII": (UserError("ü: no row"), "\\xfc: no row"),
+    "no space": (
+        OSError(errno.ENOSPC, "No space left on device", "x.json"),
+        "[Errno 28] No space left on device: 'x.json'",
+    ),
+    "no memory": (MemoryError(), "out of memory (); lower --micro-batch-size or --batch-size"),
+    "no memory for torch": (
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes\nmore"),
+        "out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes); "
+        "lower --micro-batch-size or --batch-size",
+    ),
+    "no memory on the GPU": (
+        torch.OutOfMemoryError("CUDA out of memory."),
+        "out of memory (CUDA out of memory.); lower --micro-batch-size or --batch-size",
+    ),
+    "a lost rank": (
+        dist.DistNetworkError("Connection closed by peer"),
+        "lost another rank; its own message says why (Connection closed by peer)",
+    ),
+    "a rank that gloo lost": (
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer\nmore"),
+        "lost another rank; its own message says why "
+        "([../gloo/transport/tcp/pair.cc:534] Connection closed by peer)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LINE)
+def test_a_mistake_of_the_user_is_one_line_with_status_2(name):
+    error, line = LINE[name]
+    assert outcome_of(raising(error)) == (2, f"error: {line}\n")
+
+
+def test_another_rank_says_which_it_is(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    mistake = raising(UserError("x: y"))
+    assert outcome_of(mistake, RANK="3") == (2, "error: rank 3: x: y\n")
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError, RuntimeError, RecursionError])
+def test_a_bug_keeps_its_traceback(kind):
+    status, printed = outcome_of(raising(kind("of our own code")))
+    assert status == 1
+    assert "Traceback (most recent call last)" in printed
+    assert f"{kind.__name__}: " in printed
+    assert "of our own code" in printed
+
+
+def test_a_script_that_ends_well_has_status_0():
+    assert outcome_of(lambda args: None) == (0, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_script_without_a_word(number):
+    def main(args):
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    assert outcome_of(main) == (128 + number, "")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_closed_pipe_ends_a_script_without_a_word(lines):
+    def main(args):
+        reading, writing = os.pipe()
+        os.close(reading)
+        sys.stdout = open(writing, "w")
+        print("a line\n" * lines)
+
+    assert outcome_of(main) == (141, "")
+
+
+SENT_SIGINT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+
+
+@pytest.mark.parametrize("name", ["data", "generate", "train", "evaluate"])
+def test_ctrl_c_while_torch_is_imported_ends_a_script_without_a_word(tmp_path, name):
+    write(tmp_path / "torch.py", SENT_SIGINT)  # is imported instead of torch
+    script = Path(data.__file__).with_name(f"{name}.py")
+    variables = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, script], env=variables, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGINT
+    assert done.stdout == done.stderr == b""
+
+
+def test_the_script_itself_ends_with_status_2_and_one_line_on_an_ascii_terminal(folder, tmp_path):
+    file = os.fsencode(tmp_path) + b"/\xfc.jsonl"  # Latin-1
+    Path(os.fsdecode(file)).write_text(f"{GOOD}\n{{}}\n")
+    ascii_terminal = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, data.__file__, "--model", folder, "--data", file]
+    done = subprocess.run(command, capture_output=True, env=os.environ | ascii_terminal)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    [line, end] = done.stderr.decode("ascii").split("\n")
+    assert line.startswith(f"error: {tmp_path}/\\udcfc.jsonl:2: ")
+    assert end == ""
+
+
+# 11. The command
+
+
+def output_of(capsys, *words) -> str:
+    """What data.py prints."""
+    data.main(data.parser().parse_args([str(word) for word in words]))
+    return capsys.readouterr().out
+
+
+def test_the_command_counts_rows_and_tokens(folder, tokenizer, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    examples = examples_of(tmp_path, PAIRS, tokenizer)
+    longest = max(map(len, examples))
+    limit = ["--max-length", longest - 1]
+    printed = output_of(capsys, "--model", folder, "--data", file, *limit)
+    at_limit = sum(len(example) == longest for example in examples)
+    assert f"7 rows, {at_limit} of them longer than {longest - 1} tokens\n" in printed
+    for name in ("prompt", "reference"):
+        n = sorted(len(getattr(example, name)) for example in examples)
+        assert f"{name}: {sum(n)} tokens, median {n[3]}, longest {n[-1]}\n" in printed
+    assert "rationale: 0 tokens" in printed
+    assert "status" not in printed
+
+
+def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, capsys, monkeypatch):
+    rows = [pair | {"rationale": WHY, "id": f"row {i}"} for i, pair in enumerate(PAIRS)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    given = ["--model", folder, "--data", file]
+    printed = output_of(capsys, *given, "--show", 2)
+    assert "row row 2" in printed
+    [prompt, reference, rationale] = re.findall("\033\\[(?:90|32|34)m(.*)\033\\[0m", printed)
+    example = examples_of(tmp_path, rows, tokenizer)[2]
+    for shown, ids in (
+        (prompt, example.prompt),
+        (reference, example.reference),
+        (rationale, example.rationale),
+    ):
+        assert shown == "".join(tokenizer.sp.id_to_piece(ids))
+    assert "row row 6" in output_of(capsys, *given, "--show", 99)  # the last
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    assert "\033" not in output_of(capsys, *given)
+
+
+def test_the_command_counts_statuses_and_openings_of_a_ledger(folder, tokenizer, tmp_path, capsys):
+    rows = ledger_of(tmp_path, tokenizer)[:3]
+    rows[1] |= REPETITIVE | {"rationale": "A B C D E", "rationale_ids": [5]}
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    printed = output_of(capsys, "--model", folder, "--data", file)
+    assert "     2 rationales of status ok\n" in printed
+    assert "     1 rationales of status repetitive\n" in printed
+    assert "     2 rationales begin: The wind turns.\n" in printed
+    assert "     1 rationales begin: A B C D\n" in printed
+
+
+def test_the_command_takes_the_options_of_a_prompt(folder, tmp_path, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    template = ["--template", "To {target_lang}: {source}"]
+    options = ["--direction", "en-de", "--chat", "plain", "--system", BRIEF, *template]
+    printed = output_of(capsys, "--model", folder, "--data", file, *options)
+    shown = printed.replace("▁", " ").replace("<0x3A>", ":").replace("<0x0A>", "\n")
+    assert f"{BRIEF}\n\nTo German: {LINES[0]}" in shown
+
+
+def test_a_mistake_on_the_command_line_is_one_line(folder, tmp_path, monkeypatch, capsys):
+    file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
+    given = ["--model", folder, "--data", file]
+    for words, fault in (
+        (["--model", tmp_path / "absent"], f"{tmp_path}/absent/tokenizer.model: "),
+        (["--direction", "fr-en"], f"{file}:1: "),
+        (["--chat", "chatlm"], "--chat chatlm: "),
+        (["--template", "x"], "--template x: "),
+        (["--system", "\udcff"], "argument --system: "),
+        (["--data", tmp_path / "absent"], f"{tmp_path}/absent: "),
+    ):
+        line = error_of(data, [*given, *words], monkeypatch, capsys)
+        assert line.startswith(f"error: {fault}")
+
+
+# 12. Whatever a file holds: one line, or no harm
+
+BROKEN_FILES = {
+    # file, content -> what the message names after the file
+    "no vocabulary": ("tokenizer.model", None, ": missing or empty"),
+    "an empty vocabulary": ("tokenizer.model", "", ": missing or empty"),
+    "text as vocabulary": ("tokenizer.model", "aGVsbG8= 1\n", ": not a SentencePiece model"),
+    "broken JSON": ("tokenizer_config.json", '{\n"a": }', ":2: not valid JSON"),
+    "half a file": ("generation_config.json", "{", ":1: not valid JSON"),
+    "a list": ("tokenizer_config.json", [], ": must hold a JSON object"),
+    "added tokens in a list": ("added_tokens.json", ["<a>"], ": must hold a JSON object"),
+    "a template in Latin-1": ("chat_template.jinja", b"x\n\xfc", ":2: byte 0xfc is not UTF-8"),
+    "an empty template": ("chat_template.jinja", "", ": the file is empty"),
+    "an EOS that is text": ("generation_config.json", {"eos_token_id": "x"}, ": "),
+    "an EOS of -1": ("config.json", {"eos_token_id": [2, -1]}, ": "),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_tokenizer_file_is_refused_by_name(tmp_path, name):
+    file, content, words = BROKEN_FILES[name]
+    folder = write_files(tmp_path, {})
+    if content is None:
+        (folder / file).unlink()
+    else:
+        write(folder / file, content)
+    assert fault_of(Tokenizer, folder).startswith(f"{folder}/{file}{words}")
+
+
+ODD_FIELDS = {
+    "tokenizer_config.json": [
+        *("bos_token", "eos_token", "pad_token", "chat_template", "added_tokens_decoder"),
+        *("legacy", "add_prefix_space", "add_bos_token", "additional_special_tokens"),
+        *("extra_special_tokens", "model_specific_special_tokens", "x_token"),
+    ],
+    "special_tokens_map.json": ["eos_token", "additional_special_tokens"],
+    "added_tokens.json": ["<new>", END],
+    "tokenizer.json": ["added_tokens", "post_processor", "model"],
+    "generation_config.json": ["eos_token_id"],
+    "config.json": ["eos_token_id"],
+}
+ODD_SHAPES = ["{}", "[{}]", '{{"content": {}}}', '{{"480": {{"content": {}}}}}', '[{{"id": {}}}]']
+
+
+@pytest.mark.parametrize("file", ODD_FIELDS)
+def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
+    tmp_path, monkeypatch, capsys, file
+):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
+    folder = write_files(tmp_path / "folder", {})
+    write(folder / "chat_template.jinja", CHATML)
+    refused = []
+    for field, shape, odd in itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values()):
+        write(folder / file, f'{{"{field}": {shape.format(odd)}}}')
+        given = ["--model", folder, "--data", pairs]
+        refused.append(last_line(data, given, monkeypatch, capsys))
+    assert len(set(refused)) > 1
+    for line in filter(None, refused):
+        assert str(folder) in line
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_an_odd_row_is_one_line_with_its_place_or_does_no_harm(
+    folder, tokenizer, tmp_path, monkeypatch, capsys, part
+):
+    file = tmp_path / "odd.jsonl"
+    refused = 0
+    for seed in range(100 * part, 100 * (part + 1)):
+        write(file, f"{GOOD}\n{odd_row(seed, seed % 2 * tokenizer.hash)}\n")
+        line = last_line(data, ["--model", folder, "--data", file], monkeypatch, capsys)
+        if line:
+            assert line.startswith(f"error: {file}:2: ")
+            refused += 1
+    assert 0 < refused < 100
+
+
+def test_a_file_with_odd_bytes_is_one_line_or_does_no_harm(tmp_path):
+    content = lines_of(PAIRS[:2]).encode()
+    r = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        odd = bytearray(content)
+        for _ in range(r.randint(1, 3)):
+            odd[r.randrange(len(odd))] = r.choice(b'\0\n"{}[]\\,:0\x80\xff')
+        file = write(tmp_path / "a.jsonl", bytes(odd))
+        try:
+            rows = read_rows([str(file)])
+        except UserError as e:
+            assert re.match(rf"{file}(:[123])?: ", str(e))
+            refused += 1
+        else:
+            assert len(rows) <= 2
+    assert 0 < refused < 300

@@ -347,7 +347,7 @@ def test_losses_in_chunks_are_those_of_all_rows_and_overwrite_the_logits(hard, s
 
 @pytest.mark.parametrize(
     "options",
-    ["--micro-batch-size 1", "--micro-batch-size 3", "--activation-checkpointing"],
+    ["--micro-batch-size 1", "--micro-batch-size 3 --activation-checkpointing"],
 )
 def test_micro_batches_and_recomputed_activations_do_not_change_the_update(
     at, whole_batches, tmp_path, options
@@ -839,7 +839,7 @@ def test_a_rate_that_is_far_too_high_ends_before_anything_infinite_is_written(
     out = tmp_path / "out"
     command = f"--model {at.folder} --data {at.ledger} --dtype float32 --warmup-steps 0 "
     message = error(f"{command} {options.format(pairs=at.pairs)} --out {out}")
-    assert "NaN" in message or "nan" in message
+    assert "not finite" in message or "nan" in message
     assert_finite(out)
     assert not list(out.rglob("config.json"))
 
@@ -878,7 +878,7 @@ def test_weights_that_are_not_finite_are_named(at, tmp_path, error):
     spoilt[7] = math.nan
     folder = copy_model(at.folder, tmp_path / "nan", **{"model.norm.weight": spoilt})
     message = error(f"{at.command} --out {tmp_path}/out --model {folder}")
-    assert "nan: model.norm.weight" in message
+    assert "nan/model.safetensors: model.norm.weight" in message
     assert not (tmp_path / "out/metrics.jsonl").exists()
 
 
