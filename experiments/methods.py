@@ -3,9 +3,8 @@
     python experiments/methods.py --model DIR --pairs train.jsonl --test test.jsonl \\
         --drift general-vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
 
-The commands of the scripts are printed and run one by one; DIR/points keeps the measures, a file
-per model, for report.py. The same command again runs what is missing; with other methods or seeds
-it can run at the same time.
+The commands of the scripts are printed and run one by one; DIR/points keeps the measures for
+report.py. The same command runs what is missing; others can run at the same time.
 """
 
 import argparse
