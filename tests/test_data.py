@@ -366,9 +366,10 @@ def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(tokeniz
     edited = example_of(tmp_path, row | {"reference": "The ship waits."}, tokenizer)
     assert spell(tokenizer, edited.reference) == "The ship waits."
     assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
-    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
-    assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], "Das Schiff.")
-    assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
+    for source in ("Das Schiff.", LINES[1][:15]):
+        edited = example_of(tmp_path, row | {"source": source}, tokenizer)
+        assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], source)
+        assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
 
 
 BRIEF = "Be brief."
@@ -387,9 +388,9 @@ def test_an_edited_source_is_asked_by_the_options_of_its_row(tokenizer, tmp_path
 def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, tmp_path):
     row = answer_row(tokenizer, "Tomatoes.")
     assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
-    row["prompt"] = "How?"
-    prompt = tokenizer.chat([said("user", "How?")])
-    assert example_of(tmp_path, row, tokenizer).prompt == prompt
+    for prompt in ("How?", "Wh"):
+        ids = tokenizer.chat([said("user", prompt)])
+        assert example_of(tmp_path, row | {"prompt": prompt}, tokenizer).prompt == ids
 
 
 CHANGED_PROMPTS = {
