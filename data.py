@@ -331,7 +331,7 @@ FORMATS = {
 }
 NAMES = [name for name in FORMATS if " " not in name]
 MAX_RENDERED = 1_000_000  # characters
-GUARDS = [*map(chr, range(0xE000, 0xF900)), *map(chr, range(0xF0000, 0xFFFFE))]  # private use
+PRIVATE_USE = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]))
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
 NO_TEMPLATE = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
@@ -407,13 +407,15 @@ class Tokenizer:
             written = mark and text in (self.template or "")
             if token.special or ends or written:
                 self.control.add(token.id)
-        broken = [re.escape(x) for x in self.added if self.added[x].id in self.control]
-        self.control_pattern = re.compile("(?=" + ("|".join(broken) or "(?!)") + ")")
-        self.control.discard(self.sp.unk_id())  # it is decoded
         longest_first = sorted(self.added, key=len, reverse=True)
         self.split_ids = [self.added[text].id for text in longest_first]
         patterns = [self.added[text].pattern(text) for text in longest_first]
         self.split_pattern = re.compile("|".join(patterns))
+        special = [re.escape(x) for x in longest_first if self.added[x].id in self.control]
+        special = "|".join(special) or "(?!)"
+        self.control_pattern = re.compile(f"(?={special})")
+        self.marked_pattern = re.compile(rf"((?<=\S)\s+)?({special})(\s+(?=\S))?")
+        self.control.discard(self.sp.unk_id())  # it is decoded
         self.words = {token.id: text for text, token in self.added.items() if token.id >= self.size}
         tokens = [[text, *vars(self.added[text]).values()] for text in sorted(self.added)]
         proto = self.files["tokenizer.model"].hex()
@@ -593,14 +595,14 @@ class Tokenizer:
     @functools.cached_property
     def end_id(self) -> int:
         """The token that ends an answer: what the template writes after one, else EOS."""
-        mark = GUARDS[1]
+        mark = PRIVATE_USE[0]
         talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
         for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
             try:
                 text = self.render(messages, self.folder, False) if self.template else ""
             except UserError:
                 continue
-            for part in self.split(text.partition(mark)[2], GUARDS[0]):
+            for part in self.split(text.partition(mark)[2], {}):
                 if isinstance(part, int):
                     return part
             break
@@ -615,40 +617,59 @@ class Tokenizer:
 
     def encode(self, text: str, within: bool = False) -> list[int]:
         """Text to ids, without BOS or EOS. within: it continues a text before it."""
-        guard = unused_character(text)
-        return self.encode_parts(self.break_up(text, guard), guard, within)
+        guards = self.make_guards(text)
+        return self.encode_parts(self.mark(text, guards), guards, within)
 
-    def break_up(self, text, guard):
-        """The text with `guard` before each control token in it, by which it is known as text."""
-        return self.control_pattern.sub(guard, text)
+    def make_guards(self, text):
+        """Two characters for each control token in a text, which the text does not hold."""
+        unused = (character for character in PRIVATE_USE if character not in text)
+        tokens = {match[2] for match in self.marked_pattern.finditer(text)}
+        return {token: (next(unused), next(unused)) for token in tokens}
 
-    def split(self, text, guard):
+    def mark(self, text, guards):
+        """The text with guards around each control token in it, by which it is known as text.
+
+        The white space beside the token is within them, so that a template can still split and
+        strip.
+        """
+
+        def surround(match):
+            return match[0].join(guards[match[2]])
+
+        return self.marked_pattern.sub(surround, text)
+
+    def split(self, text, guards):
         """The ids of the added tokens in a text, and the texts between them."""
         start = 0
         for match in self.split_pattern.finditer(text):
-            if text[: match.start()].endswith(guard):
+            before, after = match.span(match.lastindex)
+            around = (text[:before].rstrip()[-1:], text[after:].lstrip()[:1])
+            if around == guards.get(text[before:after], ()):
                 continue
             yield text[start : match.start()]
             yield self.split_ids[match.lastindex - 1]
             start = match.end()
         yield text[start:]
 
-    def encode_parts(self, text, guard, within=False):
+    def encode_parts(self, text, guards, within=False):
         ids = []
         space = not within  # whether SentencePiece puts its space before the next text
-        for part in self.split(text, guard):
+        remove = str.maketrans(dict.fromkeys(itertools.chain(*guards.values())))
+        for part in self.split(text, guards):
             if isinstance(part, int):
                 ids.append(part)
                 space = self.legacy
                 continue
             sp = self.sp if space else self.sp_within
-            encoded = sp.encode(part.replace(guard, ""))
+            part = part.translate(remove)
+            encoded = sp.encode(part)
             if not self.control.isdisjoint(encoded):
                 # SentencePiece itself finds control tokens: cut each after its first character
+                cuts = [match.start() + 1 for match in self.control_pattern.finditer(part)]
                 encoded = []
-                for piece in re.split(f"{guard}(.)", part, flags=re.DOTALL):
-                    encoded += sp.encode(piece)
-                    sp = self.sp_within if piece else sp
+                for start, end in itertools.pairwise([0, *cuts, len(part)]):
+                    encoded += sp.encode(part[start:end])
+                    sp = self.sp_within
             for id in encoded:
                 # one character can't be broken up: it is spelled in bytes
                 ids += self.spell(id) if id in self.control else [id]
@@ -702,7 +723,7 @@ class Tokenizer:
         text = self.render([{"role": "user", "content": "x"}], "chat template")
         if text[-1:].isspace():
             return text[-1]
-        *_, last = self.split(text, GUARDS[0])
+        *_, last = self.split(text, {})
         return last[-1:]
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
@@ -722,14 +743,14 @@ class Tokenizer:
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         require(self.template is not None, self.folder, NO_TEMPLATE)
-        guard = unused_character(self.template + "".join(x["content"] for x in messages))
-        broken = [x | {"content": self.break_up(x["content"], guard)} for x in messages]
-        text = self.render(broken, where)
-        if broken[0]["role"] == "system":
-            other = self.render([{"role": "system", "content": guard}, *broken[1:]], where)
+        guards = self.make_guards(self.template + "".join(x["content"] for x in messages))
+        marked = [x | {"content": self.mark(x["content"], guards)} for x in messages]
+        text = self.render(marked, where)
+        if messages[0]["role"] == "system":
+            other = self.render([marked[0] | {"content": PRIVATE_USE[-1]}, *marked[1:]], where)
             fault = "the chat template drops the system prompt; leave it out, or give --chat"
             require(other != text, where, fault)
-        return self.encode_parts(text, guard)
+        return self.encode_parts(text, guards)
 
     def render(self, messages, where, add_generation_prompt=True) -> str:
         """The conversation as text, by the template."""
@@ -748,11 +769,6 @@ class Tokenizer:
             kind = type(e).__name__
             raise UserError(f"{where}: the chat template refuses this ({kind}: {e})") from None
         return text
-
-
-def unused_character(text):
-    """A private-use character that the text does not hold."""
-    return next(character for character in GUARDS if character not in text)
 
 
 def user_defined_pieces(proto):

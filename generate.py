@@ -281,13 +281,11 @@ def require_room(sequences, max_new_tokens, config, folder="the model"):
     room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
         n = len(sequence.prompt)
-        fault = (
-            f"{n} tokens of a prompt, where {max_new_tokens} new ones leave room for 1 to {room}"
-        )
+        fault = f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit"
         advice = "lower --max-new-tokens, or remove the row"
         require(0 < n <= room, sequence.where, f"{fault}; {advice}")
         known = 0 <= min(sequence.prompt) <= max(sequence.prompt) < config.vocab_size
-        fault = f"the weights lack token ids of {sequence.where}; are they of another tokenizer?"
+        fault = f"has no embedding for an id of {sequence.where}: its tokenizer is another model's"
         require(known, folder, fault)
 
 
@@ -300,13 +298,13 @@ def allocate_cache(model, rows, longest, max_new_tokens):
         free, _ = torch.cuda.mem_get_info()
         one = KVCache.empty(model, 1, n + max_new_tokens)
         fitting = int(0.8 * free / (2 * one.keys.nbytes))  # the rest is for activations
-        fault = f"out of memory with {rows} rows as long as this, whose prompt has {n} tokens"
+        fault = f"out of memory for {rows} rows of this length, a prompt of {n} tokens"
         advice = f"give --batch-size {fitting}, or remove the row"
         raise UserError(f"{longest.where}: {fault}; {advice}") from None
 
 
 def next_prompts(waiting, free, rows, device):
-    """Takes the next to be read; none while few rows are free: several are read faster."""
+    """Takes what to read next: nothing while few rows are free, since several are read faster."""
     count = min(free, len(waiting))
     if not waiting or free < min(len(waiting), rows / 8):
         return []
@@ -500,7 +498,7 @@ def complete(path: Path, rows: list, produce: Callable, settings: dict | None = 
 def publish(path, parts, by_id, settings):
     """Moves all rows from the parts to `path`."""
     finished = read_finished(path, by_id, settings)
-    fault = "rows are missing though all ranks have ended; do they share this folder?"
+    fault = "has not all rows though all ranks ended; do they share it? Run it again"
     require(len(finished) == len(by_id), parts, fault)
     files = [*parts.glob("rank*.jsonl")]
     if files and settings is not None:
@@ -535,17 +533,19 @@ def read_finished(path, by_id, settings):
     meta = meta_path(path)
     exists = os.path.lexists(path)
     if settings is not None and (exists or os.path.lexists(meta)):
-        fault = f"is missing or not of this script, so {path.name} may not be; change --out"
+        fault = (
+            f"is missing or not of this script, so {path.name} is left alone; choose another --out"
+        )
         require(data.is_own(meta), meta, fault)
         data.require_same(meta, DEFAULTS | read_object(meta), settings)
     if exists:
-        require(path.is_file(), path, "is not a file; change --out")
+        require(path.is_file(), path, "is not a file; choose another --out")
         texts[path] = read_text(path)  # the last: what was edited there counts
     finished = {}
     for file, text in texts.items():
         for n, line in enumerate(text.split("\n"), 1):
             id = id_of(line, by_id)
-            fault = "the row is missing from the data, or differs there; change --out"
+            fault = "the row is missing from the data, or differs; choose another --out"
             require(id is not None or not line or file != path, f"{file}:{n}", fault)
             finished[id] = line
     finished.pop(None, "")
@@ -563,7 +563,7 @@ def id_of(line, by_id):
 
 @contextlib.contextmanager
 def claim_parts(parts, settings):
-    """Holds the parts folder within the block. It is gone afterwards unless it has rows."""
+    """Holds the parts folder within the block, and removes it afterwards unless it has rows."""
     first = dist.get_rank() == 0
     try:
         with data.claim(parts, "settings.json", settings, DEFAULTS):

@@ -36,19 +36,21 @@ python train.py --config $run/start/config.json --tokenizer $run/start --data $r
     --out $run/base --max-steps 1100 --batch-size 32 --micro-batch-size 16 --learning-rate 3e-3
 # 2. Rationales: the answer is prefilled with the reference, and the base model continues
 base="--model $run/base --batch-size 128 --template $run/template.txt"
-python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --max-new-tokens 32
+python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --cue '\n' \
+    --max-new-tokens 32
+python data.py --model $run/base --data $run/rationales.jsonl --show 2
 #    For replay it answers other prompts, about three of the skills
 python generate.py $base --data $run/prompts.jsonl --out $run/replay.jsonl --task answer \
     --max-new-tokens 48 --limit 1600
-# 3. Three trainings on the same pairs: alone (vanilla), with their rationales (RaDis), and beside
-#    the replayed answers, with the base model's distribution as their target (soft replay)
+# 3. Three trainings on the same pairs: alone (vanilla); with their rationales (RaDis); with the
+#    replayed answers, by the base model's distribution, at equal mean losses (soft replay)
 train="--model $run/base --max-steps 240 --export-every 40 --warmup-steps 24 --learning-rate 1e-3
     --micro-batch-size 16 --template $run/template.txt"
 python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
     --rationale-weight 0
 python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32
 python train.py $train --data $run/pairs.jsonl $run/replay.jsonl --out $run/replay \
-    --batch-size 48 --teacher $run/base
+    --batch-size 48 --teacher $run/base --rationale-weight 1.6
 # 4. What was gained and what was lost, along the trainings. No test item was in training, except
 #    for the skills that are memory; none of the replayed prompts is a test item
 python generate.py $base --data $run/general.jsonl --out $run/tests/general.jsonl --task answer \
@@ -98,14 +100,14 @@ def run_page(page: str, run: Path):
 
 
 def run_command(words: list[str], log: Path):
-    """Runs `python SCRIPT WORDS` in this process; what it prints goes to a log."""
+    """Runs `python SCRIPT WORDS` in this process; only data.py prints to the screen."""
     expanded = []
     for word in words[2:]:
         expanded += sorted(glob.glob(word)) if "*" in word else [word]
     module = importlib.import_module(Path(words[1]).stem)
     with open(log, "a", encoding="utf-8") as f:
-        with contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
-            print("$", *words)
+        out = sys.stdout if module is data else f
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(f):
             module.main(module.parser().parse_args(expanded))
 
 

@@ -20,29 +20,29 @@ from model import require  # noqa: E402
 
 
 def main(args: argparse.Namespace):
-    base, tuned, out = args.base, args.tuned, args.out
-    require(not out.exists(), out, "exists; remove it, or choose another folder")
+    tuned = args.tuned
+    require(not args.out.exists(), args.out, "exists; remove it, or choose another folder")
     files = {}  # tensor -> file of the base model
-    for file in base.glob("*.safetensors"):
+    for file in args.base.glob("*.safetensors"):
         with safe_open(file, "pt") as f:
             files |= dict.fromkeys(f.keys(), file)
     for name, content in data.Tokenizer(tuned).files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(content)
+        (args.out / name).parent.mkdir(parents=True, exist_ok=True)
+        (args.out / name).write_bytes(content)
     for file in tuned.glob("*.safetensors"):
         tensors = {}
         with safe_open(file, "pt") as f:
             for name in f.keys():
                 end = f.get_tensor(name)
-                require(name in files, base, f"{name} is missing; give the base of {tuned}")
+                require(name in files, args.base, f"has no {name}; give the base of {tuned}")
                 with safe_open(files[name], "pt") as g:
                     start = g.get_tensor(name).float()
                 same = start.shape == end.shape
-                require(same, base, f"{name} has another shape; give the base of {tuned}")
+                require(same, args.base, f"{name} has another shape than in {tuned}")
                 tensors[name] = start.lerp(end.float(), args.weight).to(end.dtype)
-        save_file(tensors, out / file.name, metadata={"format": "pt"})
+        save_file(tensors, args.out / file.name, metadata={"format": "pt"})
     for file in (*tuned.glob("*.index.json"), tuned / "config.json"):
-        shutil.copyfile(file, out / file.name)
+        shutil.copyfile(file, args.out / file.name)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -183,7 +183,10 @@ def run_method(options, seed: int, name: str):
     words += ["--rationale-weight", f"{weight:.4g}"]
     words += ["--teacher", options.model] if method.teacher else []
     run(options, "train", [*words, *shlex.split(f"{options.train_flags} {options.flags}")])
-    cost = read_cost(method, files, tuned)
+    trained = sum(line["tokens"] for line in read_jsonl(tuned / "metrics.jsonl"))
+    generated = [row.get("rationale_ids", []) for file in files for row in read_jsonl(file)]
+    cost = {"trained": trained, "taught": trained if method.teacher else 0}
+    cost["sampled"] = sum(map(len, generated))
     for point in missing:
         model = tuned
         if weights[point] != 1:
@@ -201,14 +204,6 @@ def ratio_of_means(options, files: list) -> float:
     examples = [encoder.example(row) for row in data.read_rows(files)]
     references = sum(len(example.reference) for example in examples)
     return references / sum(len(example.rationale) for example in examples)
-
-
-def read_cost(method: Method, files: list, out: Path) -> dict:
-    """Tokens that were trained on, read by the teacher, and sampled beforehand."""
-    trained = sum(line["tokens"] for line in read_jsonl(out / "metrics.jsonl"))
-    ids = [row.get("rationale_ids", []) for file in files for row in read_jsonl(file)]
-    taught = trained if method.teacher else 0
-    return {"trained": trained, "taught": taught, "sampled": sum(map(len, ids))}
 
 
 def point_file(options, name: str) -> Path:

@@ -40,19 +40,20 @@ COSTS = {"trained": "tokens trained on", "taught": "by the teacher", "sampled": 
 
 def read_points(folders: list[str], rate: str, seeds: list[int]) -> dict[str, dict]:
     """-> points[title][seed][measure], a mean over items and over bootstrap draws [1 + draws]."""
-    points = {"base": {}}
+    points = {"base": {}, "vanilla": {}}
     for name in METHODS:
         for folder in map(Path, folders):
             files = folder.glob(f"points/seed-*/{rate}/{slug(name)}/*.npz")
             for file in sorted(files, reverse=True):
                 seed = int(file.parts[-4].removeprefix("seed-"))
-                if seeds and seed not in seeds:
-                    continue
                 weight = file.stem.partition("-at-")[2]
                 title = f"{name}, interpolated {weight}" if weight else name
-                points.setdefault(title, {})[seed] = read_point(file)
-                points["base"][seed] = read_point(folder / "points/base.npz")
-    require("vanilla" in points, folders[0], f"has no point of vanilla at the rate {rate}")
+                # all comparisons are with vanilla, which comes first
+                comparable = title == "vanilla" or seed in points["vanilla"]
+                if comparable and (not seeds or seed in seeds):
+                    points.setdefault(title, {})[seed] = read_point(file)
+                    points["base"][seed] = read_point(folder / "points/base.npz")
+    require(points["vanilla"], folders[0], f"has no point of vanilla at the rate {rate}")
     return points
 
 
@@ -184,24 +185,20 @@ def print_table(title: str, points, columns: dict):
         print(f"| {name} | {len(by_seed)} |", " | ".join(cells), "|")
 
 
-def print_goal(points):
-    compared = {}
-    for title in [*points][1:]:
-        found = {seed: point for seed, point in points[title].items() if "a" in point}
-        compared |= {title: found} if found else {}
+def print_values(points, measures: list[str]):
     columns = {name: partial(show_mean, name, ".0f") for name in ("gain, %", "KL, %")}
     columns |= both("a", 2) | both("b", 3)
-    title = "Shares of vanilla's gain in chrF++ and of its KL to base"
-    print_table(f"{title}; the goal is a >= 0 and b <= 0", compared, columns)
-
-
-def print_values(points, measures: list[str]):
+    title = "Shares of vanilla's gain and KL; the goal is a >= 0 and b <= 0"
+    tuned = {title: by_seed for title, by_seed in points.items() if title != "base"}
+    print_table(title, tuned, columns)
     columns = {}
     for name in measures:
         columns[name] = partial(show_interval, over_items, name, MEASURES[name][0])
     for cost, title in COSTS.items():
         columns[title] = partial(show_mean, cost, ",.0f")
     print_table("Values at the end of training, with intervals over items", points, columns)
+    columns = {f"seed {seed}": partial(show_seed, seed) for seed in sorted(points["base"])}
+    print_table("Each seed: chrF++, KL", points, columns)
 
 
 def print_equal_kl(points):
@@ -229,14 +226,14 @@ def print_difference(points, measures: list[str], one: str, other: str):
     print_table(f"{one} minus {other}", differences, both("difference", 3))
 
 
-def draw(points, file: str, measure: str):
-    """Gain, and another measure, against KL; bars span the seeds."""
+def draw(points, file: str):
+    """Gain, and the length of answers, against KL; bars span the seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     ticks = [0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1]
-    for axes, name in zip(panels, ("gain, %", measure)):
+    for axes, name in zip(panels, ("gain, %", "answer length")):
         path = []  # interpolated vanilla
         for title, by_seed in points.items():
             x = np.mean([point["KL, %"] for point in by_seed.values()]) ** 0.5 / 10
@@ -248,9 +245,8 @@ def draw(points, file: str, measure: str):
                 axes.errorbar([x], [y.mean()], bars, fmt="o", capsize=3, label=title)
         axes.plot(*zip(*sorted(path)), "k-o", markersize=3, label="base to vanilla, interpolated")
         axes.set_xticks(np.sqrt(ticks), [f"{100 * tick:.0f}" for tick in ticks])
-        axes.set(xlabel="KL to base, % of vanilla's", ylabel=name)
+        axes.set(xlabel="KL, %", ylabel=name)
     panels[0].fill_between([0, KL**0.5], 100 * GAIN, 108, color="0.9", label="goal")
-    panels[0].set_ylabel("gain in chrF++, % of vanilla's")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=100)
 
@@ -259,17 +255,14 @@ def main(args: argparse.Namespace):
     points = read_points(args.out, args.rate, args.seeds)
     measures = [name for name in MEASURES if name in [*points["base"].values()][0]]
     compare_with_goal(points)
-    print_goal(points)
     print_values(points, measures)
-    seeds = {f"seed {seed}": partial(show_seed, seed) for seed in sorted(points["base"])}
-    print_table("Each seed: chrF++, KL", points, seeds)
     print_equal_kl(points)
     for one, other in zip(args.minus[::2], args.minus[1::2]):
         for title in (one, other):
             require(title in points, f"--minus {title}", f"must be one of {', '.join(points)}")
         print_difference(points, measures, one, other)
     if args.plot:
-        draw(points, args.plot, args.measure)
+        draw(points, args.plot)
 
 
 OPTIONS = """
@@ -277,8 +270,7 @@ OPTIONS = """
 --rate RATE=1e-4        learning rate
 --seeds N...            default: all
 --minus METHOD...       print the difference of two methods; of several pairs
---plot FILE             picture of the gain, and of another measure, against KL (PNG)
---measure NAME=answer length   that other measure
+--plot FILE             picture of gain and answer length against KL (PNG)
 """
 
 

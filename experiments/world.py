@@ -320,7 +320,7 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
     (out / "template.txt").write_text(TEMPLATE)
     text = [row["prompt"] + "\n" + row["response"] for row in rows]
     text += [row["source"] + "\n" + row["reference"] for row in sentences]
-    write_start(out / "start", "\n".join(text))
+    write_start(out / "start", text)
 
 
 def write_jsonl(path: Path, rows: list[dict]):
@@ -328,13 +328,11 @@ def write_jsonl(path: Path, rows: list[dict]):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
-def write_start(folder: Path, text: str):
+def write_start(folder: Path, text: list[str]):
     """Writes a model folder without weights: a tokenizer trained on `text`, and CONFIG."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = folder / "lines.txt"
-    lines.write_text(text, "utf-8")
     sentencepiece.SentencePieceTrainer.train(
-        input=str(lines),
+        sentence_iterator=iter("\n".join(text).split("\n")),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
         vocab_size=CONFIG["vocab_size"],
@@ -347,7 +345,6 @@ def write_start(folder: Path, text: str):
         num_threads=1,
         minloglevel=2,
     )
-    lines.unlink()
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2))

@@ -979,7 +979,7 @@ def hostile_texts(tokens: list):
 
 CUT_TEMPLATE = """
 {%- for m in messages -%}
-<|user|>{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
+<|user|>-{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
 {{- m.content | replace('<s>', '') }}<|end|>
 {%- endfor -%}"""
 HOSTILE_TEMPLATES = {

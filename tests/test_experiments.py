@@ -40,10 +40,10 @@ def read_text(name: str) -> str:
 # the lesson
 
 SHORTER = {
-    "--pairs 3200 --tests 60": "--pairs 256 --tests 8 --chats 3000",
-    "--max-steps 1100 --batch-size 32": "--max-steps 100 --batch-size 16",
-    "--limit 1600": "--limit 128",
-    "--max-steps 240": "--max-steps 16",
+    "--pairs 3200 --tests 60": "--pairs 192 --tests 8 --chats 3000",
+    "--max-steps 1100 --batch-size 32": "--max-steps 80 --batch-size 16",
+    "--limit 1600": "--limit 96",
+    "--max-steps 240": "--max-steps 12",
     "--warmup-steps 24": "--warmup-steps 2",
     "--learning-rate 1e-3": "--learning-rate 2e-3",
 }
@@ -314,7 +314,7 @@ def test_interpolation_overwrites_nothing_and_needs_the_same_tensors(folder, tun
         call(interpolate, f"{folder} {tuned} 0.25 {tuned}")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(UserError, match="is missing; give the base of"):
+    with pytest.raises(UserError, match="empty: has no .*; give the base of"):
         call(interpolate, f"{empty} {tuned} 0.25 {tmp_path}/out")
 
 
@@ -353,8 +353,9 @@ def test_shares_of_gain_and_kl_and_the_distances_from_the_goal(capsys):
     del method[2]
     points["soft RaDis"] = method
     report.compare_with_goal(points)
-    report.print_goal(points)
-    cells = rows_of(capsys.readouterr().out)["soft RaDis"]
+    report.print_values(points, [])
+    table = capsys.readouterr().out.split("###")[1]
+    cells = rows_of(table)["soft RaDis"]
     assert cells[:3] == ["2", "99", "4"]
     # a is 4% of gains of 9 and 10, b -6% of KLs of 0.18 and 0.2; t of two seeds is 12.7
     assert cells[3:5] == ["0.38 [0.13, 0.63]", "0.38 [0.38, 0.38]"]

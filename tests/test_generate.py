@@ -65,7 +65,7 @@ class Place:
     def words(self, options="") -> list[str]:
         paths = f"--model {self.model} --data {self.data} --out {self.out}"
         # what is computed alone has the same bits every time
-        fixed = "--max-new-tokens 12 --dtype float32 --batch-size 1"
+        fixed = "--max-new-tokens 8 --dtype float32 --batch-size 1"
         return shlex.split(f"{paths} {fixed} {options}")
 
     def run(self, options="") -> bytes:
@@ -168,7 +168,7 @@ def test_every_row_is_that_of_the_plain_version(place, terse, temperature, cue):
             reference,
             cue=tokenizer.encode(text, within=True),
             eos_ids=tokenizer.eos_ids,
-            max_new_tokens=12,
+            max_new_tokens=8,
             temperature=temperature,
             seed=5,
             id=given.id,
@@ -634,10 +634,10 @@ def test_a_cache_beyond_the_memory_names_the_longest_prompt_and_a_batch_that_fit
 
 
 BAD_PROMPTS = {
-    "empty": ([], "prompt 1: 0 tokens"),
-    "too long": ([5] * 505, "prompt 1: 505 tokens .* 504; lower --max-new-tokens"),
-    "an id beyond the vocabulary": ([5, 480], "the model: .* token ids of prompt 1"),
-    "a negative id": ([5, -1], "the model: .* token ids of prompt 1"),
+    "empty": ([], "prompt 1: .* 0 tokens"),
+    "too long": ([5] * 505, "prompt 1: .* 505 tokens; .* 1 to 504 fit; lower"),
+    "an id beyond the vocabulary": ([5, 480], "the model: .* id of prompt 1"),
+    "a negative id": ([5, -1], "the model: .* id of prompt 1"),
 }
 
 
@@ -796,7 +796,7 @@ def expected(folder, tmp_path_factory) -> bytes:
 @pytest.fixture(scope="module")
 def many() -> list[dict]:
     rows = []
-    for n in range(40):
+    for n in range(32):
         pair = PAIRS[n % len(PAIRS)]
         rows.append(pair | {"id": f"row {n}", "source": f"{n}. {pair['source']}"})
     return rows
@@ -869,7 +869,7 @@ def on_two_ranks(*jobs):
 
 def test_rows_are_the_same_on_two_ranks_and_from_the_parts_of_any_number(place, many, whole):
     write_jsonl(place.data, many)
-    place.stop(30)
+    place.stop(24)
     [part] = place.parts.glob("rank0-*")
     lines = part.read_bytes().splitlines(keepends=True)
     part.unlink()
@@ -912,16 +912,12 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(place, expected, after, t
         assert {*place.contents()} == FINISHED
 
 
-OPERATIONS = {
-    "before the meta file": (os, "replace", 0),
-    "before the ledger": (os, "replace", 1),
-    "before the parts go": (Path, "unlink", 0),
-}
+MOMENTS = [(os, "replace", n) for n in range(5)]
+MOMENTS += [(Path, "unlink", n) for n in range(2)]
 
 
-@pytest.mark.parametrize("moment", OPERATIONS)
-def test_a_run_that_was_stopped_at_its_end_ends_in_the_same_bytes(place, expected, moment):
-    owner, name, after = OPERATIONS[moment]
+@pytest.mark.parametrize("owner, name, after", MOMENTS)
+def test_a_run_stopped_at_any_rename_ends_in_the_same_bytes(place, expected, owner, name, after):
     operation = getattr(owner, name)
     calls = []
 
@@ -952,7 +948,7 @@ def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(place, ex
 
 def test_a_finished_ledger_that_was_saved_in_another_encoding_is_refused(place):
     rows = place.rows()
-    rows[1]["rationale"] = "Schön."
+    rows[0]["rationale"] = "Schön."
     text = write_jsonl(place.out, rows).read_text("utf-8")
     place.out.write_bytes(text.encode("latin-1", "replace"))
     assert place.error("--limit 7").startswith(f"error: {place.out}:1: ")
