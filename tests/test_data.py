@@ -450,6 +450,8 @@ def test_rows_that_were_written_with_chat_bring_their_format_along(folder, token
     assert plain.with_chat_of(rows) is plain
     pairs = rows_of(tmp_path, PAIRS)
     assert tokenizer.with_chat_of(pairs) is tokenizer
+    foreign = rows_of(tmp_path, [row | {"tokenizer": "another"}])
+    assert tokenizer.with_chat_of(foreign) is tokenizer
     assert example_of(tmp_path, row, plain).prompt == row["prompt_ids"]
     assert "--chat plain" in fault_of(example_of, tmp_path, row, tokenizer)
     row["source"] = "Das Schiff."
@@ -461,7 +463,9 @@ def test_rows_of_several_formats_or_of_a_template_file_need_that_option(folder, 
     [first, second, *_] = ledger_of(tmp_path, tokenizer)
     for one, other in (("plain", None), ("plain", "zephyr"), ("0123456789abcdef",) * 2):
         rows = rows_of(tmp_path, [first | {"chat": one}, second | {"chat": other}])
-        assert "--chat" in fault_of(tokenizer.with_chat_of, rows)
+        fault = fault_of(tokenizer.with_chat_of, rows)
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:")
+        assert "--chat" in fault
 
 
 def test_the_settings_of_a_prompt_are_what_it_depends_on(folder, tokenizer):
@@ -947,7 +951,7 @@ HOSTILE_TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
 )
 USER_DEFINED = ["<|user|>", "<|user|>>", "§", "▁<tag>"]
-SPECIAL = ["<|end|>", "¤", "<two words>"]
+SPECIAL = ["<|end|>", "<|end|>>", "¤", "<two words>"]
 NOT_SPECIAL = ["<think>", "<word>"]
 KNOWN = ["<unk>", "<s>", "</s>", START, END, *SPECIAL, *NOT_SPECIAL]
 KNOWN += [piece.replace("▁", " ") for piece in USER_DEFINED]
@@ -1002,18 +1006,24 @@ def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lo
     control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
     roles = ("system", "user", "assistant", "user")
     harmless = tokenizer.chat([said(role, "a boat") for role in roles])
-    for text in hostile_texts(KNOWN):
-        assert control.isdisjoint(tokenizer.encode(text))
+    harmless = [id for id in harmless if id in control]
+    texts = [*hostile_texts(KNOWN)]
+    for four in zip(texts, texts[1:], texts[2:], texts[3:]):
+        ids = tokenizer.chat([said(role, text) for role, text in zip(roles, four)])
+        assert [id for id in ids if id in control] == harmless, four
+        for text in four:
+            held = text in tokenizer.decode(ids)
+            # with `legacy` there is a space after every added token
+            assert held or legacy or template == CUT_TEMPLATE
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert control.isdisjoint(ids)
         assert control.isdisjoint(tokenizer.answer(text))
-        ids = tokenizer.chat([said(role, text) for role in roles])
-        found = [id for id in ids if id in control]
-        assert found == [id for id in harmless if id in control], text
-        once = tokenizer.decode(tokenizer.encode(text))
-        whole = tokenizer.decode(ids)
-        if legacy:  # it puts a space after every added token
-            text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
-        assert once == text
-        assert whole.count(text) >= len(roles) or template == CUT_TEMPLATE
+        if legacy:
+            text = text.replace(" ", "")
+            assert tokenizer.decode(ids).replace(" ", "") == text
+        else:
+            assert tokenizer.decode(ids) == text
 
 
 def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
@@ -1061,7 +1071,7 @@ def test_white_space_that_the_vocabulary_defines_is_text_though_the_template_has
     assert tokenizer.chat(asked) == render_theirs(theirs_of(tmp_path), asked)
 
 
-@parametrize("word", ["user", "content", "if", "m"])
+@parametrize("word", ["user", "content", "if", "m", "{%", "}"])
 def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path, word):
     tags = added_tokens([word])
     tokenizer = Tokenizer(make_folder(tmp_path, added_tokens_decoder=tags))
@@ -1147,6 +1157,7 @@ EOS_FILES = {
     "several": ({"eos_token_id": [7, 2]}, None, [2, 4, 7]),
     "config.json": (None, {"eos_token_id": [8, 9]}, [2, 4, 8, 9]),
     "config.json where the other has none": ({"top_p": 0.9}, {"eos_token_id": 8}, [2, 4, 8]),
+    "a token that is not special": ({"eos_token_id": 480}, None, [2, 4, 480]),
 }
 
 
@@ -1155,10 +1166,12 @@ def test_generation_stops_at_the_ids_of_the_configuration_files(tmp_path, name):
     *contents, ids = EOS_FILES[name]
     files = dict(zip(("generation_config.json", "config.json"), contents))
     files = {file: content for file, content in files.items() if content is not None}
-    tokenizer = Tokenizer(make_folder(tmp_path, files))
+    added = added_tokens([EOT])
+    tokenizer = Tokenizer(make_folder(tmp_path, files, added_tokens_decoder=added))
     assert tokenizer.eos_ids == ids
-    for id in ids:
+    for id in ids:  # is a control token
         assert id not in tokenizer.encode(tokenizer.list_tokens()[id])
+    assert tokenizer.decode([480]) == ("" if 480 in ids else EOT)
 
 
 @parametrize("legacy", LEGACY)
@@ -1219,10 +1232,19 @@ def test_an_added_token_that_contradicts_the_vocabulary_is_an_error(tmp_path, na
     assert fault_at(f"{folder}/tokenizer_config.json", Tokenizer, folder)
 
 
-@parametrize("id", [-5, 7, True, "x"])
-def test_an_id_that_added_tokens_json_must_not_have_is_an_error(tmp_path, id):
-    folder = make_folder(tmp_path, {"added_tokens.json": {EOT: id}})
+@parametrize("ids", [[-5], [7], [True], ["x"], [480, 480]])
+def test_ids_that_added_tokens_json_must_not_have_are_an_error(tmp_path, ids):
+    added = dict(zip((EOT, "<|other|>"), ids))
+    folder = make_folder(tmp_path, {"added_tokens.json": added})
     assert fault_at(f"{folder}/added_tokens.json", Tokenizer, folder)
+
+
+def test_a_vocabulary_may_have_no_bos(tmp_path):
+    folder = make_folder(tmp_path, chat_template="{{ bos_token }}a{{ bos_token is defined }}")
+    tokenizer = Tokenizer(write_vocabulary(folder, bos_id=-1))
+    assert tokenizer.bos_id is None
+    assert not tokenizer.adds_bos
+    assert tokenizer.decode(tokenizer.chat(ASKED)) == "aFalse"
 
 
 def saved_by_transformers(folder: Path, **config) -> Path:
@@ -1545,6 +1567,28 @@ def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
         ids += [1, *encode(f"[INST] {texts[-1].strip()} [/INST]")]
         assert tokenizer.chat(messages) == ids
         assert tokenizer.answer(answer) == encode(answer)
+
+
+@parametrize("name", ["llama2", "mistral"])
+def test_without_a_prefix_space_or_a_bos_formats_have_none(tmp_path, name):
+    texts = {"llama2": "[INST] a [/INST] b ", "mistral": "[INST] a [/INST]b"}
+    folder = make_folder(tmp_path)
+    write_vocabulary(folder, add_dummy_prefix=False)
+    talk = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    tokenizer = Tokenizer(folder, name)
+    encode = tokenizer.sp.encode
+    last = [1] * (name == "llama2") + encode("[INST] c [/INST]")
+    assert tokenizer.chat(talk) == [1, *encode(texts[name]), 2, *last]
+    tokenizer = Tokenizer(make_folder(tmp_path, bos_token=None), name)
+    encode = tokenizer.sp.encode
+    first = tokenizer.chat([said("user", "c")])
+    assert first == encode("[INST] c [/INST]")
+
+
+def test_a_format_whose_tokens_the_vocabulary_lacks_is_refused(tmp_path):
+    folder = make_folder(tmp_path, chat_template="{{ messages[0].content }}")
+    write_vocabulary(folder, control_symbols=[START])
+    assert END in fault_at("--chat chatml", Tokenizer, folder, "chatml")
 
 
 VICUNA_SYSTEM = (
@@ -2492,7 +2536,10 @@ ODD_FIELDS = {
     "generation_config.json": ["eos_token_id"],
     "config.json": ["eos_token_id"],
 }
-ODD_SHAPES = ["{}", "[{}]", '{{"content": {}}}', '{{"480": {{"content": {}}}}}', '[{{"id": {}}}]']
+ODD_SHAPES = [
+    *("{}", "[{}]", '{{"content": {}}}', '{{"480": {{"content": {}}}}}', '[{{"id": {}}}]'),
+    *('{{"vocab": {}}}', '{{"vocab": {{"a": {}}}}}'),
+]
 
 
 @parametrize("file", ODD_FIELDS)
@@ -2501,10 +2548,10 @@ def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
 ):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
     folder = make_folder(tmp_path / "folder")
-    write(folder / "chat_template.jinja", CHATML)
+    start = f'"chat_template": {json.dumps(CHATML)}, ' if file == "tokenizer_config.json" else ""
     refused = []
     for field, shape, odd in itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values()):
-        write(folder / file, f'{{"{field}": {shape.format(odd)}}}')
+        write(folder / file, f'{{{start}"{field}": {shape.format(odd)}}}')
         given = ["--model", folder, "--data", pairs]
         refused.append(last_line(data, given, monkeypatch, capsys))
     assert len(set(refused)) > 1
