@@ -983,8 +983,8 @@ def hostile_texts(tokens: list):
 
 CUT_TEMPLATE = """
 {%- for m in messages -%}
-<|user|>-{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
-{{- m.content | replace('<s>', '') }}<|end|>
+<|user|>-{{ m.content.split('<|end|>')[0] }}<|end|>
+{{ m.content.split('<think>')[-1] }}<think>-{{ m.content | replace('<s>', '') }}<|end|>
 {%- endfor -%}"""
 HOSTILE_TEMPLATES = {
     # a template -> the tokens that are not special and that it writes
