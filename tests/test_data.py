@@ -166,13 +166,15 @@ def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, tmp_path):
 
 
 def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, tmp_path):
-    alone = example_of(tmp_path, PAIRS[0], tokenizer).reference[:-1]
-    for rationale in (" s", "s", ".", "\n", " It turns."):
-        example = example_of(tmp_path, PAIRS[0] | {"rationale": rationale}, tokenizer)
+    pair = PAIRS[0] | {"reference": "A tea"}
+    alone = example_of(tmp_path, pair, tokenizer).reference[:-1]
+    merged = tokenizer.answer("A teacher")
+    assert merged[: len(alone)] != alone  # the texts together would be other tokens
+    for rationale in ("cher", " cher", ".", "\n"):
+        example = example_of(tmp_path, pair | {"rationale": rationale}, tokenizer)
         assert example.reference == alone
-        assert spell(tokenizer, example.reference + example.rationale) == (
-            LINES[0] + rationale + END
-        )
+        text = f"A tea{rationale}{END}"
+        assert spell(tokenizer, example.reference + example.rationale) == text
 
 
 def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, tmp_path):
@@ -322,8 +324,8 @@ def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_
 
 def sampled_ledger(folder: Path, tokenizer) -> list:
     """A ledger whose rationales were sampled as other pieces than their text is encoded to."""
-    pieces = [tokenizer.sp.piece_to_id(piece) for piece in ("<0x0A>", "b", "o", "a", "t")]
-    rows = ledger_of(folder, tokenizer, rationale="\nboat")
+    pieces = tokenizer.sp.piece_to_id(["▁", "b", "o", "a", "t"])
+    rows = ledger_of(folder, tokenizer, rationale=" boat")
     assert rows[0]["rationale_ids"] != pieces
     return [row | {"rationale_ids": pieces} for row in rows]
 
@@ -349,7 +351,7 @@ def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(tokenizer, tmp_
 
 def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(tokenizer, tmp_path):
     [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    text = example_of(tmp_path, PAIRS[0] | {"rationale": "\nboat"}, tokenizer)
+    text = example_of(tmp_path, PAIRS[0] | {"rationale": " boat"}, tokenizer)
     row["tokenizer"] = "another"
     row["prompt_ids"] = row["prompt_ids"][3:]  # of another chat format
     assert example_of(tmp_path, row, tokenizer) == text
@@ -359,8 +361,8 @@ def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(tokenizer, tmp_pat
 
 def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(tokenizer, tmp_path):
     [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    edited = example_of(tmp_path, row | {"rationale": "\nship"}, tokenizer)
-    assert spell(tokenizer, edited.rationale) == "\nship" + END
+    edited = example_of(tmp_path, row | {"rationale": " ship"}, tokenizer)
+    assert spell(tokenizer, edited.rationale) == " ship" + END
     assert edited.prompt == row["prompt_ids"]
     assert edited.reference == row["reference_ids"]
     edited = example_of(tmp_path, row | {"reference": "The ship waits."}, tokenizer)
@@ -753,6 +755,22 @@ def test_prompt_answer_and_eos_have_the_ids_of_the_whole_conversation(tmp_path, 
         ids = tokenizer.chat(messages) + tokenizer.answer(answer) + [tokenizer.end_id]
         whole = render_theirs(theirs, [*messages, said("assistant", answer)], prompt=False)
         assert ids == whole[: len(ids)]
+
+
+def test_after_a_token_that_takes_the_space_an_answer_has_the_ids_of_the_conversation(tmp_path):
+    tags = added_tokens(TAGS, special=True, rstrip=True)
+    template = TEMPLATES["tokens that take the space on their right"]
+    folder = make_folder(tmp_path, chat_template=template, added_tokens_decoder=tags)
+    tokenizer = Tokenizer(folder)
+    ids = tokenizer.chat(ASKED) + tokenizer.answer("So.") + [tokenizer.end_id]
+    talk = [*ASKED, said("assistant", "So.")]
+    assert render_theirs(theirs_of(folder), talk, prompt=False)[: len(ids)] == ids
+
+
+def test_a_conversation_must_end_with_a_user(tokenizer):
+    for roles in (["assistant"], ["user", "user"], ["user", "assistant"], ["user", "system"], []):
+        messages = [said(role, "x") for role in roles]
+        assert "roles must be" in fault_of(tokenizer.chat, messages)
 
 
 def test_where_two_spaces_meet_sentencepiece_decides(tmp_path):
@@ -1201,6 +1219,32 @@ def test_without_a_prefix_space_ids_are_those_of_transformers(tmp_path, legacy):
         assert tokenizer.chat(messages) == render_theirs(theirs, messages)
         assert tokenizer.encode(answer) == theirs.encode(answer, add_special_tokens=False)
         assert tokenizer.decode(tokenizer.encode(answer)) == answer
+
+
+def test_without_a_prefix_space_an_answer_has_one_where_the_prompt_does_not_separate_it(tmp_path):
+    separators = {" [/INST]": " So.", "\n": "So.", " ": "So.", END: "So."}
+    for end, text in separators.items():
+        template = "{{ messages[0].content + '" + end.replace("\n", "\\n") + "' }}"
+        fields = {"chat_template": template, "add_prefix_space": False}
+        tokenizer = Tokenizer(make_folder(tmp_path, **fields))
+        assert spell(tokenizer, tokenizer.chat(ASKED)) == f"Why?{end}"
+        assert spell(tokenizer, tokenizer.answer("So.")) == text
+
+
+def test_an_id_that_no_token_has_is_decoded_to_nothing(tmp_path):
+    added = added_tokens(["<call>"], start=490)
+    tokenizer = Tokenizer(make_folder(tmp_path, added_tokens_decoder=added))
+    assert tokenizer.vocab_size == 491
+    ids = tokenizer.encode("a boat")
+    for id in (480, 489):
+        assert tokenizer.decode([*ids, id, 490, id, *ids]) == "a boat<call> a boat"
+
+
+def test_a_first_line_ends_after_a_line_that_is_not_blank(tokenizer):
+    ids = tokenizer.encode("\n \nA boat.\n\nIt", within=True)
+    ends = [tokenizer.first_line_ends(ids[: i + 1]) for i in range(len(ids))]
+    texts = [tokenizer.decode(ids[: i + 1]) for i, end in enumerate(ends) if end]
+    assert [text.strip(" ") for text in texts] == ["\n \nA boat.\n", "\n \nA boat.\n\n"]
 
 
 @parametrize("piece", ["▁the", "<0x0A>", "▁"])
