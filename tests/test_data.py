@@ -784,13 +784,10 @@ REFUSED_TEMPLATES = {
     # a template -> the reason that transformers, too, gives
     "an undefined value": ("{{ chat.system }}", "'chat' is undefined"),
     "a syntax error": ("{% for %}", "Expected an expression"),
-    "an unknown tag": ("{% do 3 %}", "unknown tag 'do'"),
     "Python's classes": ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
     "a changed conversation": ("{{ messages.append(1) }}", "access to attribute 'append'"),
     "private names": ("{% set x = namespace() %}{% set x._y = 1 %}", "_y"),
     "a long range": ("{% for i in range(100001) %}{% endfor %}", "Range too big"),
-    "another file": ("{% include 'x' %}", "no loader"),
-    "a wrong type": ("{{ messages + 1 }}", "can only concatenate list"),
     "its own text": ("{{ raise_exception('Only two turns') }}", "Only two turns"),
 }
 
@@ -1889,17 +1886,12 @@ BAD_FIELDS = {
     # fields that replace those of a pair -> what the message names
     "no source": ({"source": None}, "a row needs"),
     "no reference": ({"reference": None}, '"reference" is missing'),
-    "a source that is a number": ({"source": 7}, '"source" must be text'),
     "a blank source": ({"source": "\u3000\n"}, '"source" is empty'),
-    "an empty reference": ({"reference": ""}, '"reference" is empty'),
     "half a surrogate pair": ({"source": "\ud800x"}, "ud800"),
-    "an id that is a list": ({"id": [1]}, '"id" must be'),
     "an id that is a fraction": ({"id": 1.5}, '"id" must be'),
     "an id that is true": ({"id": True}, '"id" must be'),
-    "no language": ({"source_lang": None}, "two languages"),
     "an unknown language": ({"source_lang": "xx"}, "two languages"),
     "a language by its name": ({"source_lang": "German"}, "two languages"),
-    "a language that is a list": ({"source_lang": [1]}, "two languages"),
     "one language twice": ({"source_lang": "en"}, "two languages"),
     "a rationale that is a number": ({"rationale": 7}, '"rationale" must be text'),
 }
@@ -1916,16 +1908,12 @@ def test_a_bad_field_of_a_pair_is_refused_by_line(tmp_path, name):
 
 BAD_ROWS = {
     "a list": ([1], "a row must be a JSON object"),
-    "a number": (5, "a row must be"),
     "two users": ({"messages": ASKED * 2 + ANSWERED[1:]}, "roles must be user, assistant"),
     "only a system prompt": ({"messages": [said("system", "x")]}, "no answer"),
     "a tool": ({"messages": [*ASKED, said("tool", "x"), *ANSWERED]}, "roles must be"),
-    "a late system prompt": ({"messages": [*ASKED, said("system", "x"), *ANSWERED]}, "roles"),
     "no turn": ({"messages": []}, "no answer"),
     "messages that are text": ({"messages": "Why?"}, '"messages" must be a list'),
-    "messages in a list": ({"messages": [ANSWERED]}, "a message must be an object"),
     "a role that is a list": ({"messages": [said([1], "Why?")]}, '"role" must be text'),
-    "a message without content": ({"messages": [{"role": "user"}]}, '"content" is missing'),
     "content in parts": (
         {"messages": [said("user", [{"type": "text", "text": "Why?"}])]},
         '"content" must be text',
@@ -1933,24 +1921,18 @@ BAD_ROWS = {
     "an answer that is a number": ({"messages": [*ASKED, said("assistant", 7)]}, '"content"'),
     "a blank answer": ({"messages": [*ASKED, said("assistant", " ")]}, '"content" is empty'),
     "turns that are text": ({"turns": "Why?"}, '"turns" must be a list'),
-    "turns that are objects": ({"turns": [{}]}, '"prompt" must be text'),
     "no turns": ({"turns": []}, '"prompt" is missing'),
-    "a response alone": ({"response": "x"}, '"prompt" is missing'),
     "a null prompt": ({"prompt": None, "response": "x"}, '"prompt" is missing'),
-    "a prompt that is a list": ({"prompt": ASKED, "response": "x"}, '"prompt" must be text'),
     "a blank response": ({"prompt": "Why?", "response": " "}, '"response" is empty'),
     "a pair without languages": (BARE[0], "two languages are needed, such as --direction de-en"),
     "a two-way row": (ALMA[0], "choose --direction, such as de-en"),
     "a translation that is text": ({"translation": "Tor"}, '"translation" must be an object'),
-    "an empty object": ({}, "a row needs"),
 }
 FOREIGN_ROWS = {
     "ARC": {"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
     "GSM8K": {"question": "Why?", "answer": "So. #### 42"},
-    "AdvBench": {"goal": "Why?", "target": "So."},
     "Alpaca": {"instruction": "Why?", "input": "", "output": "So."},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}]},
-    "LLaVA's text": {"text": "Why?"},
 }
 
 
@@ -1972,16 +1954,12 @@ def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path,
 
 BAD_LEDGERS = {
     "an id that is negative": ({"prompt_ids": [5, -1]}, "-1"),
-    "an id that is a fraction": ({"prompt_ids": [1.0]}, "1.0"),
     "an id that is true": ({"rationale_ids": [True]}, "true"),
     "an id beyond any vocabulary": ({"reference_ids": [2**31]}, "2147483648"),
     "ids that are text": ({"rationale_ids": "5"}, '"rationale_ids" must be a list'),
     "another finish": ({"finish": "stop"}, '"finish" must be eos or length'),
     "another status": ({"status": "copy"}, '"status" must be ok or empty or repetitive'),
-    "a tokenizer that is a number": ({"tokenizer": 5}, '"tokenizer" must be text'),
     "a template that is a list": ({"template": []}, '"template" must be text'),
-    "a chat that is a number": ({"chat": 5}, '"chat" must be text'),
-    "a system prompt that is a number": ({"system": 5}, '"system" must be text'),
 }
 
 
@@ -2002,12 +1980,10 @@ BAD_FILES = {
     "blank": (" \n \n", "", "the file is empty"),
     "an array of nothing": ("[]", "", "the file holds no rows"),
     "a broken line": (f"{GOOD}\n\n{{1}}", ":3", "not valid JSON"),
-    "half a line": (f"{GOOD}\n{GOOD[:-9]}", ":2", "one JSON object on one line"),
     "a broken array": (f"[{GOOD}\n,{GOOD}\n,{{1}}]", ":3", "not valid JSON"),
     "half an array": (f"[{GOOD}\n,{GOOD}\n,", ":3", "not valid JSON"),
     "no comma": (f"[{GOOD}\n{GOOD}]", ":2", "not valid JSON"),
     "two arrays": (f"[{GOOD}]\n[{GOOD}]", ":2", "not valid JSON"),
-    "an array with a number": (f"[{GOOD}\n,3]", ":2", "a row must be a JSON object"),
     "a pretty-printed object": (PRETTY, ":1", "one JSON object on one line"),
     "one after a good line": (f"{GOOD}\n{PRETTY}", ":2", "one JSON object on one line"),
     "one that begins at once": (PRETTY.replace("{\n", "{"), ":1", "one JSON object on one line"),
@@ -2039,9 +2015,8 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(tmp_path):
 DIRECTIONS = {
     # --direction, rows -> what the message names
     "another language": (["fr-en"], ALMA, "a.jsonl:1: --direction fr-en needs both"),
-    "another language of pairs": (["fr-en"], PAIRS, "a.jsonl:1: --direction fr-en needs both"),
+    "another target": (["de-fr"], ALMA, "a.jsonl:1: --direction de-fr needs both"),
     "no language": (["xx-de"], PAIRS, "--direction: two languages"),
-    "a word": (["german"], PAIRS, "--direction: two languages"),
     "three": (["de-en-fr"], PAIRS, "--direction: two languages"),
     "one twice": (["de-de"], PAIRS, "--direction: two languages"),
     "a blank text": (["de-en"], [{"translation": {"de": " ", "en": "x"}}], '"de" is empty'),
@@ -2055,6 +2030,12 @@ def test_a_direction_that_the_rows_do_not_have_is_refused(tmp_path, name):
     directions, rows, words = DIRECTIONS[name]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     assert words in fault_of(read_rows, [str(file)], directions)
+
+
+def test_a_two_way_row_may_have_a_rationale_for_one_direction(tmp_path):
+    [row] = rows_of(tmp_path, [ALMA[0] | {"rationale": WHY}], ["de-en"])
+    assert row.rationale == WHY
+    assert row.reference == LINES[0]
 
 
 def test_a_ledger_has_one_direction(tokenizer, tmp_path):
@@ -2282,7 +2263,6 @@ OPTIONS = """
 """
 GIVEN = {
     # options -> name and value, of the attribute
-    "a name": (["--name", "x"], ("name", "x")),
     "no file": ([], ("file", [])),
     "repeated": (["--file", "a", "b", "--file", "c"], ("file", ["a", "b", "c"])),
     "a default": ([], ("count", 3)),
@@ -2293,8 +2273,6 @@ GIVEN = {
     "a text of two lines": (["--text", "a\\nb\\tc"], ("text", "a\nb\tc")),
     "no text": ([], ("text", None)),
     "the first choice": ([], ("kind", "plain")),
-    "a choice": (["--kind", "fancy"], ("kind", "fancy")),
-    "a switch": (["--fast"], ("fast", True)),
     "no switch": ([], ("fast", False)),
 }
 
@@ -2310,19 +2288,15 @@ def test_options_are_parsed_by_the_table(name):
 BAD_OPTIONS = {
     "required": ([], "--name"),
     "unknown": (["--name", "x", "--colour"], "--colour"),
-    "no value": (["--name"], "--name"),
     "not a choice": (["--name", "x", "--kind", "odd"], "--kind"),
     "a count of zero": (["--name", "x", "--count", "0"], "--count"),
-    "a count that is half": (["--name", "x", "--count", "1.5"], "--count"),
     "a place before the first": (["--name", "x", "--place", "-1"], "--place"),
     "an endless place": (["--name", "x", "--place", "1" + "0" * 30], "--place"),
-    "a negative rate": (["--name", "x", "--rate", "-1"], "--rate"),
     "a rate of nothing": (["--name", "x", "--rate", "nan"], "--rate"),
     "an infinite rate": (["--name", "x", "--rate", "inf"], "--rate"),
     "a share above one": (["--name", "x", "--share", "1.1"], "--share"),
     "a probability of zero": (["--name", "x", "--top-p", "0"], "--top-p"),
     "a text that is not UTF-8": (["--name", "x", "--text", "\udcff"], "--text"),
-    "a switch with a value": (["--name", "x", "--fast=1"], "--fast"),
     "files without one": (["--name", "x", "--file"], "--file"),
 }
 
@@ -2620,7 +2594,8 @@ def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
     folder = make_folder(tmp_path / "folder")
     start = f'"chat_template": {json.dumps(CHATML)}, ' if file == "tokenizer_config.json" else ""
     refused = []
-    for field, shape, odd in itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values()):
+    cases = [*itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values())]
+    for field, shape, odd in random.Random(0).sample(cases, min(len(cases), 300)):
         write(folder / file, f'{{{start}"{field}": {shape.format(odd)}}}')
         given = ["--model", folder, "--data", pairs]
         refused.append(last_line(data, given, monkeypatch, capsys))
