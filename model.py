@@ -10,7 +10,6 @@ need no table of names.
 
 import hashlib
 import json
-import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,24 +154,23 @@ class KVCache(NamedTuple):
     values: Tensor
 
     @classmethod
-    def empty(cls, model: "Transformer", batch: int, length: int):
+    def empty(cls, model, batch, length):
         config = model.config
-        heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, batch, heads, length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            length,
+            config.head_dim,
+        )
         keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         return cls(keys, torch.zeros_like(keys))
 
-    def view(self, rows: slice, length: int):
+    def view(self, rows: slice, length):
         """The first `length` slots of some rows: attention skips slots that no row has reached."""
-        return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
+        return KVCache(*(x[:, rows, :, :length] for x in self))
 
-    def update(self, k: Tensor, v: Tensor, positions: Tensor):
-        """Stores the k and v [B, K, T, D] of one layer, whose cache this is, at `positions`."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
-        self.values[rows, :, positions] = v.transpose(1, 2)
-
-    def move(self, row: int, to: int):
+    def move(self, row, to):
         if row != to:
             for x in self:
                 x[:, to] = x[:, row]
@@ -207,23 +205,23 @@ class Inputs(NamedTuple):
     shared: Shared | None
 
 
-def rotary(config: ModelConfig, positions: Tensor):
+def rotary(config, positions):
     """Returns cos and sin [B, 1, T, D] for `positions` [B, T].
 
-    Always float32: bfloat16 cannot tell large positions apart.
+    Always float32: bfloat16 cannot tell large positions apart. The first half of sin is negative,
+    as `rotate` needs it.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequencies = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
-    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D/2], radians
-    cos = angles.cos()
-    sin = angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    frequencies = torch.cat([-frequencies, frequencies])
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D], radians
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Rotates each pair (i, i + D/2) of x [B, heads, T, D], as Hugging Face orders them."""
     half = x.shape[-1] // 2
-    return (x * cos + x.roll(half, dims=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(half, dims=-1) * sin).type_as(x)
 
 
 def attend(q, k, v, mask):
@@ -243,45 +241,51 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+# no weight matrix of these models has a bias
+linear = partial(nn.Linear, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):
         # the weight after the cast back from float32, as in Llama: in bfloat16 the other order
         # changes a quarter of the values
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         C = config.hidden_size
         D = self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = linear(C, config.num_attention_heads * D)
+        self.k_proj = linear(C, config.num_key_value_heads * D)
+        self.v_proj = linear(C, config.num_key_value_heads * D)
+        self.o_proj = linear(config.num_attention_heads * D, C)
 
-    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+    def forward(self, x, inputs: Inputs, cache: KVCache | None):
         """x [B, T, C], or [1, U, C] with shared tokens -> the same shape.
 
         cache: that of this layer, [B, K, S, D], which stores the keys and values of x.
         """
         cos, sin, positions, mask, shared = inputs
-        q = self.q_proj(x)
-        k = self.k_proj(x)
-        v = self.v_proj(x)
-        if shared is not None:
-            q, k, v = (shared.to_rows(z) for z in (q, k, v))  # [B, T, heads * D]
-        shape = (*q.shape[:2], -1, self.head_dim)
-        q = rotate(q.view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(k.view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
-        v = v.view(shape).transpose(1, 2)
+
+        def heads(z):  # -> [B, heads, T, D]
+            if shared is not None:
+                z = shared.to_rows(z)
+            return z.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        k = rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
         if cache is not None:
-            cache.update(k, v, positions)
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            cache.keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
+            cache.values[rows, :, positions] = v.transpose(1, 2)
             if mask is not None:  # without one, the new keys are all that there are
                 k, v = cache  # [B, K, S, D]
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, T, H * D]
@@ -291,25 +295,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+    def forward(self, x, inputs: Inputs, cache: KVCache | None):
         x = x + self.self_attn(self.input_layernorm(x), inputs, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -319,21 +323,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.model["layers"] = nn.ModuleList(blocks)
-        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        modules = {
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config),
+        }
+        self.model = nn.ModuleDict(modules)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
 
     @property
-    def device(self) -> torch.device:
-        return self.model["embed_tokens"].weight.device
+    def device(self):
+        return self.model.embed_tokens.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model["embed_tokens"].weight.dtype
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] in B * T.
@@ -346,45 +351,40 @@ class Transformer(nn.Module):
         With `shared`, of `data.share`, tokens are [1, U], and B and T are those of the rows.
         """
         T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
-        window = self.config.sliding_window
-        masked = positions is not None or (window is not None and T > window)
+        S = T if cache is None else cache.keys.shape[3]
+        window = S if self.config.sliding_window is None else self.config.sliding_window
+        masked = positions is not None or T > window
         if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
-        cos, sin = rotary(self.config, positions)
-        mask = None
-        if masked:
-            mask = self.attention_mask(positions, T if cache is None else cache.keys.shape[3])
-        inputs = Inputs(cos, sin, positions, mask, shared)
-        x = self.model["embed_tokens"](tokens)  # [B, T, C], or [1, U, C]
-        for i, layer in enumerate(self.model["layers"]):
-            run = layer
+        mask = self.attention_mask(positions, S, window) if masked else None
+        inputs = Inputs(*rotary(self.config, positions), positions, mask, shared)
+        x = self.model.embed_tokens(tokens)  # [B, T, C], or [1, U, C]
+        for i, layer in enumerate(self.model.layers):
             if self.activation_checkpointing:
-                run = partial(checkpoint, layer, use_reentrant=False)
-            x = run(x, inputs, None if cache is None else KVCache(cache.keys[i], cache.values[i]))
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, inputs, None if cache is None else KVCache(cache.keys[i], cache.values[i]))
         if shared is not None:
             x = shared.to_rows(x)  # [B, T, C]
         if places is not None:
             x = x.flatten(0, 1)[places]  # [N, C]
-        x = self.model["norm"](x)
+        x = self.model.norm(x)
         if self.config.tie_word_embeddings:
-            return F.linear(x, self.model["embed_tokens"].weight)
+            return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
 
-    def attention_mask(self, positions, length):
+    def attention_mask(self, positions, length, window):
         """Returns what is added to the scores of tokens at `positions` [B, T] and `length` slots.
 
         [B, 1, H/K * T, S]: 0 where a token attends to a slot, minus infinity elsewhere.
         """
-        config = self.config
         slots = torch.arange(length, device=positions.device)
         distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
-        visible = distance >= 0
-        if config.sliding_window is not None:
-            visible = visible & (distance < config.sliding_window)
-        mask = torch.where(visible, 0.0, -math.inf).to(self.dtype)
+        visible = (distance >= 0) & (distance < window)
+        mask = torch.where(visible, 0.0, -torch.inf).to(self.dtype)
         # once for each of the heads that share a key/value head, so that no layer has to do it
-        return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        return mask.repeat(1, 1, group, 1)
 
     def compile_layers(self, backend="inductor", **options):
         """Compiles one program for all layers and lengths, with `options` of the backend."""
@@ -392,16 +392,16 @@ class Transformer(nn.Module):
         torch._dynamo.config.specialize_int = True
         # a teacher, validation and empty micro-batches need their own programs; the rest is eager
         torch._dynamo.config.recompile_limit = 64
-        settings = {"backend": backend, "dynamic": True, "options": options or None}
-        for layer in self.model["layers"]:
-            layer.forward = torch.compile(layer.forward, **settings)
+        for layer in self.model.layers:
+            layer.forward = torch.compile(
+                layer.forward, backend=backend, dynamic=True, options=options
+            )
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
         """Loads a Hugging Face folder. Raises UserError for a file or tensor that does not fit."""
-        config = ModelConfig.from_file(folder)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(ModelConfig.from_file(folder)).to(dtype)
         model.to_empty(device=device)
         load_weights(dict(model.named_parameters()), folder)
         return model
@@ -410,12 +410,12 @@ class Transformer(nn.Module):
         """Sets random weights, the same on any number of ranks: normal matrices, norms of 1."""
         std = self.config.initializer_range
         for i, p in enumerate(self.parameters()):
-            local, start = local_rows(p)
+            local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
             if p.dim() > 1:
                 generator = torch.Generator(local.device).manual_seed(seed + i)
                 full.normal_(0, std, generator=generator)
-            local.copy_(full[start : start + local.shape[0]])
+            local.copy_(full[rows])
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
         """Writes config.json and safetensors as Hugging Face does. All ranks call it.
@@ -427,8 +427,7 @@ class Transformer(nn.Module):
         save_weights(dict(self.named_parameters()), folder, dtype)
         if is_first_rank():
             names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-            content = json.dumps(self.config.raw | names, indent=2)
-            write_text(Path(folder) / "config.json", content)
+            write_text(Path(folder) / "config.json", json.dumps(self.config.raw | names, indent=2))
 
 
 # Processes
@@ -441,9 +440,9 @@ def start_processes(timeout=timedelta(days=1)):
     """
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if "RANK" in os.environ:  # started by torchrun
-            alone = {}
+        alone = {}
+        if "RANK" not in os.environ:  # not started by torchrun
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, **alone)
     device = torch.device("cpu")
@@ -460,11 +459,12 @@ def is_first_rank():
 
 
 def local_rows(p):
-    """Returns this rank's rows of a parameter, and the index of the first of them."""
+    """Returns the rows of a parameter that this rank holds, and which of all rows they are."""
     if not isinstance(p, DTensor):
-        return p.detach(), 0
-    rows = -(-p.shape[0] // p.device_mesh.size())  # distributed as torch.chunk does
-    return p.to_local().detach(), p.device_mesh.get_local_rank() * rows
+        return p.detach(), slice(None)
+    count = -(-p.shape[0] // p.device_mesh.size())  # distributed as torch.chunk does
+    start = p.device_mesh.get_local_rank() * count
+    return p.to_local().detach(), slice(start, start + count)
 
 
 # Weights
@@ -562,8 +562,8 @@ def load_weights(parameters, folder):
     and for a tied head that differs from the embedding.
     """
     for name, p, file, tensor in find_weights(folder, parameters):
-        local, start = local_rows(p)
-        values = tensor[start : start + len(local)]
+        local, rows = local_rows(p)
+        values = tensor[rows]
         fault = f"{name} must hold finite numbers of a float type; download it again"
         require(values.dtype in FLOATS, file, fault)
         if name in parameters:
