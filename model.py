@@ -27,12 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# by model_type: the architecture, and what transformers takes for missing fields where that is not
-# the default of ModelConfig
+# by model_type: what transformers takes for missing fields, where ModelConfig has other defaults
 FAMILIES = {
-    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "llama": {},
     "mistral": {
-        "architectures": ["MistralForCausalLM"],
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
@@ -55,7 +53,6 @@ LIMITS = {"num_hidden_layers": 1000, "rope_theta": 2**40}
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_FILE_BYTES = 2_000_000_000
 
 
@@ -68,12 +65,12 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # null: num_attention_heads
-    head_dim: int | None = None  # null: hidden_size / num_attention_heads
+    num_key_value_heads: int = None  # null: num_attention_heads
+    head_dim: int = None  # null: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    sliding_window: int | None = None  # null: a token attends to all before it
+    sliding_window: int = None  # null: a token attends to all before it
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     raw: dict = field(repr=False, compare=False)  # the whole file, for exports
@@ -89,16 +86,14 @@ class ModelConfig:
         if path.is_dir():
             path = path / "config.json"
         raw = read_object(path)
-        model_type = read_field(raw, "model_type", str, path)
-        fault = f'"model_type": {quote(model_type)} is not supported (only {", ".join(FAMILIES)})'
-        require(model_type in FAMILIES, path, fault)
-        given = FAMILIES[model_type] | raw | read_rope(raw, path) | {"raw": raw}
-        if model_type == "llama":
+        family = read_field(raw, "model_type", str, path)
+        fault = f'"model_type": {quote(family)} is not supported (only {", ".join(FAMILIES)})'
+        require(family in FAMILIES, path, fault)
+        given = FAMILIES[family] | raw | read_rope(raw, path) | {"raw": raw}
+        if family == "llama":
             given["sliding_window"] = None  # LlamaForCausalLM ignores it
         values = {}
         for name, kind in cls.__annotations__.items():
-            if kind == int | None:
-                kind = int
             value = read_field(given, name, kind, path, getattr(cls, name, ...))
             if type(value) in (int, float):
                 limit = LIMITS.get(name, 2**20)
@@ -122,7 +117,7 @@ class ModelConfig:
         require(even, path, f"head_dim must be even, found {self.head_dim}")
         attention = "full_attention" if self.sliding_window is None else "sliding_attention"
         supported = SUPPORTED | {
-            "architectures": FAMILIES[given["model_type"]]["architectures"],
+            "architectures": [f"{given['model_type'].title()}ForCausalLM"],
             "layer_types": [attention] * self.num_hidden_layers,
         }
         for name, value in supported.items():
@@ -133,10 +128,9 @@ class ModelConfig:
 def read_rope(raw, path):
     """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
     scaling = read_field(raw, "rope_scaling", dict, path, {})
-    parameters = read_field(raw, "rope_parameters", dict, path, {})
-    rope = scaling | parameters
-    agree = scaling in ({}, rope) and parameters in ({}, rope)
-    require(agree, path, '"rope_scaling" contradicts "rope_parameters"; remove the wrong one')
+    rope = read_field(raw, "rope_parameters", dict, path, scaling)
+    fault = '"rope_scaling" contradicts "rope_parameters"; remove the wrong one'
+    require(scaling in ({}, rope), path, fault)
     place = "rope_scaling" if scaling else "rope_parameters"
     names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     plain = rope.get("rope_type", rope.get("type")) in (None, "default") and rope.keys() <= names
@@ -481,11 +475,11 @@ def hash_model(path) -> str:
         files = [path]
         if path.is_dir():
             files = [path / "config.json", *sorted(list_weights(path))]
-        digest = hashlib.sha256()
+        digests = b""
         for file in files:
             with open(file, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-        result = [digest.hexdigest()[:16]]
+                digests += hashlib.file_digest(f, "sha256").digest()
+        result = [hashlib.sha256(digests).hexdigest()[:16]]
     dist.broadcast_object_list(result)
     return result[0]
 
@@ -495,9 +489,9 @@ def list_weights(folder):
 
     Raises UserError if a file is missing, or if two contradict each other.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+    for file in folder.glob("adapter_*"):
         fault = "an adapter is not supported; merge it into the weights, or remove its files"
-        require(not (folder / name).exists(), folder / name, fault)
+        raise UserError(f"{file}: {fault}")
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
@@ -521,13 +515,14 @@ def list_weights(folder):
     return files
 
 
-def find_weights(folder, parameters):
-    """Returns name, parameter, file and stored tensor (unread) of all that is to load.
+def load_weights(parameters, folder):
+    """Copies a folder's tensors into `parameters`; each rank reads its own rows only.
 
-    Raises UserError for tensors that are missing, unexpected, stored twice or of another shape;
-    the message has the first eight.
+    Raises UserError for tensors that are missing, unexpected, stored twice or of another shape (the
+    message has the first eight), for values that are not finite floats, and for a tied head that
+    differs from the embedding.
     """
-    stored = {}
+    stored = {}  # by name: the file, and the tensor, which is not read yet
     faults = []
     for file, promised in list_weights(Path(folder)).items():
         try:
@@ -535,43 +530,34 @@ def find_weights(folder, parameters):
         except (SafetensorError, OSError) as e:
             fault = f"is not a complete safetensors file ({e}); download it again"
             raise UserError(f"{file}: {fault}") from None
-        names = set(content.keys())
-        faults += [f"{x}: not in {file.name}, where {INDEX} puts it" for x in {*promised} - names]
-        faults += [f"{x}: in {file.name} and {stored[x][0].name}" for x in names & stored.keys()]
-        stored |= {name: (file, content.get_slice(name)) for name in names}
+        absent = set(promised).difference(content.keys())
+        faults += [f"{name}: not in {file.name}, where {INDEX} puts it" for name in absent]
+        for name in content.keys():
+            if name in stored:
+                faults.append(f"{name}: in {file.name} and {stored[name][0].name}")
+            stored[name] = file, content.get_slice(name)
     expected = dict(parameters)
-    tied = HEAD in stored and HEAD not in parameters
-    if tied:  # the embedding is stored as head, or as both
+    if HEAD in stored and HEAD not in parameters:  # tied: stored as head, as embedding, or as both
         expected[HEAD] = parameters[EMBEDDING]
         stored.setdefault(EMBEDDING, stored[HEAD])
     for name in sorted(expected.keys() | stored.keys()):
         shape = list(expected[name].shape) if name in expected else "nothing"
-        stored_shape = stored[name][1].get_shape() if name in stored else "nothing"
-        ignored = name.endswith("rotary_emb.inv_freq")  # a buffer of old checkpoints
-        if stored_shape != shape and not ignored:
-            faults.append(f"{name}: found {stored_shape}, expected {shape}")
+        found = stored[name][1].get_shape() if name in stored else "nothing"
+        if found != shape and not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
+            faults.append(f"{name}: found {found}, expected {shape}")
     fault = f"{len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
     require(not faults, folder, fault)
-    return [(name, p, *stored[name]) for name, p in expected.items()]
-
-
-def load_weights(parameters, folder):
-    """Copies a folder's tensors into `parameters`; each rank reads its own rows only.
-
-    Raises UserError for tensors that find_weights refuses, for values that are not finite floats,
-    and for a tied head that differs from the embedding.
-    """
-    for name, p, file, tensor in find_weights(folder, parameters):
+    for name, p in expected.items():
+        file, tensor = stored[name]
         local, rows = local_rows(p)
         values = tensor[rows]
-        fault = f"{name} must hold finite numbers of a float type; download it again"
-        require(values.dtype in FLOATS, file, fault)
-        if name in parameters:
-            local.copy_(values)
-        else:
-            differs = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
-            require(local.equal(values.to(local)), file, differs)
-        require(local.isfinite().all(), file, fault)
+        new = values.to(local)
+        finite = values.is_floating_point() and new.isfinite().all()
+        require(finite, file, f"{name} must hold finite numbers of a float type; download it again")
+        if name not in parameters:
+            fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+            require(new.equal(local), file, fault)
+        local.copy_(new)
 
 
 def save_weights(parameters, folder, dtype):
@@ -601,26 +587,26 @@ def save_weights(parameters, folder, dtype):
                 if isinstance(full, DTensor):
                     full = full.full_tensor()  # collective: all ranks take part
                 if i == rank:
-                    fault = f"{name} is not finite, so it is not written"
-                    require(full.isfinite().all(), folder / file, fault)
+                    path = folder / file
+                    finite = full.isfinite().all()
+                    require(finite, path, f"{name} is not finite, so it is not written")
                     mine[name] = full.cpu()
         if mine:
-            file = folder / files[start + rank]
-            with writing(file):
-                save_file(mine, file, metadata={"format": "pt"})
-            flush_to_disk(file)
+            with writing(path):
+                save_file(mine, path, metadata={"format": "pt"})
+                flush_to_disk(path)
     dist.barrier()
     if rank == 0:
-        outdated = folder / INDEX
+        outdated = INDEX  # of an earlier model
         if len(files) > 1:
             weight_map = {}
             for file, names in contents:
                 weight_map |= dict.fromkeys(names, file)
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(folder / INDEX, json.dumps(content, indent=2))
-            outdated = folder / "model.safetensors"
-        outdated.unlink(missing_ok=True)  # of an earlier model
-        find_weights(folder, parameters)  # it can be read
+            outdated = "model.safetensors"
+        (folder / outdated).unlink(missing_ok=True)
+        list_weights(folder)  # all files are there
 
 
 # Errors and files, for all scripts
