@@ -56,10 +56,11 @@ HEAD = "lm_head.weight"
 MAX_FILE_BYTES = 2_000_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """The fields of config.json that are implemented, with their types and Llama's defaults."""
 
+    raw: dict = field(compare=False)  # the whole file, for exports
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -73,10 +74,9 @@ class ModelConfig:
     sliding_window: int = None  # null: a token attends to all before it
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    raw: dict = field(repr=False, compare=False)  # the whole file, for exports
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "ModelConfig":
+    def from_file(cls, path) -> "ModelConfig":
         """Reads a config.json, or that of a folder.
 
         Raises UserError for a field that is missing, of another type, out of range, not supported
@@ -106,23 +106,19 @@ class ModelConfig:
         if values["head_dim"] is None:
             values["head_dim"] = values["hidden_size"] // heads
         config = cls(**values)
-        config.require_supported(given, path)
-        return config
-
-    def require_supported(self, given, path):
-        """Raises UserError for fields that contradict each other or ask for other mathematics."""
-        divides = self.num_attention_heads % self.num_key_value_heads == 0
+        divides = heads % config.num_key_value_heads == 0
         require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
-        even = self.head_dim > 0 and self.head_dim % 2 == 0
-        require(even, path, f"head_dim must be even, found {self.head_dim}")
-        attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+        even = config.head_dim > 0 and config.head_dim % 2 == 0
+        require(even, path, f"head_dim must be even, found {config.head_dim}")
+        attention = "full_attention" if config.sliding_window is None else "sliding_attention"
         supported = SUPPORTED | {
-            "architectures": [f"{given['model_type'].title()}ForCausalLM"],
-            "layer_types": [attention] * self.num_hidden_layers,
+            "architectures": [f"{family.title()}ForCausalLM"],
+            "layer_types": [attention] * config.num_hidden_layers,
         }
         for name, value in supported.items():
             fault = f'"{name}": {quote(given.get(name))} is not supported (only {quote(value)})'
             require(given.get(name) in (None, value), path, fault)
+        return config
 
 
 def read_rope(raw, path):
@@ -179,12 +175,12 @@ class Shared(NamedTuple):
     token_at: Tensor  # [B, T], which of the U tokens is at each place
     first_at: Tensor  # [U], the place in B * T where each token occurs first
 
-    def to_rows(self, x: Tensor) -> Tensor:
+    def to_rows(self, x):
         """[1, U, C] -> [B, T, C]"""
         # unlike x[0][token_at], its backward pass sums in one order on any number of threads
         return F.embedding(self.token_at, x.flatten(0, 1))
 
-    def to_tokens(self, x: Tensor) -> Tensor:
+    def to_tokens(self, x):
         """[B, T, C] -> [1, U, C]"""
         return x.flatten(0, 1)[self.first_at][None]
 
@@ -206,8 +202,8 @@ def rotary(config, positions):
     as `rotate` needs it.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
-    frequencies = torch.cat([-frequencies, frequencies])
+    half = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
+    frequencies = torch.cat([-half, half])
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D], radians
     return angles.cos(), angles.sin()
 
@@ -239,16 +235,11 @@ def attend(q, k, v, mask):
 linear = partial(nn.Linear, bias=False)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
         # the weight after the cast back from float32, as in Llama: in bfloat16 the other order
         # changes a quarter of the values
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -302,9 +293,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, inputs: Inputs, cache: KVCache | None):
@@ -317,12 +308,13 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        modules = {
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config),
-        }
-        self.model = nn.ModuleDict(modules)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size)
 
@@ -402,16 +394,15 @@ class Transformer(nn.Module):
 
     def initialize(self, seed):
         """Sets random weights, the same on any number of ranks: normal matrices, norms of 1."""
-        std = self.config.initializer_range
         for i, p in enumerate(self.parameters()):
             local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
             if p.dim() > 1:
                 generator = torch.Generator(local.device).manual_seed(seed + i)
-                full.normal_(0, std, generator=generator)
+                full.normal_(0, self.config.initializer_range, generator=generator)
             local.copy_(full[rows])
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+    def save_pretrained(self, folder, dtype=None):
         """Writes config.json and safetensors as Hugging Face does. All ranks call it.
 
         dtype: of the files, by default that of the parameters. Raises UserError if a weight is not
@@ -432,24 +423,24 @@ def start_processes(timeout=timedelta(days=1)):
 
     timeout: how long a rank waits for the others, such as for rank 0 to hash a model.
     """
-    cuda = torch.cuda.is_available()
+    backend = "gloo"
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it may make a plan for every new length
     if not dist.is_initialized():
         alone = {}
         if "RANK" not in os.environ:  # not started by torchrun
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, timeout=timeout, **alone)
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it may make a plan for every new length
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def is_first_rank():
-    """Whether this is rank 0, or a process without a process group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this is rank 0. Processes have been started."""
+    return dist.get_rank() == 0
 
 
 def local_rows(p):
@@ -498,18 +489,20 @@ def list_weights(folder):
         fault = f"is missing, and so is {INDEX}; download them"
         others = sorted(file.name for file in folder.glob("*.bin"))
         if others:
-            load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-            save = f"model.save_pretrained({str(folder)!r})"
-            fault = f"is missing; found {', '.join(others)[:100]}; convert it: {load}; {save}"
+            fault = (
+                f"is missing; found {', '.join(others)[:100]}; convert it: "
+                f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
+                f"model.save_pretrained({str(folder)!r})"
+            )
         require(single.exists(), single, fault)
         return {single: []}
     files = {}
     for tensor, name in read_field(read_object(index), "weight_map", dict, index).items():
         beside = type(name) is str and name.endswith(".safetensors") and "/" not in name
         require(beside, index, f"expected the name of a safetensors file, found {quote(name)}")
-        files.setdefault(folder / name, []).append(tensor)
-    for file in files:
+        file = folder / name
         require(file.exists(), file, f"is missing, but {INDEX} names it; download it")
+        files.setdefault(file, []).append(tensor)
     fault = f"is not one of the files that {index} names; remove the outdated one"
     require(single in files or not single.exists(), single, fault)
     return files
@@ -654,13 +647,12 @@ def quote(value):
 def read_text(path) -> str:
     """Returns the text of a UTF-8 file. Raises UserError if it can't be read or is blank."""
     try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        fault = f"byte 0x{content[e.start]:02x} is not UTF-8; convert the file to UTF-8"
+        line = e.object.count(b"\n", 0, e.start) + 1
+        fault = f"byte 0x{e.object[e.start]:02x} is not UTF-8; convert the file to UTF-8"
         raise UserError(f"{path}:{line}: {fault}") from None
     require(text.strip(), path, "the file is empty")
     return text
