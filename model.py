@@ -125,15 +125,15 @@ def read_rope(raw, path):
     """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
     scaling = read_field(raw, "rope_scaling", dict, path, {})
     rope = read_field(raw, "rope_parameters", dict, path, scaling)
-    fault = '"rope_scaling" contradicts "rope_parameters"; remove the wrong one'
-    require(scaling in ({}, rope), path, fault)
+    require(scaling in ({}, rope), path, '"rope_scaling" contradicts "rope_parameters"; remove one')
     place = "rope_scaling" if scaling else "rope_parameters"
-    names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    plain = rope.get("rope_type", rope.get("type")) in (None, "default") and rope.keys() <= names
-    require(plain, path, f'"{place}": {quote(rope)} is not supported (only rope_type "default")')
     for name, value in rope.items():
-        fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
-        require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+        if name in ("rope_theta", "partial_rotary_factor"):
+            fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
+            require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+        else:
+            fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
+            require(name in ("rope_type", "type") and value == "default", path, fault)
     return rope
 
 
@@ -481,8 +481,9 @@ def list_weights(folder):
     Raises UserError if a file is missing, or if two contradict each other.
     """
     for file in folder.glob("adapter_*"):
-        fault = "an adapter is not supported; merge it into the weights, or remove its files"
-        raise UserError(f"{file}: {fault}")
+        raise UserError(
+            f"{file}: an adapter is not supported; merge it into the weights or remove it"
+        )
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
@@ -570,11 +571,13 @@ def save_weights(parameters, folder, dtype):
     if len(groups) > 1:
         files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     contents = list(zip(files, groups.values()))
+    weight_map = {}
     rank, world_size, _ = start_processes()
     for start in range(0, len(files), world_size):
         # gather the tensors of one file for each rank, then write these files at the same time
         mine = {}
         for i, (file, names) in enumerate(contents[start : start + world_size]):
+            weight_map |= dict.fromkeys(names, file)
             for name in names:
                 full = parameters[name].detach().to(dtype)
                 if isinstance(full, DTensor):
@@ -592,9 +595,6 @@ def save_weights(parameters, folder, dtype):
     if rank == 0:
         outdated = INDEX  # of an earlier model
         if len(files) > 1:
-            weight_map = {}
-            for file, names in contents:
-                weight_map |= dict.fromkeys(names, file)
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(folder / INDEX, json.dumps(content, indent=2))
             outdated = "model.safetensors"
