@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -471,33 +470,77 @@ def complete(path: Path, rows: list, produce: Callable, settings: dict | None = 
     Lines of a `path` that exists are kept as they are; one that belongs to no row is refused.
     """
     rank = dist.get_rank()
-    parts = parts_folder(path)
+    parts = Path(f"{path}.parts")
     by_id = {}
     for row in rows:
         require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
         by_id[row.id] = row
-    missing = [None]
-    if rank == 0:
-        parts.mkdir(parents=True, exist_ok=True)
-        finished = read_finished(path, by_id, settings)
-        missing = [[id for id in by_id if id not in finished]]
-    dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
-    mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
-    part = parts / f"rank{rank}-{uuid.uuid4().hex}.jsonl"
-    for row in produce(mine) if mine else []:
-        known = by_id[row["id"]]
-        line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
-        with writing(part), open(part, "a", encoding="utf-8") as f:
-            f.write(line + "\n")
-    dist.barrier()  # until all have written their part
-    if rank == 0:
-        publish(path, parts, by_id, settings)
+    with claim_parts(parts, settings or {}):
+        missing = [None]
+        if rank == 0:
+            finished = read_finished(path, parts, by_id, settings)
+            missing = [[id for id in by_id if id not in finished]]
+        dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
+        mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
+        part = parts / f"rank{rank}.jsonl"
+        for row in produce(mine) if mine else []:
+            known = by_id[row["id"]]
+            line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
+            with writing(part), open(part, "a", encoding="utf-8") as f:
+                f.write("\n" + line)  # the line before may be torn
+        dist.barrier()  # until all have written their part
+        if rank == 0:
+            publish(path, parts, by_id, settings)
     dist.barrier()
+
+
+@contextlib.contextmanager
+def claim_parts(parts, settings):
+    """Holds the parts folder within the block, and removes it afterwards unless it has rows."""
+    try:
+        with data.claim(parts, "settings.json", settings, DEFAULTS):
+            try:
+                yield
+            finally:
+                if dist.get_rank() == 0 and not any(parts.glob("rank*.jsonl")):
+                    (parts / "settings.json").unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError):  # it has rows, or another run holds it
+            parts.rmdir()
+
+
+def read_finished(path, parts, by_id, settings):
+    """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
+    meta = meta_path(path)
+    exists = os.path.lexists(path)
+    if settings is not None and (exists or os.path.lexists(meta)):
+        fault = (
+            f"is missing or not of this script, so {path.name} is left alone; choose another --out"
+        )
+        require(data.is_own(meta), meta, fault)
+        data.require_same(meta, DEFAULTS | read_object(meta), settings)
+    texts = {}
+    for part in parts.glob("rank*.jsonl"):
+        texts[part] = part.read_text("utf-8", errors="replace")
+    if exists:
+        require(path.is_file(), path, "is not a file; choose another --out")
+        texts[path] = read_text(path)  # the last: what was edited there counts
+    ids = {(id, row.input_hash): id for id, row in by_id.items()}
+    finished = {}
+    for file, text in texts.items():
+        for n, line in enumerate(text.split("\n"), 1):
+            try:
+                row = parse_json(line, file)
+                finished[ids[row["id"], row["input_hash"]]] = line
+            except (UserError, KeyError, TypeError):  # in a part: torn, or of other data
+                fault = "the row is missing from the data, or differs; choose another --out"
+                require(file != path or not line, f"{file}:{n}", fault)
+    return finished
 
 
 def publish(path, parts, by_id, settings):
     """Moves all rows from the parts to `path`."""
-    finished = read_finished(path, by_id, settings)
+    finished = read_finished(path, parts, by_id, settings)
     fault = "has not all rows though all ranks ended; do they share it? Run it again"
     require(len(finished) == len(by_id), parts, fault)
     files = [*parts.glob("rank*.jsonl")]
@@ -508,80 +551,22 @@ def publish(path, parts, by_id, settings):
         replace_file(path, "\n".join(finished[id] for id in by_id), parts)
     for file in files:
         file.unlink()
-    with contextlib.suppress(OSError):  # not empty: a run has claimed it
-        parts.rmdir()
-
-
-def parts_folder(path):
-    return path.with_name(path.name + ".parts")
-
-
-def meta_path(ledger: Path) -> Path:
-    return ledger.with_name(ledger.name.removesuffix(".jsonl") + ".meta.json")
-
-
-def read_meta(ledger: Path) -> dict:
-    """The settings that a ledger was written with; {} where its meta file is not beside it."""
-    meta = meta_path(ledger)
-    return read_object(meta) if data.is_own(meta) else {}
-
-
-def read_finished(path, by_id, settings):
-    """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
-    parts = parts_folder(path).glob("rank*.jsonl")
-    texts = {file: file.read_text("utf-8", errors="replace") for file in parts}
-    meta = meta_path(path)
-    exists = os.path.lexists(path)
-    if settings is not None and (exists or os.path.lexists(meta)):
-        fault = (
-            f"is missing or not of this script, so {path.name} is left alone; choose another --out"
-        )
-        require(data.is_own(meta), meta, fault)
-        data.require_same(meta, DEFAULTS | read_object(meta), settings)
-    if exists:
-        require(path.is_file(), path, "is not a file; choose another --out")
-        texts[path] = read_text(path)  # the last: what was edited there counts
-    finished = {}
-    for file, text in texts.items():
-        for n, line in enumerate(text.split("\n"), 1):
-            id = id_of(line, by_id)
-            fault = "the row is missing from the data, or differs; choose another --out"
-            require(id is not None or not line or file != path, f"{file}:{n}", fault)
-            finished[id] = line
-    finished.pop(None, "")
-    return finished
-
-
-def id_of(line, by_id):
-    """The id of a line that belongs to a row; None if a kill has torn it, or if it is foreign."""
-    try:
-        row = parse_json(line, "")
-        return row["id"] if row["input_hash"] == by_id[row["id"]].input_hash else None
-    except (UserError, KeyError, TypeError):
-        return None
-
-
-@contextlib.contextmanager
-def claim_parts(parts, settings):
-    """Holds the parts folder within the block, and removes it afterwards unless it has rows."""
-    first = dist.get_rank() == 0
-    try:
-        with data.claim(parts, "settings.json", settings, DEFAULTS):
-            try:
-                yield
-            finally:
-                if first and not any(parts.glob("rank*.jsonl")):
-                    (parts / "settings.json").unlink(missing_ok=True)
-    finally:
-        with contextlib.suppress(OSError):  # it has rows, or another run holds it
-            if first:
-                parts.rmdir()
 
 
 def replace_file(path, text, parts):
     """Writes a file that appears whole; what is temporary lies in the parts folder."""
     write_text(parts / "whole", text)
     os.replace(parts / "whole", path)
+
+
+def meta_path(ledger: Path) -> Path:
+    return ledger.with_suffix(".meta.json")
+
+
+def read_meta(ledger: Path) -> dict:
+    """The settings that a ledger was written with; {} where its meta file is not beside it."""
+    meta = meta_path(ledger)
+    return read_object(meta) if data.is_own(meta) else {}
 
 
 # 4. From data to ledger
@@ -631,8 +616,7 @@ def main(args):
         for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
             yield ledger_row(sequence, encoder, args.task)
 
-    with claim_parts(parts_folder(out), settings):
-        complete(out, sequences, produce, settings)
+    complete(out, sequences, produce, settings)
     if rank == 0:
         print(f"{out}: {len(sequences)} rows")
 
