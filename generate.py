@@ -15,14 +15,12 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import re
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,24 +67,23 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
     """Prefills the reference and the cue: the model's answer begins with them."""
     tokenizer = encoder.tokenizer
+    prompt = encoder.prompt(row)
     reference = tokenizer.answer(row.reference)
     cue_ids = tokenizer.continuation(row.reference, reference, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
     require(cue_ids or not cue, "--cue", fault)
-    return Sequence(row.id, encoder.prompt(row) + reference + cue_ids, row.where, row=row)
+    row = replace(row, prompt_ids=prompt, reference_ids=reference, rationale_ids=cue_ids)
+    return Sequence(row.id, prompt + reference + cue_ids, row.where, row=row)
 
 
 def write_rationale(sequence: "Sequence", encoder: Encoder) -> Row:
     """All that follows the reference is the rationale: the cue, and what the model added."""
     row = sequence.row
     tokenizer = encoder.tokenizer
-    reference = tokenizer.answer(row.reference)
-    start = len(encoder.prompt(row) + reference)
-    rationale = (sequence.prompt + sequence.ids)[start:]
+    rationale = row.rationale_ids + sequence.ids
     return replace(
         row,
-        rationale=tokenizer.decode_after(reference, rationale),
-        reference_ids=reference,
+        rationale=tokenizer.decode_after(row.reference_ids, rationale),
         rationale_ids=rationale,
         finish=sequence.finish,
         status=status_of(tokenizer.decode(sequence.ids)),
@@ -115,7 +112,9 @@ def ask_for_rewrite(row, encoder, task):
         messages = [*messages[:-1], {"role": "user", "content": text}]
     else:
         require(row.messages is None, row.where, "--task translation needs rows with a source")
-    return Sequence(row.id, encoder.tokenizer.chat(messages, where=row.where), row.where, row=row)
+    prompt = encoder.tokenizer.chat(messages, where=row.where)
+    row = replace(row, prompt_ids=encoder.prompt(row), rationale_ids=[])
+    return Sequence(row.id, prompt, row.where, row=row)
 
 
 def write_rewrite(sequence, encoder, task):
@@ -131,14 +130,26 @@ def write_rewrite(sequence, encoder, task):
     if not text.strip() or sequence.finish == "length" or leaks:
         text = row.reference
         ids = tokenizer.answer(text)
-    return replace(row, reference=text, reference_ids=ids, rationale_ids=[])
+    return replace(row, reference=text, reference_ids=ids)
 
 
 def make_sequence(row, encoder, task, cue):
+    """What the model reads for a row. Of a ledger only the pair counts."""
+    row = Row(
+        row.id,
+        row.where,
+        "" if task == "answer" else row.reference,  # a rationale after an empty reference
+        row.source,
+        row.source_lang,
+        row.target_lang,
+        row.messages,
+        tokenizer=encoder.tokenizer.hash,
+        chat=encoder.tokenizer.chat_option,
+        system=encoder.system,
+        template=encoder.template,
+    )
     if task in REWRITES:
         return ask_for_rewrite(row, encoder, task)
-    if task == "answer":  # a rationale after an empty reference
-        row = replace(row, reference="")
     return prefill_reference(row, encoder, cue)
 
 
@@ -148,11 +159,6 @@ def ledger_row(sequence, encoder, task):
         row = write_rewrite(sequence, encoder, task)
     else:
         row = write_rationale(sequence, encoder)
-    row.prompt_ids = encoder.prompt(sequence.row)
-    row.tokenizer = encoder.tokenizer.hash
-    row.chat = encoder.tokenizer.chat_option
-    row.system = encoder.system
-    row.template = encoder.template
     fields = {name: value for name, value in vars(row).items() if value is not None}
     del fields["where"]
     if row.messages is not None:
@@ -188,13 +194,14 @@ class Sampling:
     @classmethod
     def from_record(cls, record: dict, where) -> "Sampling":
         """The settings that a ledger was written with, from its meta file."""
-        values = {}
-        for name, default in DEFAULTS.items():
-            values[name] = read_field(record, name, type(default), where, default)
+        values = {
+            name: read_field(record, name, type(default), where, default)
+            for name, default in DEFAULTS.items()
+        }
         return cls(**values)
 
 
-DEFAULTS = asdict(Sampling())
+DEFAULTS = vars(Sampling())
 
 
 @dataclass
@@ -217,8 +224,8 @@ class Sequence:
         return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
 
     def add(self, token, logprob, eos_ids, max_new_tokens, stop):
-        fault = "the model's logits are NaN or infinite; check its weights"
-        require(math.isfinite(logprob), self.where, fault)
+        finite = math.isfinite(logprob)
+        require(finite, self.where, "the model's logits are NaN or infinite; check its weights")
         self.logprobs.append(logprob)
         if token in eos_ids:
             self.finish = "eos"
@@ -247,19 +254,24 @@ def sample(
     token, ends a sequence as EOS would.
     """
     require_room(sequences, sampling.max_new_tokens, model.config)
-    waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
+    waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt))
     if not waiting:
         return
     for sequence in waiting:
         sequence.key = noise_key(sampling.seed, sequence.id)
     rows = min(batch_size, len(waiting))
     cache = allocate_cache(model, rows, waiting[-1], sampling.max_new_tokens)
+    # how many tokens of prompts are read at once, with padding
+    budget = 2**15 if model.device.type == "cuda" else 2**12
     pick = partial(choose, sampling=sampling, vocab_size=vocab_size)
     graphs = {}
     running = []  # running[b] has row b of the cache
     while waiting or running:
-        batch = next_prompts(waiting, rows - len(running), rows, model.device)
-        if batch:
+        free = rows - len(running)
+        if waiting and free >= min(len(waiting), rows / 8):  # several are read faster than one
+            batch = waiting[:free]
+            batch = batch[: max(budget // len(batch[-1].prompt), 1)]
+            del waiting[: len(batch)]
             picked = read_prompts(model, cache, len(running), batch, pick)
             running += batch
         else:
@@ -280,9 +292,12 @@ def require_room(sequences, max_new_tokens, config, folder="the model"):
     room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
         n = len(sequence.prompt)
-        fault = f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit"
-        advice = "lower --max-new-tokens, or remove the row"
-        require(0 < n <= room, sequence.where, f"{fault}; {advice}")
+        require(
+            0 < n <= room,
+            sequence.where,
+            f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit; "
+            "lower --max-new-tokens, or remove the row",
+        )
         known = 0 <= min(sequence.prompt) <= max(sequence.prompt) < config.vocab_size
         fault = f"has no embedding for an id of {sequence.where}: its tokenizer is another model's"
         require(known, folder, fault)
@@ -297,19 +312,10 @@ def allocate_cache(model, rows, longest, max_new_tokens):
         free, _ = torch.cuda.mem_get_info()
         one = KVCache.empty(model, 1, n + max_new_tokens)
         fitting = int(0.8 * free / (2 * one.keys.nbytes))  # the rest is for activations
-        fault = f"out of memory for {rows} rows of this length, a prompt of {n} tokens"
-        advice = f"give --batch-size {fitting}, or remove the row"
-        raise UserError(f"{longest.where}: {fault}; {advice}") from None
-
-
-def next_prompts(waiting, free, rows, device):
-    """Takes what to read next: nothing while few rows are free, since several are read faster."""
-    count = min(free, len(waiting))
-    if not waiting or free < min(len(waiting), rows / 8):
-        return []
-    budget = 2**15 if device.type == "cuda" else 2**12  # tokens, with padding
-    count = min(count, max(budget // len(waiting[count - 1].prompt), 1))
-    return [waiting.popleft() for _ in range(count)]
+        raise UserError(
+            f"{longest.where}: out of memory for {rows} rows of this length, a prompt of {n} "
+            f"tokens; give --batch-size {fitting}, or remove the row"
+        ) from None
 
 
 def read_prompts(model, cache, first, new, pick):
@@ -342,7 +348,7 @@ def decode(model, cache, running, pick, graphs):
         size = 1
         while size < len(inputs):
             size *= 4
-        length = min(math.ceil(length / 64) * 64, room)
+        length = min(length + -length % 64, room)
         # an unused row writes at the last position: what takes the row overwrites that in time
         inputs += [[0, length - 1, 0, 0]] * (min(size, rows) - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
@@ -397,7 +403,7 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
         scores = scores - exponential_noise(keys, counts, scores.shape[-1]).log_()
     tokens = scores.argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return torch.stack([tokens.double(), logprobs.double()])
+    return torch.stack([tokens.double(), logprobs])
 
 
 def nucleus(probs, top_p):
@@ -416,8 +422,7 @@ def nucleus(probs, top_p):
 
 def noise_key(seed: int, id: int | str) -> int:
     """64 bits of a hash of the seed and a row's id, which its noise depends on."""
-    digest = hashlib.sha256(json.dumps([seed, id]).encode()).digest()
-    return int.from_bytes(digest[:8], signed=True)
+    return int.from_bytes(bytes.fromhex(data.short_hash([seed, id])), signed=True)
 
 
 def exponential_noise(keys: Tensor, counts: Tensor, size: int) -> Tensor:
@@ -452,8 +457,7 @@ def generate(
 ) -> list[list[int]]:
     """The ids that continue each prompt, without EOS. settings: fields of Sampling."""
     sequences = [Sequence(i, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-    for _ in sample(model, sequences, Sampling(**settings), eos_ids, batch_size=batch_size):
-        pass
+    list(sample(model, sequences, Sampling(**settings), eos_ids, batch_size=batch_size))
     return [sequence.ids for sequence in sequences]
 
 
@@ -585,18 +589,20 @@ def main(args):
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
     sequences = []
     for row in rows[: args.limit]:
-        # of a ledger only the pairs count
-        languages = (row.source_lang, row.target_lang)
-        pair = Row(row.id, row.where, row.reference, row.source, *languages, row.messages)
-        sequences.append(make_sequence(pair, encoder, args.task, cue))
+        sequences.append(make_sequence(row, encoder, args.task, cue))
     config = ModelConfig.from_file(args.model)
     require_room(sequences, sampling.max_new_tokens, config, args.model)
 
     # 2. all that a row depends on, besides what the model reads
-    settings = {"task": args.task, "model": args.model, "dtype": args.dtype, "cue": cue}
-    settings |= asdict(sampling) | encoder.settings()
-    settings["model_hash"] = hash_model(args.model)
-    settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
+    settings = {
+        "task": args.task,
+        "model": args.model,
+        "model_hash": hash_model(args.model),
+        "dtype": args.dtype,
+        "cue": cue,
+        "versions": {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__},
+    }
+    settings |= vars(sampling) | encoder.settings()
 
     # 3. the rows
     def produce(missing):
