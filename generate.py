@@ -27,7 +27,6 @@ from pathlib import Path
 import sentencepiece
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -56,7 +55,7 @@ GUIDE = (
     "{instruction}\n\nBelow is a reference answer. "
     "Write your own answer to the request, guided by it.\n{reference}"
 )
-LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
+LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
 REWRITES = ("translation", "paraphrase")  # tasks that replace the reference
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
@@ -64,22 +63,17 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 # 1. The method: what the model reads, and what its continuation becomes
 
 
-def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
-    """Prefills the reference and the cue: the model's answer begins with them."""
-    tokenizer = encoder.tokenizer
-    prompt = encoder.prompt(row)
-    reference = tokenizer.answer(row.reference)
-    cue_ids = tokenizer.continuation(row.reference, reference, cue)
+def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
+    """What the model reads: the prompt, and the answer as far as the reference and the cue."""
+    row.rationale_ids = tokenizer.continuation(row.reference, row.reference_ids, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
-    require(cue_ids or not cue, "--cue", fault)
-    row = replace(row, prompt_ids=prompt, reference_ids=reference, rationale_ids=cue_ids)
-    return Sequence(row.id, prompt + reference + cue_ids, row.where, row=row)
+    require(row.rationale_ids or not cue, "--cue", fault)
+    return row.prompt_ids + row.reference_ids + row.rationale_ids
 
 
-def write_rationale(sequence: "Sequence", encoder: Encoder) -> Row:
+def write_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
     """All that follows the reference is the rationale: the cue, and what the model added."""
     row = sequence.row
-    tokenizer = encoder.tokenizer
     rationale = row.rationale_ids + sequence.ids
     return replace(
         row,
@@ -112,62 +106,64 @@ def ask_for_rewrite(row, encoder, task):
         messages = [*messages[:-1], {"role": "user", "content": text}]
     else:
         require(row.messages is None, row.where, "--task translation needs rows with a source")
-    prompt = encoder.tokenizer.chat(messages, where=row.where)
-    row = replace(row, prompt_ids=encoder.prompt(row), rationale_ids=[])
-    return Sequence(row.id, prompt, row.where, row=row)
+    return encoder.tokenizer.chat(messages, where=row.where)
 
 
-def write_rewrite(sequence, encoder, task):
+def write_rewrite(sequence, tokenizer, task):
     """The model's own text is the reference; where it is unusable, the original stays."""
-    row = sequence.row
-    tokenizer = encoder.tokenizer
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
         text = text.strip().split("\n")[0]
         ids = tokenizer.answer(text)
-    leaks = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
-    if not text.strip() or sequence.finish == "length" or leaks:
-        text = row.reference
-        ids = tokenizer.answer(text)
-    return replace(row, reference=text, reference_ids=ids)
+    leaks = task == "paraphrase" and LEAKS.search(text.casefold())
+    if leaks or sequence.finish == "length" or not text.strip():
+        return sequence.row
+    return replace(sequence.row, reference=text, reference_ids=ids)
 
 
 def make_sequence(row, encoder, task, cue):
     """What the model reads for a row. Of a ledger only the pair counts."""
+    tokenizer = encoder.tokenizer
+    reference = "" if task == "answer" else row.reference  # all of an answer is a rationale
     row = Row(
         row.id,
         row.where,
-        "" if task == "answer" else row.reference,  # a rationale after an empty reference
+        reference,
         row.source,
         row.source_lang,
         row.target_lang,
         row.messages,
-        tokenizer=encoder.tokenizer.hash,
-        chat=encoder.tokenizer.chat_option,
+        reference_ids=tokenizer.answer(reference),
+        rationale_ids=[],
+        tokenizer=tokenizer.hash,
+        chat=tokenizer.chat_option,
         system=encoder.system,
         template=encoder.template,
     )
+    row.prompt_ids = encoder.prompt(row)
     if task in REWRITES:
-        return ask_for_rewrite(row, encoder, task)
-    return prefill_reference(row, encoder, cue)
+        prompt = ask_for_rewrite(row, encoder, task)
+    else:
+        prompt = prefill_reference(row, tokenizer, cue)
+    return Sequence(row.id, prompt, row.where, row=row)
 
 
-def ledger_row(sequence, encoder, task):
+def ledger_row(sequence, tokenizer, task):
     """All that training needs to know. `logprob` is of what was sampled, whether used or not."""
     if task in REWRITES:
-        row = write_rewrite(sequence, encoder, task)
+        row = write_rewrite(sequence, tokenizer, task)
     else:
-        row = write_rationale(sequence, encoder)
+        row = write_rationale(sequence, tokenizer)
     fields = {name: value for name, value in vars(row).items() if value is not None}
     del fields["where"]
     if row.messages is not None:
-        del fields["messages"]
         answer = fields.pop("reference")
-        if len(row.messages) == 1:
-            fields |= {"prompt": row.messages[0]["content"], "response": answer}
+        *before, turn = fields.pop("messages")
+        if before:
+            fields["messages"] = [*before, turn, {"role": "assistant", "content": answer}]
         else:
-            fields["messages"] = [*row.messages, {"role": "assistant", "content": answer}]
+            fields |= {"prompt": turn["content"], "response": answer}
     logprob = sum(sequence.logprobs) / len(sequence.logprobs)
     # further digits depend on the batch in which the row was computed
     return fields | {"logprob": round(logprob, 3)}
@@ -336,12 +332,8 @@ def decode(model, cache, running, pick, graphs):
     launches them all at once. Its shapes are fixed: rows and length are rounded up, so that a few
     graphs serve all steps.
     """
-    inputs = []
-    for sequence in running:
-        count = len(sequence.ids)
-        position = len(sequence.prompt) + count - 1
-        inputs.append([sequence.ids[-1], position, sequence.key, count])
-    length = max(position for _, position, _, _ in inputs) + 1
+    inputs = [[s.ids[-1], len(s.prompt), s.key, len(s.ids)] for s in running]
+    length = max(start + count for _, start, _, count in inputs)
     graphed = model.device.type in GRAPH_DEVICES
     if graphed:
         _, rows, _, room, _ = cache.keys.shape
@@ -350,14 +342,15 @@ def decode(model, cache, running, pick, graphs):
             size *= 4
         length = min(length + -length % 64, room)
         # an unused row writes at the last position: what takes the row overwrites that in time
-        inputs += [[0, length - 1, 0, 0]] * (min(size, rows) - len(inputs))
+        inputs += [[0, length, 0, 0]] * (min(size, rows) - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
 
     def step(inputs):
-        tokens, positions, keys, counts = inputs.split(1, dim=1)  # [B, 1] each
+        tokens, starts, keys, counts = inputs.unbind(1)  # [B] each
+        positions = starts + counts - 1
         part = cache.view(slice(len(inputs)), length)
-        logits = model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
-        return pick(logits, keys[:, 0], counts[:, 0])
+        logits = model(tokens[:, None], cache=part, positions=positions[:, None])  # [B, 1, V]
+        return pick(logits[:, 0], keys, counts)
 
     if not graphed:
         return step(inputs)
@@ -420,12 +413,12 @@ def nucleus(probs, top_p):
     return probs >= last
 
 
-def noise_key(seed: int, id: int | str) -> int:
+def noise_key(seed, id):
     """64 bits of a hash of the seed and a row's id, which its noise depends on."""
     return int.from_bytes(bytes.fromhex(data.short_hash([seed, id])), signed=True)
 
 
-def exponential_noise(keys: Tensor, counts: Tensor, size: int) -> Tensor:
+def exponential_noise(keys, counts, size):
     """Samples of Exponential(1) [N, size], the same on every device: a hash of the row's key, of
     the number of tokens that were sampled before in this row, and of the token.
     """
@@ -464,7 +457,7 @@ def generate(
 # 3. The ledger: rows that survive a kill, written by any number of ranks
 
 
-def complete(path: Path, rows: list, produce: Callable, settings: dict | None = None):
+def complete(path, rows, produce, settings=None):
     """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
 
     Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
@@ -518,14 +511,13 @@ def read_finished(path, parts, by_id, settings):
     meta = meta_path(path)
     exists = os.path.lexists(path)
     if settings is not None and (exists or os.path.lexists(meta)):
-        fault = (
-            f"is missing or not of this script, so {path.name} is left alone; choose another --out"
+        require(
+            data.is_own(meta),
+            meta,
+            f"is missing or not of this script, so {path.name} is left alone; choose another --out",
         )
-        require(data.is_own(meta), meta, fault)
         data.require_same(meta, DEFAULTS | read_object(meta), settings)
-    texts = {}
-    for part in parts.glob("rank*.jsonl"):
-        texts[part] = part.read_text("utf-8", errors="replace")
+    texts = {part: part.read_text("utf-8", "replace") for part in parts.glob("rank*.jsonl")}
     if exists:
         require(path.is_file(), path, "is not a file; choose another --out")
         texts[path] = read_text(path)  # the last: what was edited there counts
@@ -548,10 +540,10 @@ def publish(path, parts, by_id, settings):
     fault = "has not all rows though all ranks ended; do they share it? Run it again"
     require(len(finished) == len(by_id), parts, fault)
     files = [*parts.glob("rank*.jsonl")]
-    if files and settings is not None:
-        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
-        replace_file(meta_path(path), text, parts)
     if files:
+        if settings is not None:
+            text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
+            replace_file(meta_path(path), text, parts)
         replace_file(path, "\n".join(finished[id] for id in by_id), parts)
     for file in files:
         file.unlink()
@@ -563,11 +555,11 @@ def replace_file(path, text, parts):
     os.replace(parts / "whole", path)
 
 
-def meta_path(ledger: Path) -> Path:
+def meta_path(ledger):
     return ledger.with_suffix(".meta.json")
 
 
-def read_meta(ledger: Path) -> dict:
+def read_meta(ledger):
     """The settings that a ledger was written with; {} where its meta file is not beside it."""
     meta = meta_path(ledger)
     return read_object(meta) if data.is_own(meta) else {}
@@ -582,16 +574,13 @@ def main(args):
     cue = args.cue or ""
     require(args.task == "rationale" or not cue, "--cue", "is for --task rationale only")
     out = Path(os.path.realpath(args.out))
-    require(out.name.endswith(".jsonl"), f"--out {args.out}", "must end in .jsonl; rename it")
+    require(out.suffix == ".jsonl", f"--out {args.out}", "must end in .jsonl, such as rows.jsonl")
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
-    sequences = []
-    for row in rows[: args.limit]:
-        sequences.append(make_sequence(row, encoder, args.task, cue))
-    config = ModelConfig.from_file(args.model)
-    require_room(sequences, sampling.max_new_tokens, config, args.model)
+    sequences = [make_sequence(row, encoder, args.task, cue) for row in rows[: args.limit]]
+    require_room(sequences, args.max_new_tokens, ModelConfig.from_file(args.model), args.model)
 
     # 2. all that a row depends on, besides what the model reads
     settings = {
@@ -620,7 +609,7 @@ def main(args):
             stop=tokenizer.first_line_ends if args.task == "translation" else None,
         )
         for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
-            yield ledger_row(sequence, encoder, args.task)
+            yield ledger_row(sequence, tokenizer, args.task)
 
     complete(out, sequences, produce, settings)
     if rank == 0:
