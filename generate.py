@@ -64,7 +64,7 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
 
 def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
-    """What the model reads: the prompt, and the answer as far as the reference and the cue."""
+    """What the model reads: the prompt, and an answer that begins with reference and cue."""
     row.rationale_ids = tokenizer.continuation(row.reference, row.reference_ids, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
     require(row.rationale_ids or not cue, "--cue", fault)
@@ -110,7 +110,7 @@ def ask_for_rewrite(row, encoder, task):
 
 
 def write_rewrite(sequence, tokenizer, task):
-    """The model's own text is the reference; where it is unusable, the original stays."""
+    """The model's own text replaces the reference, which is kept if that text is unusable."""
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
@@ -125,7 +125,7 @@ def write_rewrite(sequence, tokenizer, task):
 def make_sequence(row, encoder, task, cue):
     """What the model reads for a row. Of a ledger only the pair counts."""
     tokenizer = encoder.tokenizer
-    reference = "" if task == "answer" else row.reference  # all of an answer is a rationale
+    reference = "" if task == "answer" else row.reference  # an answer is all rationale
     row = Row(
         row.id,
         row.where,
@@ -174,8 +174,8 @@ def ledger_row(sequence, tokenizer, task):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model continues. Each field is an option of generate.py, is recorded with a ledger and
-    compared when a run is finished. To a ledger older than a field, the default applies.
+    """How a model continues. Each field is an option of generate.py, recorded in the meta file of a
+    ledger and compared when a run is resumed. If a meta file lacks a field, the default counts.
     """
 
     max_new_tokens: int = 256
@@ -284,7 +284,7 @@ def sample(
 
 
 def require_room(sequences, max_new_tokens, config, folder="the model"):
-    """Raises UserError at a prompt that is empty or too long, or has ids that the model lacks."""
+    """Raises UserError if a prompt is empty or too long, or has ids that the model lacks."""
     room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
         n = len(sequence.prompt)
@@ -463,7 +463,7 @@ def complete(path, rows, produce, settings=None):
     Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
     all that their outcome depends on besides the settings. produce(missing) yields a dict with
     "id" for each of the rows that it is given, in any order. settings: written to NAME.meta.json
-    beside `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
+    next to `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
     Lines of a `path` that exists are kept as they are; one that belongs to no row is refused.
     """
     rank = dist.get_rank()
@@ -484,7 +484,7 @@ def complete(path, rows, produce, settings=None):
             known = by_id[row["id"]]
             line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
             with writing(part), open(part, "a", encoding="utf-8") as f:
-                f.write("\n" + line)  # the line before may be torn
+                f.write(f"\n{line}\n")  # the line before may be torn
         dist.barrier()  # until all have written their part
         if rank == 0:
             publish(path, parts, by_id, settings)
@@ -507,7 +507,7 @@ def claim_parts(parts, settings):
 
 
 def read_finished(path, parts, by_id, settings):
-    """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
+    """Lines of finished rows by id. Raises UserError if `path` is not of this script."""
     meta = meta_path(path)
     exists = os.path.lexists(path)
     if settings is not None and (exists or os.path.lexists(meta)):
@@ -537,7 +537,7 @@ def read_finished(path, parts, by_id, settings):
 def publish(path, parts, by_id, settings):
     """Moves all rows from the parts to `path`."""
     finished = read_finished(path, parts, by_id, settings)
-    fault = "has not all rows though all ranks ended; do they share it? Run it again"
+    fault = "lacks rows although all ranks ended; share it between all ranks, and run again"
     require(len(finished) == len(by_id), parts, fault)
     files = [*parts.glob("rank*.jsonl")]
     if files:
@@ -560,7 +560,7 @@ def meta_path(ledger):
 
 
 def read_meta(ledger):
-    """The settings that a ledger was written with; {} where its meta file is not beside it."""
+    """The settings that a ledger was written with; {} if its meta file is not next to it."""
     meta = meta_path(ledger)
     return read_object(meta) if data.is_own(meta) else {}
 
