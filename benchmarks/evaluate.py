@@ -49,7 +49,7 @@ def timed(score, model, questions) -> tuple[float, list[float]]:
 def main(args: argparse.Namespace):
     words = ["--model", args.model, "--choice", *args.choice]
     options = evaluate.parser().parse_args(words)
-    subject = evaluate.read_subject(options)
+    subject = evaluate.Subject(options)
     tests = evaluate.read_tests(vars(options), subject, args.limit)
     ours = Transformer.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
