@@ -59,8 +59,6 @@ from model import (
 
 RESAMPLES = 1000
 REFUSALS = Path(__file__).with_name("refusals.txt")
-# settings that may differ between the folders that are compared
-OF_THE_MODEL = {*data.NOT_COMPARED, "model_hash"}
 # where lm-evaluation-harness finds the number in an answer to GSM8K (its gsm8k.yaml)
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -71,11 +69,11 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 @dataclass(frozen=True)
 class Measure:
-    """One kind of test, chosen by the option --NAME FILE..., whose help this is.
+    """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
-    read(file, subject) yields the questions of a file. answer(subject, question) returns what to
-    store of the model's answer, once it has continued the prompt. scores(items) computes a
-    Statistic for each name of a score from everything that is stored.
+    read(file, subject) yields the questions of a file. answer(subject, question) returns a dict to
+    store; by then the model has continued the prompt. scores(items) computes a Statistic for each
+    score, by its name, from what is stored.
     """
 
     help: str
@@ -83,7 +81,7 @@ class Measure:
     answer: Callable
     scores: Callable
     continues: bool = True  # the model continues the prompt
-    one_line: bool = False  # up to the end of the first line that is not empty
+    one_line: bool = False  # only to the end of the first line that is not empty
 
 
 def measures():
@@ -137,8 +135,9 @@ class Subject:
         self.rank, _, device = start_processes()
         load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
         self.load = cache(load)  # folder -> model, loaded only if an answer is missing
-        self.hash = cache(hash_model)
+        self.hash = cache(hash_model)  # of a folder
         self.folder = args.model
+        self.config = ModelConfig.from_file(args.model)
         self.base = args.base
         tokenizer = Tokenizer(args.model, "auto" if args.chat is None else args.chat)
         self.encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
@@ -167,7 +166,7 @@ class Question(Sequence):
 
 
 def ask(row, encoder, **known):
-    """The question that a row asks in the model's chat format. known: stored with the answer."""
+    """Asks a row in the model's chat format. known: fields that are stored with the answer."""
     text = encoder.messages(row)[-1]["content"]
     return Question(row.id, encoder.prompt(row), row.where, text=text, known=known)
 
@@ -175,7 +174,7 @@ def ask(row, encoder, **known):
 def read_translation(file, subject):
     rows = data.read_rows([file], subject.directions)
     for row in rows:
-        require(row.source is not None, row.where, "--translation needs a source and a reference")
+        require(row.source is not None, row.where, "--translation needs a source; remove the row")
         require(
             row.target_lang == rows[0].target_lang,
             row.where,
@@ -201,7 +200,7 @@ def read_choice(file, subject):
         where = row.where
         text = row.messages[0]["content"]
         choices = read_field(fields, "choices", list, where)
-        require(len(choices) > 1, where, '"choices" must be two or more')
+        require(len(choices) > 1, where, '"choices" must hold two or more')
         for choice in choices:
             data.text_field({"a choice": choice}, "a choice", where)
         answer = fields.get("answer")
@@ -222,9 +221,9 @@ def read_choice(file, subject):
             endings = [tokenizer.answer(choice) for choice in choices]
         else:
             start = tokenizer.encode(text.rstrip())
-            prompt = [tokenizer.bos_id] * tokenizer.adds_bos + start
-            wholes = [tokenizer.encode(f"{text} {choice}") for choice in choices]
-            endings = [whole[len(start) :] for whole in wholes]
+            bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
+            prompt = bos + start
+            endings = [tokenizer.encode(f"{text} {choice}")[len(start) :] for choice in choices]
         known = {"choices": choices, "answer": answer}
         yield Question(row.id, prompt, where, text=text, endings=endings, known=known, test=task)
 
@@ -260,10 +259,13 @@ def read_drift(file, subject):
         "next to it (it has the sampling settings); write one, or copy that file as well",
     )
     base = subject.hash(subject.base)
-    fault = f"was not written by --base {subject.base}; give the model that wrote it"
-    require(meta.get("model_hash") == base, file, fault)
+    require(
+        meta.get("model_hash") == base,
+        file,
+        f"was not written by --base {subject.base}; give the model that wrote it",
+    )
     encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
-    data.require_vocabulary(subject.base, encoder.tokenizer, ModelConfig.from_file(subject.folder))
+    data.require_vocabulary(subject.base, encoder.tokenizer, subject.config)
     # without defaults: a setting that is added later does not change the hash
     sampling = dict(sorted(vars(Sampling.from_record(meta, file)).items() - DEFAULTS.items()))
     for row in data.read_rows([file]):
@@ -280,11 +282,14 @@ def read_objects(file, *names):
     The turn's text is the one field of `names` that the row has.
     """
     ids = set()
-    is_csv = file.lower().endswith(".csv")
-    for where, fields in read_csv(file) if is_csv else data.read_json(file):
+    read = read_csv if file.lower().endswith(".csv") else data.read_json
+    for where, fields in read(file):
         given = [*fields.keys() & names]
-        fault = f"must have exactly one of: {', '.join(names)}; the README converts ARC's format"
-        require(len(given) == 1, where, fault)
+        require(
+            len(given) == 1,
+            where,
+            f"must have exactly one of: {', '.join(names)}; the README converts ARC's format",
+        )
         turn = {"role": "user", "content": data.text_field(fields, given[0], where)}
         row = Row(data.read_id(fields, where, len(ids)), where, "", messages=[turn])
         require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
@@ -294,23 +299,28 @@ def read_objects(file, *names):
 
 
 def read_csv(file):
-    """Yields FILE:LINE and the fields of each row. LINE is the row's first."""
+    """Yields FILE:LINE and the fields of each row; LINE is the first line of the row."""
     rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     line = 2  # after the header
     try:
         for fields in rows:
             where = f"{file}:{line}"
             line = rows.line_num + 1
-            fault = "has more or fewer fields than the header; quote texts that have commas"
-            require(None not in (*fields, *fields.values()), where, fault)
+            require(
+                None not in (*fields, *fields.values()),
+                where,
+                "has more or fewer fields than the header; quote texts that have commas",
+            )
             yield where, fields
     except csv.Error as e:
         raise UserError(f"{file}:{line}: broken CSV ({e}); close the quote") from None
 
 
 def read_tests(files, subject, limit=None):
-    """The questions by the names of measure and test. files: those of each measure."""
-    config = ModelConfig.from_file(subject.folder)
+    """The questions of each (measure, test). files: those of each measure.
+
+    The test that is named after a file has no questions if all of its rows name another.
+    """
     tests = {}
     for name, measure in measures().items():
         for file in files[name]:
@@ -318,20 +328,26 @@ def read_tests(files, subject, limit=None):
             found = {stem: []}
             for question in islice(measure.read(file, subject), limit):
                 found.setdefault(question.test or stem, []).append(question)
-                fault = "an answer adds no token to the prompt; reword it"
-                require(all(question.endings), question.where, fault)
+                require(
+                    all(question.endings),
+                    question.where,
+                    "an answer adds no token to the prompt; reword it",
+                )
                 new = 0 if question.endings else subject.max_new_tokens
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
-                    require_room([whole], new, config, subject.folder)
+                    require_room([whole], new, subject.config, subject.folder)
             for test in found:
-                # the answers have scores of the same names
+                # both measures have the scores empty/TEST and degenerate/TEST
                 clash = name == "answers" and tests.get(("safety", test))
-                fault = f"{test} is the name of two tests; rename one, or join their files"
-                require((name, test) not in tests and not clash, file, fault)
+                require(
+                    (name, test) not in tests and not clash,
+                    file,
+                    f"{test} is the name of two tests; rename one, or join their files",
+                )
                 tests[name, test] = found[test]
     require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
-    return {test: questions for test, questions in tests.items() if questions}
+    return tests
 
 
 # 3. Ask: from questions to items
@@ -383,12 +399,11 @@ def answer_drift(subject, question):
     """
     logprobs, [logprob] = score_endings(subject.load(subject.folder), question)
     base, _ = score_endings(subject.load(subject.base), question)
-    same_choice = base.argmax(-1) == logprobs.argmax(-1)
     return answer_text(subject, question) | {
         "tokens": len(logprobs),
         "nll": -logprob,
         "kl": (base.exp() * (base - logprobs)).sum().item(),
-        "top1": same_choice.sum().item(),
+        "top1": (base.argmax(-1) == logprobs.argmax(-1)).sum().item(),
     }
 
 
@@ -479,23 +494,21 @@ def score_choice(item):
     """acc: the right choice has the largest log P. acc_norm: the largest log P per character.
     margin: log P of the right choice minus the largest log P of a wrong one.
     """
-    logprobs = item["logprobs"]
+    logprobs = np.array(item["logprobs"])
+    lengths = [len(choice) for choice in item["choices"]]
     answer = item["answer"]
-    per_character = [x / len(choice) for x, choice in zip(logprobs, item["choices"])]
     return {
-        "acc": np.argmax(logprobs) == answer,
-        "acc_norm": np.argmax(per_character) == answer,
+        "acc": logprobs.argmax() == answer,
+        "acc_norm": (logprobs / lengths).argmax() == answer,
         "margin": logprobs[answer] - np.delete(logprobs, answer).max(),
     }
 
 
 def score_numeric(item):
     """strict: the first number after #### is right. flexible: the last number is. As strings."""
-    marked = STRICT.findall(item["output"])[:1]
-    last = FLEXIBLE.findall(item["output"])[-1:]
     return {
-        "strict": item["answer"] in map(bare_number, marked),
-        "flexible": item["answer"] in map(bare_number, last),
+        "strict": item["answer"] in map(bare_number, STRICT.findall(item["output"])[:1]),
+        "flexible": item["answer"] in map(bare_number, FLEXIBLE.findall(item["output"])[-1:]),
     }
 
 
@@ -534,10 +547,10 @@ def score_drift(item):
 
 
 def read_results(folder, write=False):
-    """Computes all scores from the items of a folder.
+    """Computes all scores of a folder from its items. write: also adds to each item its own scores.
 
-    Returns the settings, with the hashes of each MEASURE/TEST's questions, and a Statistic for each
-    SCORE/TEST. write: adds to each item its own scores.
+    Returns the settings, among them the hashes of each MEASURE/TEST's questions, and a Statistic
+    for each SCORE/TEST.
     """
     settings = read_object(folder / "settings.json")
     statistics = {}
@@ -547,8 +560,11 @@ def read_results(folder, write=False):
             settings[f"{name}/{file.stem}"] = [item["input_hash"] for item in items]
             for score, statistic in measure.scores(items).items():
                 key = f"{score}/{file.stem}"
-                fault = f"two tests have the score {key}; rename one, and choose another --out"
-                require(key not in statistics, folder, fault)
+                require(
+                    key not in statistics,
+                    folder,
+                    f"two tests have the score {key}; rename one, and choose another --out",
+                )
                 statistics[key] = statistic
                 for item, own_score in zip(items, statistic.of_items.tolist()):
                     item[score] = own_score
@@ -566,7 +582,7 @@ def compare(folders):
     settings, runs = zip(*[read_results(Path(folder)) for folder in folders])
     base = settings[0]
     for folder, own in zip(folders, settings):
-        for name in sorted((base | own).keys() - OF_THE_MODEL):
+        for name in sorted((base | own).keys() - {*data.NOT_COMPARED, "model_hash"}):
             same = base.get(name) == own.get(name)
             require(same, folder, f"its {name} differs from {folders[0]}; measure both alike")
     print_table([Path(folder).name for folder in folders], runs)
@@ -577,7 +593,7 @@ def print_table(names, runs):
     minus = [f"minus {name}" for name in names[:-1][:2]]
     print_row("measure", "model", "n", "value", *minus)
     print_row(*["---"] * (4 + len(minus)))
-    signatures = ""
+    notes = "95% bootstrap CI over items; it covers neither seeds nor training data."
     for name, first in runs[0].items():
         for i, run in enumerate(runs):
             values = run[name].values
@@ -587,9 +603,8 @@ def print_table(names, runs):
                 cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
             print_row("" if i else name, names[i], len(first.of_items), *cells)
         if first.signature:
-            signatures += f"{name}: {first.signature}\n"
-    print("\n[low, high]: 95% bootstrap CI over items; it covers neither seeds nor training data.")
-    print(signatures, end="")
+            notes += f"\n{name}: {first.signature}"
+    print(f"\n[low, high]: {notes}")
 
 
 def print_row(name, model, n, *values):
@@ -605,8 +620,11 @@ def main(args):
         return compare(args.compare)
     # 1. everything that can be wrong with the files, before any weight is read
     require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
-    fault = "--drift and --base go together: the answers, and the model that wrote them"
-    require(bool(args.drift) == bool(args.base), "evaluate.py", fault)
+    require(
+        bool(args.drift) == bool(args.base),
+        "evaluate.py",
+        "--drift and --base go together: the answers, and the model that wrote them",
+    )
     subject = Subject(args)
     tests = read_tests(vars(args), subject, args.limit)
 
@@ -623,15 +641,14 @@ def main(args):
             "sacrebleu": sacrebleu.__version__,
             "refusals": data.short_hash(REFUSALS.read_text("utf-8")),
         },
-    }
-    settings |= subject.encoder.settings()
+    } | subject.encoder.settings()
 
     # 3. the items, then their scores
     out = Path(args.out).resolve()
     with data.claim(out, "settings.json", settings):
         for (name, test), questions in tests.items():
             produce = partial(produce_items, measures()[name], subject)
-            complete(out / "items" / name / f"{test}.jsonl", questions, produce)
+            complete(out / f"items/{name}/{test}.jsonl", questions, produce)
         if subject.rank == 0:
             _, statistics = read_results(out, write=True)
             scores = {}
@@ -659,8 +676,8 @@ def parser():
     for name, measure in measures().items():
         tests += f"--{name} FILE...   {measure.help}\n"
     prompt_options = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
-    options = OPTIONS.format(tests) + prompt_options
-    return data.make_parser("Measures what a model gained and lost.", options)
+    purpose = "Measures what a model gained and lost."
+    return data.make_parser(purpose, OPTIONS.format(tests) + prompt_options)
 
 
 if __name__ == "__main__":
