@@ -135,8 +135,7 @@ class Encoder:
             rationale = []
         if rationale or not reference:
             # the rationale ends the answer; one that was truncated did not stop where it ends
-            answered = row.reference_ids is None or row.finish == "eos"
-            if answered and not dropped:
+            if row.finish == "eos" and not dropped:
                 rationale = rationale + end
         else:
             # the reference alone is the answer
@@ -195,13 +194,17 @@ class Encoder:
         return prompt
 
     def holds_text(self, row: Row) -> bool:
-        """Whether a ledger's prompt ids still hold the row's text, and so were not outdated."""
-        texts = [row.source]
-        if row.messages is not None:
-            texts = [message["content"] for message in row.messages]
+        """Whether a ledger's prompt ids still hold the row's text, and nothing instead of it."""
         tokenizer = self.tokenizer
+        messages = self.messages(row)
         prompt = tokenizer.decode(row.prompt_ids)
-        return all(tokenizer.decode(tokenizer.encode(x)).strip() in prompt for x in texts)
+        for message in messages:
+            if tokenizer.decode(tokenizer.encode(message["content"])).strip() not in prompt:
+                return False
+        if row.messages is None or tokenizer.template is None:
+            return True
+        # a message may be a part of what it was
+        return len(tokenizer.decode(tokenizer.chat(messages, where=row.where))) == len(prompt)
 
     def settings(self) -> dict:
         """What a prompt depends on, besides the row."""
@@ -502,8 +505,10 @@ class Tokenizer:
         vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab", {})
         pieces = vocab.items() if isinstance(vocab, dict) else []
         for piece, id in pieces:
-            same = type(id) is int and (id >= self.size or self.sp.id_to_piece(id) == piece)
-            require(same, file, f"{piece!r} has the id {id}, in tokenizer.model another has it")
+            check_ids([id], 2**31, file)
+            same = id >= self.size or self.sp.id_to_piece(id) == piece
+            fault = f"{piece[:20]!r} has the id {id}, and another in tokenizer.model"
+            require(same, file, fault)
 
     def read_named_tokens(self, config, where) -> dict[str, str]:
         """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
@@ -617,14 +622,19 @@ class Tokenizer:
 
     def encode(self, text: str, within: bool = False) -> list[int]:
         """Text to ids, without BOS or EOS. within: it continues a text before it."""
-        guards = self.make_guards(text)
+        guards = self.make_guards([text])
         return self.encode_parts(self.mark(text, guards), guards, within)
 
-    def make_guards(self, text):
-        """Two characters for each control token in a text, which the text does not hold."""
-        unused = (character for character in PRIVATE_USE if character not in text)
-        tokens = {match[2] for match in self.marked_pattern.finditer(text)}
-        return {token: (next(unused), next(unused)) for token in tokens}
+    def make_guards(self, texts):
+        """Two characters for each control token in the texts, which the texts do not hold."""
+        held = set("".join(texts))
+        unused = (character for character in PRIVATE_USE if character not in held)
+        guards = {}
+        for text in texts:
+            for match in self.marked_pattern.finditer(text):
+                if match[2] not in guards:
+                    guards[match[2]] = (next(unused), next(unused))
+        return guards
 
     def mark(self, text, guards):
         """The text with guards around each control token in it, by which it is known as text.
@@ -743,7 +753,7 @@ class Tokenizer:
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         require(self.template is not None, self.folder, NO_TEMPLATE)
-        guards = self.make_guards(self.template + "".join(x["content"] for x in messages))
+        guards = self.make_guards([self.template, *(x["content"] for x in messages)])
         marked = [x | {"content": self.mark(x["content"], guards)} for x in messages]
         text = self.render(marked, where)
         if messages[0]["role"] == "system":

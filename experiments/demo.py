@@ -1,6 +1,6 @@
 """The claim on a laptop: vanilla fine-tuning forgets, RaDis and replay forget less. `make demo`
 
-    python experiments/demo.py            some minutes on a CPU; no network, no data
+    python experiments/demo.py            three to four minutes on a CPU; no network, no data
 
 PAGE is the whole demo: commands to paste into a shell, in the folder above this one. This script
 runs them in one process, which saves starting Python for each, and prints what was measured.
@@ -74,8 +74,7 @@ python evaluate.py $tests --model $run/replay --out $run/results/replay-240
 COLUMNS = {"base": "base", "vanilla": "vanilla-240", "RaDis": "radis-240"}
 COLUMNS |= {"soft replay": "replay-240"}
 # rows of the table: title -> score, and its factor
-ROWS = {"translation, chrF++": ("chrf++/test-vela", 1)}
-ROWS |= {"translation, BLEU": ("bleu/test-vela", 1)}
+ROWS = {f"translation, {name}": (f"{name.lower()}/test-vela", 1) for name in ("chrF++", "BLEU")}
 ROWS |= {skill: (f"acc/{skill}", 100) for skill in world.CHOICE}
 ROWS |= {skill: (f"flexible/{skill}", 100) for skill in world.NUMERIC}
 ROWS |= {f"{kind} requests refused": (f"refusal/{kind}", 100) for kind in ("harmful", "benign")}

@@ -3,9 +3,8 @@
     python experiments/methods.py --model DIR --pairs train.jsonl --test test.jsonl \\
         --drift general-vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
 
-The commands of the scripts are printed and run, one after the other, and the measures kept in
-DIR/points, a file per model, for report.py. The same command runs what is missing. Others, with
-other methods or seeds, can run at the same time.
+The commands of the scripts are printed and run one by one; DIR/points keeps the measures for
+report.py. The same command runs what is missing; others can run at the same time.
 """
 
 import argparse
@@ -67,13 +66,14 @@ FREE = ("out", "seeds", "rate", "only", "weights", "ranks", "keep")
 def run(options, script: str, words: list):
     """Runs `python SCRIPT.py WORDS`, in this process or by torchrun; logs what it prints."""
     words = [str(word) for word in words]
-    command = f"$ python {script}.py {shlex.join(words)}"
+    folder = "experiments/" if script == "interpolate" else ""
+    command = f"$ python {folder}{script}.py {shlex.join(words)}"
     print(command, flush=True)
     log = options.out / f"logs/{script}.txt"
     log.parent.mkdir(exist_ok=True)
     with open(log, "a", encoding="utf-8") as f:
         print(command, file=f, flush=True)
-        if options.ranks and script != "interpolate":
+        if options.ranks and not folder:
             launch = f"-m torch.distributed.run --standalone --nproc-per-node {options.ranks}"
             launch = [sys.executable, *launch.split(), str(ROOT / f"{script}.py")]
             done = subprocess.run([*launch, *words], stdout=f, stderr=f)
@@ -181,11 +181,11 @@ def run_method(options, seed: int, name: str):
     words += ["--batch-size", options.batch_size + method.replay * options.replayed]
     words += ["--max-steps", options.steps, "--warmup-steps", math.ceil(options.steps / 10)]
     words += ["--rationale-weight", f"{weight:.4g}"]
-    words += ["--teacher", options.model] if method.teacher else []
+    words += ["--teacher", options.model] * method.teacher
     run(options, "train", [*words, *shlex.split(f"{options.train_flags} {options.flags}")])
     trained = sum(line["tokens"] for line in read_jsonl(tuned / "metrics.jsonl"))
     generated = [row.get("rationale_ids", []) for file in files for row in read_jsonl(file)]
-    cost = {"trained": trained, "taught": trained if method.teacher else 0}
+    cost = {"trained": trained, "taught": trained * method.teacher}
     cost["sampled"] = sum(map(len, generated))
     for point in missing:
         model = tuned
@@ -217,7 +217,7 @@ def measure(options, model: Path, name: str, cost: dict):
     words += [*options.test, "--drift", *sorted(options.out.glob("tests/drift/*.jsonl"))]
     words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
     run(options, "evaluate", words)
-    statistics = evaluate.read_results(out).statistics
+    _, statistics = evaluate.read_results(out)
     table = np.array([statistic.values for statistic in statistics.values()])
     # of each draw the distance from the score of all items: three digits of it are enough
     draws = (table[:, 1:] - table[:, :1]).astype(np.float16)

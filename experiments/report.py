@@ -245,7 +245,7 @@ def draw(points, file: str):
                 axes.errorbar([x], [y.mean()], bars, fmt="o", capsize=3, label=title)
         axes.plot(*zip(*sorted(path)), "k-o", markersize=3, label="base to vanilla, interpolated")
         axes.set_xticks(np.sqrt(ticks), [f"{100 * tick:.0f}" for tick in ticks])
-        axes.set(xlabel="KL, %", ylabel=name)
+        axes.set(xlabel="KL to base, % of vanilla's", ylabel=name)
     panels[0].fill_between([0, KL**0.5], 100 * GAIN, 108, color="0.9", label="goal")
     panels[0].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=100)
