@@ -176,7 +176,7 @@ class Encoder:
             row.where,
             "its prompt was made with another --template or --system; give that, or none",
         )
-        own = row.tokenizer == self.tokenizer.hash
+        own = row.prompt_ids is not None and row.tokenizer == self.tokenizer.hash
         unedited = own and self.holds_text(row)
         same_chat = row.chat == self.tokenizer.chat_option
         if unedited and same_chat:
