@@ -49,12 +49,9 @@ from model import (
 
 # a CJK character counts as a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
-# SDFT (Yang et al. 2024) in our words: a prompt that shows the reference, and phrases that give
-# away that the answer was written with one
-GUIDE = (
-    "{instruction}\n\nBelow is a reference answer. "
-    "Write your own answer to the request, guided by it.\n{reference}"
-)
+# SDFT (Yang et al. 2024) in our words: a prompt of a request and its reference, and phrases that
+# give away that the answer was written with one
+GUIDE = "{}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{}"
 LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
 REWRITES = ("translation", "paraphrase")  # tasks that replace the reference
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
@@ -102,7 +99,7 @@ def ask_for_rewrite(row, encoder, task):
     """SeqKD asks for a translation; SDFT for a paraphrase of the reference, which it shows."""
     messages = encoder.messages(row)
     if task == "paraphrase":
-        text = GUIDE.format(instruction=messages[-1]["content"], reference=row.reference)
+        text = GUIDE.format(messages[-1]["content"], row.reference)
         messages = [*messages[:-1], {"role": "user", "content": text}]
     else:
         require(row.messages is None, row.where, "--task translation needs rows with a source")
@@ -393,7 +390,7 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
         if sampling.top_p < 1:
             inside = nucleus(scores.softmax(-1), sampling.top_p)
             scores = scores.masked_fill(~inside, -math.inf)
-        scores = scores - exponential_noise(keys, counts, scores.shape[-1]).log_()
+        scores -= exponential_noise(keys, counts, scores.shape[-1]).log_()
     tokens = scores.argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
     return torch.stack([tokens.double(), logprobs])

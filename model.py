@@ -475,15 +475,17 @@ def hash_model(path) -> str:
     return result[0]
 
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
 def list_weights(folder):
     """Returns the safetensors files of a folder, each with the tensors that its index puts there.
 
     Raises UserError if a file is missing, or if two contradict each other.
     """
-    for file in folder.glob("adapter_*"):
-        raise UserError(
-            f"{file}: an adapter is not supported; merge it into the weights or remove it"
-        )
+    for file in sorted(folder.glob("adapter_*")):
+        fault = "an adapter is not supported; merge it into the weights or remove it"
+        raise UserError(f"{file}: {fault}")
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
@@ -546,7 +548,7 @@ def load_weights(parameters, folder):
         local, rows = local_rows(p)
         values = tensor[rows]
         new = values.to(local)
-        finite = values.is_floating_point() and new.isfinite().all()
+        finite = tensor.get_dtype() in FLOATS and new.isfinite().all()
         require(finite, file, f"{name} must hold finite numbers of a float type; download it again")
         if name not in parameters:
             fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"

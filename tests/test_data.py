@@ -71,12 +71,6 @@ def said(role: str, text) -> dict:
 ASKED = [said("user", "Why?")]
 
 
-def rows_of(folder: Path, rows: list, directions=(), prompts: bool = False) -> list:
-    """The rows of a file that holds `rows`."""
-    file = write_jsonl(folder / "rows.jsonl", rows)
-    return read_rows([str(file)], directions, prompts)
-
-
 def fault_of(function, *arguments, **options) -> str:
     """The message of the UserError that a call must raise: one line."""
     with pytest.raises(UserError) as caught:
@@ -92,12 +86,6 @@ def fault_at(place, function, *arguments, **options) -> str:
     start = f"{place}: "
     assert fault.startswith(start)
     return fault.removeprefix(start)
-
-
-def fault_of_row(line: int, function, folder, *arguments, **options) -> str:
-    """The same of a row in the file that `rows_of` writes."""
-    place = f"{folder}/rows.jsonl:{line}"
-    return fault_at(place, function, folder, *arguments, **options)
 
 
 def spell(tokenizer: Tokenizer, ids: list) -> str:
@@ -116,43 +104,70 @@ def tokenizer(folder) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def ledger_of(folder: Path, tokenizer, rows=PAIRS, rationale=WHY, **options) -> list:
+@pytest.fixture
+def rows_of(tmp_path):
+    """Reads the rows of a file that holds the given ones."""
+
+    def read(rows, directions=(), prompts=False) -> list:
+        file = write_jsonl(tmp_path / "rows.jsonl", rows)
+        return read_rows([str(file)], directions, prompts)
+
+    return read
+
+
+@pytest.fixture
+def examples_of(rows_of, tokenizer):
+    """What is learned from rows, with options of Encoder."""
+
+    def learn(rows, tokenizer=tokenizer, **options) -> list:
+        encoder = Encoder(tokenizer, **options)
+        return [encoder.example(row) for row in rows_of(rows)]
+
+    return learn
+
+
+@pytest.fixture
+def example_of(examples_of):
+    """What is learned from one row."""
+
+    def learn(row, *tokenizer, **options):
+        [example] = examples_of([row], *tokenizer, **options)
+        return example
+
+    return learn
+
+
+@pytest.fixture
+def ledger_of(rows_of, tokenizer):
     """Rows as generate.py writes them, with the options template and system."""
-    encoder = Encoder(tokenizer, **options)
-    ledger = []
-    for given, row in zip(rows, rows_of(folder, rows), strict=True):
-        reference_ids = tokenizer.answer(row.reference)
-        fields = {
-            "id": row.id,
-            "rationale": rationale,
-            "prompt_ids": encoder.prompt(row),
-            "reference_ids": reference_ids,
-            "rationale_ids": tokenizer.continuation(row.reference, reference_ids, rationale),
-            "tokenizer": tokenizer.hash,
-            "finish": "eos",
-            "status": "ok",
-            "logprob": -1.5,
-        }
-        ledger.append(given | fields | options)
-    return ledger
 
+    def write_ledger(rows=PAIRS, tokenizer=tokenizer, rationale=WHY, **options) -> list:
+        encoder = Encoder(tokenizer, **options)
+        ledger = []
+        for given, row in zip(rows, rows_of(rows)):
+            ids = tokenizer.answer(row.reference)
+            fields = {
+                "id": row.id,
+                "rationale": rationale,
+                "prompt_ids": encoder.prompt(row),
+                "reference_ids": ids,
+                "rationale_ids": tokenizer.continuation(row.reference, ids, rationale),
+                "tokenizer": tokenizer.hash,
+                "finish": "eos",
+                "status": "ok",
+                "logprob": -1.5,
+            }
+            ledger.append(given | fields | options)
+        return ledger
 
-def examples_of(folder: Path, rows: list, tokenizer, **options) -> list:
-    """What train.py learns from `rows`."""
-    encoder = Encoder(tokenizer, **options)
-    return [encoder.example(row) for row in rows_of(folder, rows)]
-
-
-def example_of(folder: Path, row: dict, tokenizer, **options):
-    [example] = examples_of(folder, [row], tokenizer, **options)
-    return example
+    return write_ledger
 
 
 # 1. From a row to what is learned
 
 
-def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, tmp_path):
-    example = example_of(tmp_path, PAIRS[0] | {"rationale": WHY}, tokenizer)
+def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, example_of):
+    example = example_of(PAIRS[0] | {"rationale": WHY})
     assert spell(tokenizer, example.prompt) == PROMPT
     assert spell(tokenizer, example.reference) == LINES[0]
     assert spell(tokenizer, example.rationale) == WHY + END
@@ -160,27 +175,27 @@ def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, tmp_path):
     assert len(example) == len(example.tokens)
 
 
-def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, tmp_path):
-    example = example_of(tmp_path, PAIRS[0], tokenizer)
+def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, example_of):
+    example = example_of(PAIRS[0])
     assert spell(tokenizer, example.reference) == LINES[0] + END
     assert example.rationale == []
 
 
-def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, tmp_path):
+def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, example_of):
     pair = PAIRS[0] | {"reference": "A tea"}
-    alone = example_of(tmp_path, pair, tokenizer).reference[:-1]
+    alone = example_of(pair).reference[:-1]
     merged = tokenizer.answer("A teacher")
     assert merged[: len(alone)] != alone  # the texts together would be other tokens
     for rationale in ("cher", " cher", ".", "\n"):
-        example = example_of(tmp_path, pair | {"rationale": rationale}, tokenizer)
+        example = example_of(pair | {"rationale": rationale})
         assert example.reference == alone
         text = f"A tea{rationale}{END}"
         assert spell(tokenizer, example.reference + example.rationale) == text
 
 
-def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, tmp_path):
+def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, examples_of):
     rows = [row | {"rationale": i % 3 * WHY} for i, row in enumerate(PAIRS)]
-    examples = examples_of(tmp_path, rows, tokenizer)
+    examples = examples_of(rows)
     batch = collate(examples)
     T = batch.shared.token_at.shape[1]
     assert T == max(map(len, examples)) - 1
@@ -254,10 +269,12 @@ ENDS = {
 
 
 @parametrize("name", ENDS)
-def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(tokenizer, tmp_path, name):
+def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(
+    tokenizer, name, example_of, ledger_of
+):
     fields, options, learned, ended = ENDS[name]
-    [row, *_] = ledger_of(tmp_path, tokenizer)
-    example = example_of(tmp_path, row | fields, tokenizer, **options)
+    [row, *_] = ledger_of()
+    example = example_of(row | fields, **options)
     end = [tokenizer.end_id] if ended else []
     if learned:
         assert example.reference == row["reference_ids"]
@@ -268,11 +285,11 @@ def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(tokenizer,
         assert example.rationale == []
 
 
-def test_an_example_says_why_its_rationale_was_dropped(tokenizer, tmp_path):
-    [row, *_] = ledger_of(tmp_path, tokenizer)
-    example = example_of(tmp_path, row | REPETITIVE, tokenizer, only_ok=True)
+def test_an_example_says_why_its_rationale_was_dropped(example_of, ledger_of):
+    [row, *_] = ledger_of()
+    example = example_of(row | REPETITIVE, only_ok=True)
     assert "repetitive" in example.dropped
-    assert "coverage" in example_of(tmp_path, row, tokenizer, coverage=0).dropped
+    assert "coverage" in example_of(row, coverage=0).dropped
 
 
 def answer_row(tokenizer, text: str, **fields) -> dict:
@@ -291,24 +308,34 @@ def answer_row(tokenizer, text: str, **fields) -> dict:
 
 
 @parametrize("text", ["Tomatoes.", ""])
-def test_an_answer_without_reference_ends_with_eos_if_the_model_ended_it(tokenizer, tmp_path, text):
+def test_an_answer_without_reference_ends_with_eos_if_the_model_ended_it(
+    tokenizer, text, example_of
+):
     for finish, end in (("eos", [tokenizer.end_id]), ("length", [])):
         row = answer_row(tokenizer, text, finish=finish)
-        example = example_of(tmp_path, row, tokenizer)
+        example = example_of(row)
         assert example.prompt == row["prompt_ids"]
         assert example.reference == []
         assert example.rationale == row["rationale_ids"] + end
 
 
-def test_an_answer_that_is_dropped_leaves_nothing_to_learn(tokenizer, tmp_path):
+def test_an_answer_that_is_dropped_leaves_nothing_to_learn(tokenizer, example_of):
     row = answer_row(tokenizer, "Tomatoes.", **REPETITIVE)
-    example = example_of(tmp_path, row, tokenizer, only_ok=True)
+    example = example_of(row, only_ok=True)
     assert example.tokens == row["prompt_ids"]
 
 
-def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_path):
+def test_in_a_ledger_an_answer_may_be_empty_and_a_question_may_not(tokenizer, rows_of):
+    row = answer_row(tokenizer, "Tomatoes.")
+    [read] = rows_of([row | {"response": ""}])
+    assert read.reference == ""
+    for asked in ({"prompt": " "}, {"messages": [said("user", " ")]}):
+        assert "is empty" in fault_of(rows_of, [row | asked])
+
+
+def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, rows_of):
     row = {"prompt": "Why?", "response": "So.", "rationale": "\nThus."}
-    rows = rows_of(tmp_path, [row] * 1000)
+    rows = rows_of([row] * 1000)
     kept = []
     for coverage in (0, 0.25, 0.5, 0.9, 1):
         encoder = Encoder(tokenizer, coverage=coverage)
@@ -323,54 +350,60 @@ def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_
 # 2. Ledgers: rows that carry the ids of prompt, reference and rationale
 
 
-def sampled_ledger(folder: Path, tokenizer) -> list:
+@pytest.fixture
+def sampled_ledger(tokenizer, ledger_of):
     """A ledger whose rationales were sampled as other pieces than their text is encoded to."""
     pieces = tokenizer.sp.piece_to_id(["▁", "b", "o", "a", "t"])
-    rows = ledger_of(folder, tokenizer, rationale=" boat")
+    rows = ledger_of(rationale=" boat")
     assert rows[0]["rationale_ids"] != pieces
     return [row | {"rationale_ids": pieces} for row in rows]
 
 
-def test_a_ledger_trains_on_the_ids_that_were_sampled(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    example = example_of(tmp_path, row, tokenizer)
+def test_a_ledger_trains_on_the_ids_that_were_sampled(tokenizer, example_of, sampled_ledger):
+    row = sampled_ledger[0]
+    example = example_of(row)
     assert example.prompt == row["prompt_ids"]
     assert example.reference == row["reference_ids"]
     assert example.rationale == row["rationale_ids"] + [tokenizer.end_id]
 
 
-def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(tokenizer, tmp_path):
-    rows = sampled_ledger(tmp_path, tokenizer)
-    examples = examples_of(tmp_path, rows, tokenizer)
+def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(
+    tokenizer, tmp_path, examples_of, sampled_ledger
+):
+    examples = examples_of(sampled_ledger)
     order = [4, 0, 6, 2]
-    parts = [[rows[i] for i in order], [rows[5]]]
+    parts = [[sampled_ledger[i] for i in order], [sampled_ledger[5]]]
     files = [write_jsonl(tmp_path / f"part{i}.jsonl", part) for i, part in enumerate(parts)]
     encoder = Encoder(tokenizer)
     found = [encoder.example(row) for row in read_rows([str(file) for file in files])]
     assert found == [examples[i] for i in [*order, 5]]
 
 
-def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    text = example_of(tmp_path, PAIRS[0] | {"rationale": " boat"}, tokenizer)
+def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(
+    tokenizer, example_of, sampled_ledger
+):
+    row = sampled_ledger[0]
+    text = example_of(PAIRS[0] | {"rationale": " boat"})
     row["tokenizer"] = "another"
     row["prompt_ids"] = row["prompt_ids"][3:]  # of another chat format
-    assert example_of(tmp_path, row, tokenizer) == text
+    assert example_of(row) == text
     row["rationale_ids"] = [10**6]  # of a larger vocabulary
-    assert example_of(tmp_path, row, tokenizer) == text
+    assert example_of(row) == text
 
 
-def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    edited = example_of(tmp_path, row | {"rationale": " ship"}, tokenizer)
+def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(
+    tokenizer, example_of, sampled_ledger
+):
+    row = sampled_ledger[0]
+    edited = example_of(row | {"rationale": " ship"})
     assert spell(tokenizer, edited.rationale) == " ship" + END
     assert edited.prompt == row["prompt_ids"]
     assert edited.reference == row["reference_ids"]
-    edited = example_of(tmp_path, row | {"reference": "The ship waits."}, tokenizer)
+    edited = example_of(row | {"reference": "The ship waits."})
     assert spell(tokenizer, edited.reference) == "The ship waits."
     assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
     for source in ("Das Schiff.", LINES[1][:15]):
-        edited = example_of(tmp_path, row | {"source": source}, tokenizer)
+        edited = example_of(row | {"source": source})
         assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], source)
         assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
 
@@ -380,20 +413,20 @@ TO = "To {target_lang}: {source}"
 
 
 @parametrize("options", [{"template": TO}, {"system": BRIEF}, {"system": ""}])
-def test_an_edited_source_is_asked_by_the_options_of_its_row(tokenizer, tmp_path, options):
-    [row, *_] = ledger_of(tmp_path, tokenizer, **options)
-    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
-    new = example_of(tmp_path, PAIRS[0] | {"source": "Das Schiff."}, tokenizer, **options)
+def test_an_edited_source_is_asked_by_the_options_of_its_row(options, example_of, ledger_of):
+    [row, *_] = ledger_of(**options)
+    edited = example_of(row | {"source": "Das Schiff."})
+    new = example_of(PAIRS[0] | {"source": "Das Schiff."}, **options)
     assert edited.prompt == new.prompt
-    assert edited.prompt != example_of(tmp_path, row, tokenizer).prompt
+    assert edited.prompt != example_of(row).prompt
 
 
-def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, tmp_path):
+def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, example_of):
     row = answer_row(tokenizer, "Tomatoes.")
-    assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
+    assert example_of(row).prompt == row["prompt_ids"]
     for prompt in ("How?", "Wh"):
         ids = tokenizer.chat([said("user", prompt)])
-        assert example_of(tmp_path, row | {"prompt": prompt}, tokenizer).prompt == ids
+        assert example_of(row | {"prompt": prompt}).prompt == ids
 
 
 CHANGED_PROMPTS = {
@@ -413,10 +446,10 @@ CHANGED_PROMPTS = {
 @parametrize("other", [False, True])
 @parametrize("name", CHANGED_PROMPTS)
 def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
-    tokenizer, tmp_path, name, other, edited
+    tokenizer, tmp_path, name, other, edited, example_of, ledger_of
 ):
     written, now, same = CHANGED_PROMPTS[name]
-    [row, *_] = ledger_of(tmp_path, tokenizer, **written)
+    [row, *_] = ledger_of(**written)
     pair = PAIRS[0]
     if other:
         row["tokenizer"] = "another"
@@ -424,48 +457,52 @@ def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
         row["source"] = "Das Schiff."
         pair = pair | {"source": "Das Schiff."}
     if same:
-        prompt = example_of(tmp_path, row, tokenizer, **now).prompt
-        assert prompt == example_of(tmp_path, pair, tokenizer, **now).prompt
+        prompt = example_of(row, **now).prompt
+        assert prompt == example_of(pair, **now).prompt
     else:
-        fault = fault_of_row(1, example_of, tmp_path, row, tokenizer, **now)
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, row, **now)
         assert "another --template or --system" in fault
 
 
 def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused(
-    folder, tokenizer, tmp_path
+    folder, tmp_path, example_of, ledger_of
 ):
     file = write(tmp_path / "chatml.jinja", CHATML)
-    [row, *_] = ledger_of(tmp_path, tokenizer)
+    [row, *_] = ledger_of()
     for chat in (str(file), "chatml"):
         same = Tokenizer(folder, chat)
-        assert example_of(tmp_path, row, same).prompt == row["prompt_ids"]
+        assert example_of(row, same).prompt == row["prompt_ids"]
     for chat in ("plain", "vicuna"):
-        fault = fault_of_row(1, example_of, tmp_path, row, Tokenizer(folder, chat))
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, row, Tokenizer(folder, chat))
         assert "--chat auto" in fault
 
 
-def test_rows_that_were_written_with_chat_bring_their_format_along(folder, tokenizer, tmp_path):
+def test_rows_that_were_written_with_chat_bring_their_format_along(
+    folder, tokenizer, tmp_path, rows_of, example_of, ledger_of
+):
     plain = Tokenizer(folder, "plain")
-    [row, *_] = ledger_of(tmp_path, plain)
+    [row, *_] = ledger_of(tokenizer=plain)
     row["chat"] = "plain"
-    rows = rows_of(tmp_path, [row])
+    rows = rows_of([row])
     assert tokenizer.with_chat_of(rows).chat_option == "plain"
     assert plain.with_chat_of(rows) is plain
-    pairs = rows_of(tmp_path, PAIRS)
+    pairs = rows_of(PAIRS)
     assert tokenizer.with_chat_of(pairs) is tokenizer
-    foreign = rows_of(tmp_path, [row | {"tokenizer": "another"}])
+    foreign = rows_of([row | {"tokenizer": "another"}])
     assert tokenizer.with_chat_of(foreign) is tokenizer
-    assert example_of(tmp_path, row, plain).prompt == row["prompt_ids"]
-    assert "--chat plain" in fault_of(example_of, tmp_path, row, tokenizer)
+    assert example_of(row, plain).prompt == row["prompt_ids"]
+    assert "--chat plain" in fault_of(example_of, row)
     row["source"] = "Das Schiff."
-    assert spell(plain, example_of(tmp_path, row, plain).prompt).endswith("Das Schiff.\nEnglish:")
+    assert spell(plain, example_of(row, plain).prompt).endswith("Das Schiff.\nEnglish:")
 
 
-def test_rows_of_several_formats_or_of_a_template_file_need_that_option(folder, tmp_path):
+def test_rows_of_several_formats_or_of_a_template_file_need_that_option(
+    folder, tmp_path, rows_of, ledger_of
+):
     tokenizer = Tokenizer(folder)
-    [first, second, *_] = ledger_of(tmp_path, tokenizer)
+    [first, second, *_] = ledger_of()
     for one, other in (("plain", None), ("plain", "zephyr"), ("0123456789abcdef",) * 2):
-        rows = rows_of(tmp_path, [first | {"chat": one}, second | {"chat": other}])
+        rows = rows_of([first | {"chat": one}, second | {"chat": other}])
         fault = fault_of(tokenizer.with_chat_of, rows)
         assert fault.startswith(f"{tmp_path}/rows.jsonl:")
         assert "--chat" in fault
@@ -483,28 +520,30 @@ def test_the_settings_of_a_prompt_are_what_it_depends_on(folder, tokenizer):
         assert other.settings() != settings
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
-    rows = ledger_of(tmp_path, tokenizer)
+def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path, examples_of, ledger_of):
+    rows = ledger_of()
     for name in ("prompt_ids", "reference_ids", "rationale_ids"):
         rows[1] |= {name: [5, tokenizer.vocab_size]}
-        fault = fault_of_row(2, examples_of, tmp_path, rows, tokenizer)
+        fault = fault_at(f"{tmp_path}/rows.jsonl:2", examples_of, rows)
         assert fault.startswith(f"token id {tokenizer.vocab_size} ")
         rows[1] |= {name: [5]}
 
 
-def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(tokenizer, tmp_path):
-    [row, *_] = ledger_of(tmp_path, tokenizer)
+def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(
+    tmp_path, rows_of, ledger_of
+):
+    [row, *_] = ledger_of()
     for name in sorted(row.keys() - PAIRS[0].keys() - {"id", "logprob"}):
         fields = {field: value for field, value in row.items() if field != name}
-        fault = fault_of_row(1, rows_of, tmp_path, [fields])
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [fields])
         assert f'"{name}"' in fault
         assert "generate.py" in fault
 
 
-def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, tmp_path):
+def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, example_of):
     fields = {"finish": "length", "status": "draft", "tokenizer": 3, "system": ["x"]}
-    example = example_of(tmp_path, PAIRS[0] | fields, tokenizer)
-    assert example == example_of(tmp_path, PAIRS[0], tokenizer)
+    example = example_of(PAIRS[0] | fields)
+    assert example == example_of(PAIRS[0])
 
 
 # 3. Chat templates: a folder's own is rendered as transformers renders it
@@ -793,10 +832,12 @@ REFUSED_TEMPLATES = {
 
 
 @parametrize("name", REFUSED_TEMPLATES)
-def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(tmp_path, name):
+def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(
+    tmp_path, name, rows_of
+):
     template, reason = REFUSED_TEMPLATES[name]
     folder = make_folder(tmp_path, chat_template=template)
-    [row] = rows_of(tmp_path, PAIRS[:1])
+    [row] = rows_of(PAIRS[:1])
     with pytest.raises(Exception, match=re.escape(reason)):
         render_theirs(theirs_of(folder), ASKED)
     fault = fault_at(f"{tmp_path}/rows.jsonl:1", Encoder(Tokenizer(folder)).prompt, row)
@@ -847,7 +888,7 @@ def test_an_empty_system_prompt_is_one_and_not_the_default(tmp_path):
     assert "You're" in spell(tokenizer, tokenizer.chat(ASKED))
 
 
-def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer, tmp_path):
+def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer, example_of):
     with_system = [said("system", BRIEF), *ASKED]
     ids = tokenizer.chat(with_system)
     assert spell(tokenizer, ids).startswith(f"{START}system\n{BRIEF}{END}\n")
@@ -855,7 +896,7 @@ def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tok
     assert tokenizer.chat(with_system, system="Another.") == ids
     for messages, system in ((ASKED, BRIEF), (with_system, "Another."), (with_system, None)):
         row = {"messages": [*messages, said("assistant", "So.")]}
-        assert example_of(tmp_path, row, tokenizer, system=system).prompt == ids
+        assert example_of(row, system=system).prompt == ids
 
 
 @parametrize("system", [BRIEF, "Why?"])
@@ -1490,7 +1531,7 @@ def test_each_field_that_transformers_reads_is_implemented_without_effect_or_ref
 
 @parametrize("name", WITHOUT_EFFECT)
 def test_a_field_without_effect_changes_no_id_of_ours_and_none_of_transformers(
-    folder, tokenizer, tmp_path, name
+    tokenizer, tmp_path, name
 ):
     other = make_folder(tmp_path, **{name: WITHOUT_EFFECT[name]})
     asked = [said("user", "a boat, <call> .")]
@@ -1822,10 +1863,10 @@ CONVERSATIONS = {
 
 
 @parametrize("name", CONVERSATIONS)
-def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
+def test_a_conversation_has_an_answer_and_no_direction(name, rows_of):
     fields, messages, answer = CONVERSATIONS[name]
     for directions in ([], ["de-en", "en-de"]):
-        [row] = rows_of(tmp_path, [fields], directions)
+        [row] = rows_of([fields], directions)
         assert row.messages == messages
         assert row.reference == answer
         assert row.source is row.source_lang is None
@@ -1834,18 +1875,19 @@ def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
 PROMPTS = {
     "a prompt": {"prompt": "Why?"},
     "a prompt of somebody": {"prompt": "Why?", "source": "web", "reference": None},
+    "a prompt and turns of somebody": {"prompt": "Why?", "turns": ["x"]},
     "FastChat's": {"question_id": 81, "turns": ["Why?", "And?"], "reference": ["x"]},
     "messages": {"messages": ASKED},
 }
 
 
 @parametrize("name", PROMPTS)
-def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name):
-    [row] = rows_of(tmp_path, [PROMPTS[name]], prompts=True)
+def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name, rows_of):
+    [row] = rows_of([PROMPTS[name]], prompts=True)
     assert row.messages == ASKED
     assert row.reference == ""
     assert row.id == PROMPTS[name].get("question_id", 0)
-    fault = fault_of_row(1, rows_of, tmp_path, [PROMPTS[name]])
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [PROMPTS[name]])
     assert fault.startswith("the row has no answer")
 
 
@@ -1857,11 +1899,11 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path):
     assert [row.id for row in read_rows(files)] == [0, "a", 2, 3, "b", 5]
 
 
-def test_a_row_that_is_read_in_two_directions_has_two_ids(tmp_path):
+def test_a_row_that_is_read_in_two_directions_has_two_ids(rows_of):
     rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
-    ids = [row.id for row in rows_of(tmp_path, rows, ["de-en", "en-de"])]
+    ids = [row.id for row in rows_of(rows, ["de-en", "en-de"])]
     assert ids == [7, "x", 2, "7 en-de", "x en-de", 5]
-    assert len(rows_of(tmp_path, rows, ["de-en", "de-en"])) == 3
+    assert len(rows_of(rows, ["de-en", "de-en"])) == 3
 
 
 @parametrize("array", [False, True])
@@ -1877,9 +1919,9 @@ def test_a_duplicate_id_is_refused_by_line(tmp_path, ids, array):
         assert fault == f"{file}:3: duplicate id {ids[1]!r} in {file}"
 
 
-def test_a_number_and_a_text_are_two_ids(tmp_path):
+def test_a_number_and_a_text_are_two_ids(rows_of):
     rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "7"}]
-    assert [row.id for row in rows_of(tmp_path, rows)] == [7, "7"]
+    assert [row.id for row in rows_of(rows)] == [7, "7"]
 
 
 BAD_FIELDS = {
@@ -1945,8 +1987,8 @@ def test_a_bad_row_is_refused_by_line(tmp_path, name):
 
 
 @parametrize("name", FOREIGN_ROWS)
-def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name):
-    fault = fault_of_row(1, rows_of, tmp_path, [FOREIGN_ROWS[name]])
+def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name, rows_of):
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [FOREIGN_ROWS[name]])
     assert fault.startswith("a row needs translation, source and")
     for field in FOREIGN_ROWS[name]:
         assert f'"{field}"' in fault
@@ -1957,6 +1999,7 @@ BAD_LEDGERS = {
     "an id that is true": ({"rationale_ids": [True]}, "true"),
     "an id beyond any vocabulary": ({"reference_ids": [2**31]}, "2147483648"),
     "ids that are text": ({"rationale_ids": "5"}, '"rationale_ids" must be a list'),
+    "no prompt": ({"prompt_ids": []}, '"prompt_ids" is empty'),
     "another finish": ({"finish": "stop"}, '"finish" must be eos or length'),
     "another status": ({"status": "copy"}, '"status" must be ok or empty or repetitive'),
     "a template that is a list": ({"template": []}, '"template" must be text'),
@@ -1964,11 +2007,11 @@ BAD_LEDGERS = {
 
 
 @parametrize("name", BAD_LEDGERS)
-def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tokenizer, tmp_path, name):
+def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tmp_path, name, rows_of, ledger_of):
     fields, words = BAD_LEDGERS[name]
-    rows = ledger_of(tmp_path, tokenizer)
+    rows = ledger_of()
     rows[1] |= fields
-    fault = fault_of_row(2, rows_of, tmp_path, rows)
+    fault = fault_at(f"{tmp_path}/rows.jsonl:2", rows_of, rows)
     assert words in fault
 
 
@@ -2032,21 +2075,21 @@ def test_a_direction_that_the_rows_do_not_have_is_refused(tmp_path, name):
     assert words in fault_of(read_rows, [str(file)], directions)
 
 
-def test_a_two_way_row_may_have_a_rationale_for_one_direction(tmp_path):
-    [row] = rows_of(tmp_path, [ALMA[0] | {"rationale": WHY}], ["de-en"])
+def test_a_two_way_row_may_have_a_rationale_for_one_direction(rows_of):
+    [row] = rows_of([ALMA[0] | {"rationale": WHY}], ["de-en"])
     assert row.rationale == WHY
     assert row.reference == LINES[0]
 
 
-def test_a_ledger_has_one_direction(tokenizer, tmp_path):
-    ledger = ledger_of(tmp_path, tokenizer)
-    assert rows_of(tmp_path, ledger, ["de-en"]) == rows_of(tmp_path, ledger)
+def test_a_ledger_has_one_direction(tmp_path, rows_of, ledger_of):
+    ledger = ledger_of()
+    assert rows_of(ledger, ["de-en"]) == rows_of(ledger)
     for directions in (["en-de"], ["de-en", "en-de"]):
-        fault_of_row(1, rows_of, tmp_path, ledger, directions)
+        fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, ledger, directions)
 
 
-def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path):
-    [row] = rows_of(tmp_path, PAIRS[:1])
+def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path, rows_of):
+    [row] = rows_of(PAIRS[:1])
     file = write(tmp_path / "t.txt", "{source_lang}: {source}\n{target_lang}:\n")
     for template in (str(file), "{source_lang}: {source}\\n{target_lang}:"):
         [message] = Encoder(tokenizer, read_template(template)).messages(row)
@@ -2056,9 +2099,9 @@ def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_p
     assert read_template(None) is None
 
 
-def test_braces_in_a_source_are_text(tokenizer, tmp_path):
+def test_braces_in_a_source_are_text(tokenizer, rows_of):
     source = "{target_lang} {source} {x} {"
-    [row] = rows_of(tmp_path, [PAIRS[0] | {"source": source}])
+    [row] = rows_of([PAIRS[0] | {"source": source}])
     [message] = Encoder(tokenizer, "{source}").messages(row)
     assert message["content"] == source
 
@@ -2109,10 +2152,10 @@ def test_a_run_creates_its_folder_and_knows_it_again(tmp_path):
 
 
 def test_an_empty_folder_may_be_taken(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with claim_of(folder) as known:
-        assert not known
+    start_processes()
+    for before in (False, True):
+        with claim(tmp_path, "args.json", {"seed": 1}) as known:
+            assert known == before
 
 
 def test_a_folder_is_free_again_after_a_run_that_failed(tmp_path):
@@ -2132,7 +2175,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
         "deep settings": {"args.json": "[" * 10**5},
         "settings of another script": {"settings.json": SETTINGS},
         "a lock with a text": {".lock": "mine"},
-        "a temporary file": {"args.json.tmp": "mine"},
+        "a temporary file": {"args.json.tmp": {"seed": 1}},
         "a lock in our folder": {"args.json": SETTINGS, ".lock": "mine"},
         "a temporary file in our folder": {"args.json": SETTINGS, "args.json.tmp": "mine"},
     }
@@ -2162,7 +2205,8 @@ def test_nothing_is_opened_through_a_link(tmp_path, name, own):
     write(tmp_path / "victim", SETTINGS)
     if own and name != "args.json":
         write(folder / "args.json", SETTINGS)
-    for target in ("../victim", "../nowhere"):
+    write(tmp_path / "empty", "")
+    for target in ("../victim", "../empty", "../nowhere"):
         (folder / name).symlink_to(target)
         refusal_of(folder)
         (folder / name).unlink()
@@ -2274,6 +2318,7 @@ GIVEN = {
     "no text": ([], ("text", None)),
     "the first choice": ([], ("kind", "plain")),
     "no switch": ([], ("fast", False)),
+    "the type of weights on a CPU": ([], ("dtype", "float32")),
 }
 
 
@@ -2286,30 +2331,31 @@ def test_options_are_parsed_by_the_table(name):
 
 
 BAD_OPTIONS = {
-    "required": ([], "--name"),
-    "unknown": (["--name", "x", "--colour"], "--colour"),
-    "not a choice": (["--name", "x", "--kind", "odd"], "--kind"),
-    "a count of zero": (["--name", "x", "--count", "0"], "--count"),
-    "a place before the first": (["--name", "x", "--place", "-1"], "--place"),
-    "an endless place": (["--name", "x", "--place", "1" + "0" * 30], "--place"),
-    "a rate of nothing": (["--name", "x", "--rate", "nan"], "--rate"),
-    "an infinite rate": (["--name", "x", "--rate", "inf"], "--rate"),
-    "a share above one": (["--name", "x", "--share", "1.1"], "--share"),
-    "a probability of zero": (["--name", "x", "--top-p", "0"], "--top-p"),
-    "a text that is not UTF-8": (["--name", "x", "--text", "\udcff"], "--text"),
-    "files without one": (["--name", "x", "--file"], "--file"),
+    # options -> what the line names
+    "": "--name",
+    "--name x --colour": "--colour",
+    "--name x --kind odd": "argument --kind: ",
+    "--name x --count 0": "argument --count: 0 is out of range, from 1 to",
+    "--name x --place -1": "argument --place: ",
+    "--name x --place 1000000000000": "argument --place: ",
+    "--name x --place 1e3": "argument --place: invalid int value",
+    "--name x --rate nan": "argument --rate: ",
+    "--name x --rate inf": "argument --rate: ",
+    "--name x --share 1.1": "argument --share: 1.1 is out of range, from 0 to 1",
+    "--name x --top-p 0": "argument --top-p: 0 is out of range, above 0 to 1",
+    "--name x --text \udcff": "argument --text: ",
+    "--name x --file": "argument --file: ",
 }
 
 
-@parametrize("name", BAD_OPTIONS)
-def test_a_bad_option_is_one_line_that_names_it(capsys, name):
-    words, option = BAD_OPTIONS[name]
+@parametrize("words", BAD_OPTIONS)
+def test_a_bad_option_is_one_line_that_names_it(capsys, words):
     with pytest.raises(SystemExit) as ended:
-        make_parser("What it does.", OPTIONS).parse_args(words)
+        make_parser("What it does.", OPTIONS).parse_args(words.split())
     assert ended.value.code == 2
     [line, end] = capsys.readouterr().err.split("\n")
     assert line.startswith("error: ")
-    assert option in line
+    assert BAD_OPTIONS[words] in line
     assert end == ""
 
 
@@ -2469,9 +2515,9 @@ def output_of(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_counts_rows_and_tokens(folder, tokenizer, tmp_path, capsys):
+def test_the_command_counts_rows_and_tokens(folder, tmp_path, capsys, examples_of):
     file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
-    examples = examples_of(tmp_path, PAIRS, tokenizer)
+    examples = examples_of(PAIRS)
     longest = max(map(len, examples))
     limit = ["--max-length", longest - 1]
     printed = output_of(capsys, "--model", folder, "--data", file, *limit)
@@ -2484,7 +2530,9 @@ def test_the_command_counts_rows_and_tokens(folder, tokenizer, tmp_path, capsys)
     assert "status" not in printed
 
 
-def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, capsys, monkeypatch):
+def test_the_command_shows_an_example_in_color(
+    folder, tokenizer, tmp_path, capsys, monkeypatch, examples_of
+):
     rows = [pair | {"rationale": WHY, "id": f"row {i}"} for i, pair in enumerate(PAIRS)]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -2492,7 +2540,7 @@ def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, caps
     printed = output_of(capsys, *given, "--show", 2)
     assert "row row 2" in printed
     [prompt, reference, rationale] = re.findall("\033\\[(?:90|32|34)m(.*)\033\\[0m", printed)
-    example = examples_of(tmp_path, rows, tokenizer)[2]
+    example = examples_of(rows)[2]
     for shown, ids in (
         (prompt, example.prompt),
         (reference, example.reference),
@@ -2504,8 +2552,8 @@ def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, caps
     assert "\033" not in output_of(capsys, *given)
 
 
-def test_the_command_counts_statuses_and_openings_of_a_ledger(folder, tokenizer, tmp_path, capsys):
-    rows = ledger_of(tmp_path, tokenizer)[:3]
+def test_the_command_counts_statuses_and_openings_of_a_ledger(folder, tmp_path, capsys, ledger_of):
+    rows = ledger_of()[:3]
     rows[1] |= REPETITIVE | {"rationale": "A B C D E", "rationale_ids": [5]}
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     printed = output_of(capsys, "--model", folder, "--data", file)

@@ -624,6 +624,14 @@ def test_advbench_csv_and_json_lines_are_counted_apart(outs):
     assert column(benign, "prompt") == ["Why?"]
 
 
+def test_a_file_whose_rows_all_name_a_task_has_no_test_of_its_own_name(at, tmp_path):
+    file = write_jsonl(tmp_path / "all.jsonl", [QUESTIONS[1], QUESTIONS[3]])
+    out = tmp_path / "out"
+    run("--model", "tuned", "--out", out, "--choice", file)
+    assert {*files_in(out)} == {"settings.json", "results.json", "items/choice/long.jsonl"}
+    assert column(items_of(out, "choice/long"), "id") == [0, 1]
+
+
 def test_harmful_beside_a_goal_counts(at, tmp_path):
     rows = [
         {"goal": "a", "harmful": False},
