@@ -1032,7 +1032,8 @@ def read_ledger_fields(row: Row, fields):
         setattr(row, name, read_field(fields, name, kind, where))
     for name in ("chat", "system", "template"):
         setattr(row, name, read_field(fields, name, str, where, None))
-    check_ids(row.prompt_ids + row.reference_ids + row.rationale_ids, 2**31, where)
+    for name in ID_FIELDS:
+        check_ids(getattr(row, name), 2**31, f'{where}: "{name}"')
     require(row.prompt_ids, where, '"prompt_ids" is empty; write the row again by generate.py')
     for name, values in LEDGER_VALUES.items():
         known = getattr(row, name) in values

@@ -621,8 +621,8 @@ OPTIONS = """
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
---top-p P=1.0           nucleus, a share of the probability; 1 is the whole vocabulary
---seed N=0              of the samples
+--top-p P=1.0           nucleus sampling: cumulative probability; 1 is the whole vocabulary
+--seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
 --compile               compile the layers: for long runs on a GPU
