@@ -408,6 +408,22 @@ def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(
         assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
 
 
+def test_a_prompt_that_was_not_edited_keeps_its_ids_whatever_the_template_is_now(
+    tokenizer, tmp_path, example_of, ledger_of
+):
+    dated = "It is May. {{ messages[0].content | trim }}"
+    may = Tokenizer(make_folder(tmp_path, chat_template=dated))
+    june = Tokenizer(make_folder(tmp_path, chat_template=dated.replace("May", "June")))
+    none = Tokenizer(make_folder(tmp_path, chat_template=None))
+    pair = PAIRS[0] | {"source": " Das Schiff. "}
+    [row] = ledger_of([pair], may, template="{source}")
+    for now in (may, june, none):
+        assert example_of(row, now).prompt == row["prompt_ids"]
+    question = answer_row(may, "Tomatoes.")
+    for now in (may, none):
+        assert example_of(question, now).prompt == question["prompt_ids"]
+
+
 BRIEF = "Be brief."
 TO = "To {target_lang}: {source}"
 
@@ -920,7 +936,7 @@ SOURCES = {
     # files, template in tokenizer_config.json -> the template that counts
     "the configuration": ({}, "A", "A"),
     "a file": ({"chat_template.jinja": "B"}, "A", "B"),
-    "a file for tools beside it": (
+    "a file for tools, too": (
         {"chat_template.jinja": "B", "additional_chat_templates/tool_use.jinja": "C"},
         "A",
         "B",
@@ -1169,7 +1185,7 @@ NAMED = {
     "an added PAD": ({"pad_token": EOT} | EOT_ADDED, {}),
     "an EOS in added_tokens.json": ({"eos_token": EOT}, {"added_tokens.json": {EOT: 480}}),
     "special_tokens_map.json": ({"eos_token": "</s>"}, END_MAP),
-    "special_tokens_map.json beside added tokens": (EOT_ADDED, END_MAP),
+    "special_tokens_map.json and added tokens": (EOT_ADDED, END_MAP),
     "a list": ({"additional_special_tokens": [EOT, START, END]} | EOT_ADDED, {}),
     "a list of transformers 5": ({"extra_special_tokens": [EOT, START, END]} | EOT_ADDED, {}),
     "a dictionary by name": ({"extra_special_tokens": {"call_token": EOT}} | EOT_ADDED, {}),
@@ -1343,7 +1359,7 @@ def test_a_vocabulary_may_have_no_bos(tmp_path):
 
 
 def saved_by_transformers(folder: Path, **config) -> Path:
-    """A folder that transformers saved; tokenizer.model lies beside its tokenizer.json."""
+    """A folder that transformers saved, with the tokenizer.model of the original."""
     theirs = theirs_of(make_folder(folder / "original", **config))
     saved = folder / "saved"
     theirs.save_pretrained(saved)
@@ -2333,7 +2349,7 @@ def test_options_are_parsed_by_the_table(name):
 BAD_OPTIONS = {
     # options -> what the line names
     "": "--name",
-    "--name x --colour": "--colour",
+    "--name x --color": "--color",
     "--name x --kind odd": "argument --kind: ",
     "--name x --count 0": "argument --count: 0 is out of range, from 1 to",
     "--name x --place -1": "argument --place: ",
@@ -2377,7 +2393,7 @@ def test_help_explains_each_option_with_its_default(capsys):
 
 
 def outcome_of(main, **environment) -> tuple[int, str]:
-    """Exit status and stderr of a script in a process of its own."""
+    """Exit status and stderr of a script, which runs in another process."""
 
     def run():
         os.dup2(writing, 2)
