@@ -140,7 +140,7 @@ class Encoder:
             rationale = rationale + end
         return Example(row.id, self.prompt(row), reference, rationale, dropped)
 
-    def why_dropped(self, row: Row) -> str:
+    def why_dropped(self, row):
         """The reason to train without this row's rationale, or an empty text."""
         if self.only_ok and row.status != "ok":
             return f"status {row.status}"
@@ -150,7 +150,7 @@ class Encoder:
             return "outside coverage"
         return ""
 
-    def answer_ids(self, row: Row):
+    def answer_ids(self, row):
         """Ids of reference and rationale: a ledger's own, where they decode to its text."""
         tokenizer = self.tokenizer
         own = row.tokenizer == tokenizer.hash  # not those of another tokenizer, nor a plain pair
@@ -189,7 +189,7 @@ class Encoder:
         )
         return prompt
 
-    def holds_text(self, row: Row) -> bool:
+    def holds_text(self, row):
         """Whether a ledger's prompt ids still hold the row's text, and nothing instead of it."""
         tokenizer = self.tokenizer
         messages = self.messages(row)
@@ -208,7 +208,7 @@ class Encoder:
             "chat": self.tokenizer.chat_option,
             "chat_template": self.tokenizer.template_hash,
             "system": self.system,
-            "template": TEMPLATE if self.template is None else self.template,
+            "template": self.template or TEMPLATE,
             "tokenizer": self.tokenizer.hash,
         }
 
@@ -395,8 +395,9 @@ class Tokenizer:
         self.stop_ids = self.read_stop_ids()
         self.template = self.read_template(chat, config)
         self.template_hash = short_hash(self.template)
-        self.chat_option = None if chat == "auto" else chat if chat in NAMES else self.template_hash
-        if self.chat_option:
+        self.chat_option = None  # of --chat: a name, or the hash of a file's template
+        if chat != "auto":
+            self.chat_option = chat if chat in NAMES else self.template_hash
             self.files.pop("additional_chat_templates/default.jinja", None)
             self.files["chat_template.jinja"] = self.template.encode()
         self.words = {id: text for text, id in ids.items() if id >= self.size}
@@ -416,7 +417,7 @@ class Tokenizer:
         require(one, where, "its prompt was made with a --chat FILE, or others; give that")
         return Tokenizer(self.folder, chat)
 
-    def read_json(self, name) -> dict:
+    def read_json(self, name):
         return read_object(self.folder / name) if name in self.files else {}
 
     def load_sentencepiece(self, add_prefix_space):
@@ -428,14 +429,16 @@ class Tokenizer:
             # normalizer_spec.add_dummy_prefix = false: no space before a text, which continues one
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
-            fault = "not a SentencePiece model; byte-level BPE (tiktoken, Llama 3) is not supported"
-            raise UserError(f"{file}: {fault}") from None
+            raise UserError(
+                f"{file}: not a SentencePiece model; byte-level BPE (tiktoken, Llama 3) is not "
+                "supported"
+            ) from None
         if not add_prefix_space:
             self.sp = self.sp_within
         self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
 
-    def read_added_tokens(self, config, where) -> dict[str, AddedToken]:
+    def read_added_tokens(self, config, where):
         """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
         sp = self.sp
         added = {}
@@ -480,7 +483,7 @@ class Tokenizer:
             fault = f"{piece[:20]!r} has the id {id}, and another in tokenizer.model"
             require(same, file, fault)
 
-    def read_named_tokens(self, config, where) -> dict[str, str]:
+    def read_named_tokens(self, config, where):
         """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
         sp = self.sp
         defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
@@ -543,7 +546,7 @@ class Tokenizer:
             listed[str(fields.get("id"))] = (file, fields)
         return listed
 
-    def read_adds_bos(self, config, where) -> bool:
+    def read_adds_bos(self, config, where):
         """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
         if "tokenizer.json" not in self.files:
             return read_field(config, "add_bos_token", bool, where, False)
@@ -551,7 +554,7 @@ class Tokenizer:
         single = text.partition('"single": ')[2].partition('"pair": ')[0]
         return f'"id": {json.dumps(self.variables["bos_token"])}' in single
 
-    def read_stop_ids(self) -> list[int]:
+    def read_stop_ids(self):
         """EOS ids of generation_config.json; where it has none, those of config.json."""
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
@@ -562,7 +565,7 @@ class Tokenizer:
                 return ids
         return []
 
-    def read_template(self, chat, config) -> str | None:
+    def read_template(self, chat, config):
         """The Jinja text of --chat; None where the folder has no template."""
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
@@ -588,8 +591,11 @@ class Tokenizer:
             named = [x for x in template if isinstance(x, dict)]
             template = {str(x.get("name")): x.get("template") for x in named}
         if isinstance(template, dict):
-            fault = "none of its chat templates is the default; give one by --chat FILE"
-            require("default" in template, self.folder, fault)
+            require(
+                "default" in template,
+                self.folder,
+                "none of its chat templates is the default; give one by --chat FILE",
+            )
             template = template["default"]
         require(isinstance(template, str | None), self.folder, "chat_template must be text")
         return template or None
@@ -608,9 +614,11 @@ class Tokenizer:
                 if isinstance(part, int):
                     return part
             break
-        where = self.folder / "tokenizer_config.json"
-        fault = "has no eos_token, and the chat template ends no answer; name one"
-        require(self.eos_id is not None, where, fault)
+        require(
+            self.eos_id is not None,
+            self.folder / "tokenizer_config.json",
+            "has no eos_token, and the chat template ends no answer; name one",
+        )
         return self.eos_id
 
     @functools.cached_property
@@ -631,7 +639,7 @@ class Tokenizer:
         for text in texts:
             for match in self.marked_pattern.finditer(text):
                 if match[2] not in guards:
-                    guards[match[2]] = (next(unused), next(unused))
+                    guards[match[2]] = next(unused) + next(unused)
         return guards
 
     def mark(self, text, guards):
@@ -648,7 +656,7 @@ class Tokenizer:
         for match in self.split_pattern.finditer(text):
             token = match[match.lastindex]
             before, after = match.span(match.lastindex)
-            around = (text[:before].rstrip()[-1:], text[after:].lstrip()[:1])
+            around = text[:before].rstrip()[-1:] + text[after:].lstrip()[:1]
             if around != guards.get(token):
                 yield text[start : match.start()]
                 yield self.added[token].id
@@ -658,7 +666,7 @@ class Tokenizer:
     def encode_parts(self, text, guards, within=False):
         ids = []
         sp = self.sp_within if within else self.sp
-        remove = str.maketrans(dict.fromkeys(itertools.chain(*guards.values())))
+        remove = str.maketrans("", "", "".join(guards.values()))
         for part in self.split(text, guards):
             if isinstance(part, int):
                 ids.append(part)
@@ -674,17 +682,16 @@ class Tokenizer:
                     encoded += sp.encode(part[start:end])
                     sp = self.sp_within
             for id in encoded:
-                # one character can't be broken up: it is spelled in bytes
-                ids += self.spell(id) if id in self.control else [id]
+                if id in self.control:  # of one character, which can't be cut: its bytes
+                    piece = sp.id_to_piece(id).encode()
+                    ids += [sp.piece_to_id(f"<0x{byte:02X}>") for byte in piece]
+                else:
+                    ids.append(id)
         return ids
 
     def list_tokens(self) -> dict[int, str]:
         """The text of each id."""
-        pieces = {id: self.sp.id_to_piece(id) for id in range(self.size)}
-        return pieces | self.words
-
-    def spell(self, id):
-        return [self.sp.piece_to_id(f"<0x{x:02X}>") for x in self.sp.id_to_piece(id).encode()]
+        return {id: self.sp.id_to_piece(id) for id in range(self.size)} | self.words
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control tokens are left out."""
@@ -722,7 +729,7 @@ class Tokenizer:
         return self.encode(text, within=end.isspace())
 
     @functools.cached_property
-    def prompt_end(self) -> str:
+    def prompt_end(self):
         """The last character of a prompt; empty where a control token ends it."""
         text = self.render([{"role": "user", "content": "x"}], "chat template")
         if text[-1:].isspace():
@@ -750,11 +757,14 @@ class Tokenizer:
         text = self.render(marked, where)
         if messages[0]["role"] == "system":
             other = self.render([marked[0] | {"content": PRIVATE_USE[-1]}, *marked[1:]], where)
-            fault = "the chat template drops the system prompt; leave it out, or give --chat"
-            require(other != text, where, fault)
+            require(
+                other != text,
+                where,
+                "the chat template drops the system prompt; leave it out, or give --chat",
+            )
         return self.encode_parts(text, guards)
 
-    def render(self, messages, where, add_generation_prompt=True) -> str:
+    def render(self, messages, where, add_generation_prompt=True):
         """The conversation as text, by the template."""
         require(self.template is not None, self.folder, NO_TEMPLATE)
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -767,8 +777,9 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as e:  # whatever a template does wrong
-            fault = f"the chat template refuses this ({type(e).__name__}: {e})"
-            raise UserError(f"{where}: {fault}") from None
+            raise UserError(
+                f"{where}: the chat template refuses this ({type(e).__name__}: {e})"
+            ) from None
         return text
 
 
@@ -798,8 +809,11 @@ def compile_template(source):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     version = tuple(map(int, jinja2.__version__.split(".")[:3]))
-    fault = "older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
-    require(version >= (3, 1, 6), "jinja2", fault)
+    require(
+        version >= (3, 1, 6),
+        "jinja2",
+        "older than 3.1.6 its sandbox is not safe; pip install -U jinja2",
+    )
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which only marks the assistant's text."""
@@ -821,9 +835,7 @@ def compile_template(source):
         raise jinja2.exceptions.TemplateError(message)
 
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals |= {
@@ -837,9 +849,12 @@ def compile_template(source):
 def require_vocabulary(folder, tokenizer, config):
     """Raises UserError unless the model in `folder` has the tokens of this one."""
     other = Tokenizer(folder)
-    same = other.list_tokens() == tokenizer.list_tokens()
-    same = same and ModelConfig.from_file(folder).vocab_size == config.vocab_size
-    require(same, folder, "its vocabulary is not that of --model")
+    require(
+        other.list_tokens() == tokenizer.list_tokens()
+        and ModelConfig.from_file(folder).vocab_size == config.vocab_size,
+        folder,
+        "its vocabulary is not that of --model",
+    )
 
 
 # 3. Rows
@@ -896,16 +911,16 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
         for way in ways or [None]:
             for where, fields in content:
                 fields = {name: value for name, value in fields.items() if value is not None}
-                first_way = way is None or way == ways[0]
-                if is_conversation(fields):
-                    if not first_way:  # it has no direction
-                        continue
-                    row = read_conversation(fields, where, prompts)
-                else:
+                again = way in ways[1:]
+                if not is_conversation(fields):
                     row = read_pair(fields, where, way, ways)
+                elif again:  # a conversation has no direction
+                    continue
+                else:
+                    row = read_conversation(fields, where, prompts)
                 read_ledger_fields(row, fields)
                 row.id = read_id(fields, where, len(rows))
-                if not first_way and fields.get("id") is not None:
+                if again and "id" in fields:
                     row.id = f"{row.id} {'-'.join(way)}"
                 require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
                 ids.add(row.id)
@@ -947,7 +962,7 @@ def text_field(fields, name, where, may_be_blank=False) -> str:
     return text
 
 
-def read_pair(fields, where, way, ways) -> Row:
+def read_pair(fields, where, way, ways):
     """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
     texts = fields
     own = way
@@ -978,15 +993,15 @@ def read_pair(fields, where, way, ways) -> Row:
     return Row(0, where, reference, source, *way)
 
 
-def read_conversation(fields, where, prompts) -> Row:
+def read_conversation(fields, where, prompts):
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
     ledger = is_ledger(fields)
     if "messages" in fields:
         messages = read_field(fields, "messages", list, where)
     else:
         if "turns" in fields and "prompt" not in fields:
-            first = read_field(fields, "turns", list, where)[:1]
-            fields = fields | {"prompt": first[0] if first else None}
+            first = [*read_field(fields, "turns", list, where), None][0]
+            fields = fields | {"prompt": first}
         messages = [{"role": "user", "content": text_field(fields, "prompt", where)}]
         if "response" in fields:
             answer = text_field(fields, "response", where, ledger)
@@ -1001,9 +1016,12 @@ def read_conversation(fields, where, prompts) -> Row:
     reference = ""
     if turns and turns[-1]["role"] == "assistant":
         reference = turns.pop()["content"]
-    else:
-        fault = "the row has no answer; prompts alone are for --task answer and --answers"
-        require(prompts or ledger, where, fault)
+    elif not ledger:
+        require(
+            prompts,
+            where,
+            "the row has no answer; prompts alone are for --task answer and --answers",
+        )
     check_turns(turns, where)
     return Row(0, where, reference, messages=turns)
 
@@ -1019,15 +1037,18 @@ def is_ledger(fields):
     return not fields.keys().isdisjoint(ID_FIELDS)
 
 
-def read_ledger_fields(row: Row, fields):
+def read_ledger_fields(row, fields):
     """Fills in the rationale, and what generate.py adds to a row."""
     where = row.where
     row.rationale = read_field(fields, "rationale", str, where, "")
     if not is_ledger(fields):
         return
     for name in ("rationale", *ID_FIELDS, "tokenizer", "finish", "status"):
-        fault = f'a ledger row without "{name}", of an older version; write it again by generate.py'
-        require(name in fields, where, fault)
+        require(
+            name in fields,
+            where,
+            f'a ledger row without "{name}", of an older version; write it again by generate.py',
+        )
         kind = list if name in ID_FIELDS else str
         setattr(row, name, read_field(fields, name, kind, where))
     for name in ("chat", "system", "template"):
@@ -1069,12 +1090,11 @@ NOT_COMPARED = ("model", "versions", "program")  # recorded only
 LOCK = ".lock"
 
 
-def is_own(file) -> bool:
+def is_own(file):
     """Whether a settings file was written by these scripts."""
-    if not file.is_file() or file.is_symlink():
-        return False
     try:
-        return read_object(file).items() >= MARK.items()
+        regular = file.is_file() and not file.is_symlink()
+        return regular and read_object(file).items() >= MARK.items()
     except UserError:
         return False
 
@@ -1115,16 +1135,17 @@ def require_own_or_empty(folder, name):
     if not folder.exists():
         return
     require(folder.is_dir(), folder, "is not a folder; choose another --out")
-    # a run may have been killed before its settings file was complete
-    begun = {LOCK: "", f"{name}.tmp": json.dumps(MARK, indent=2)[:-2]}
-    if not is_own(folder / name):
-        fault = "is not empty and not written by this script; choose another --out"
-        require(begun.keys() >= set(os.listdir(folder)), folder, fault)
-    for file, start in begun.items():
-        file = folder / file
-        if file.exists() or file.is_symlink():
-            ours = file.is_file() and not file.is_symlink()
-            ours = ours and start.encode().startswith(file.read_bytes()[: len(start) or 1])
+    begun = [LOCK, f"{name}.tmp"]  # a run may have been killed before its settings were complete
+    require(
+        is_own(folder / name) or {*os.listdir(folder)} <= {*begun},
+        folder,
+        "is not empty and not written by this script; choose another --out",
+    )
+    start = json.dumps(MARK, indent=2)[:-2].encode()
+    for file in map(folder.joinpath, begun):
+        if os.path.lexists(file):
+            plain = file.is_file() and not file.is_symlink()
+            ours = plain and start.startswith(file.read_bytes()[: len(start)])
             require(ours, file, "is not a file of this script; choose another --out")
 
 
@@ -1140,20 +1161,22 @@ def take_lock(folder):
         held = False
     except OSError as e:
         file.unlink()
-        fault = f"its file system has no locks (flock: {e.strerror}); choose another --out"
-        raise UserError(f"{folder}: {fault}") from None
+        raise UserError(
+            f"{folder}: its file system has no locks (flock: {e.strerror}); choose another --out"
+        ) from None
     require(held, folder, "another process is writing it; wait for it, or choose another --out")
     return lock
 
 
 def require_same(where, old, new, free=NOT_COMPARED):
-    """Raises UserError naming the first of the `new` settings that was another in the `old`."""
+    """Raises UserError naming the first of the `new` settings that differs from the `old`."""
     for name, value in new.items():
-        if name not in free and old.get(name) != value:
-            was = json.dumps(old.get(name))[:60]
-            now = json.dumps(value)[:60]
-            fault = f"{name} was {was}, now {now}; give the old value, or choose another --out"
-            raise UserError(f"{where}: {fault}")
+        require(
+            name in free or old.get(name) == value,
+            where,
+            f"{name} was {quote(old.get(name))}, now {quote(value)}; "
+            "give the old value, or choose another --out",
+        )
 
 
 def finite_json(row, where) -> str:
@@ -1161,8 +1184,7 @@ def finite_json(row, where) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        fault = "a number is not finite; check the model's weights"
-        raise UserError(f"{where}: {fault}") from None
+        raise UserError(f"{where}: a number is not finite; check the model's weights") from None
 
 
 # 5. The command line
@@ -1281,10 +1303,9 @@ def print_statistics(rows, examples, max_length):
         n = sorted(len(getattr(example, name)) for example in examples)
         print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
     ledger = [row for row in rows if row.rationale_ids is not None]
-    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
-    statuses = Counter(row.status for row in ledger)
-    for status, n in statuses.most_common():
+    for status, n in Counter(row.status for row in ledger).most_common():
         print(f"{n:6} rationales of status {status}")
+    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
     for text, n in openings.most_common(5):
         print(f"{n:6} rationales begin: {text}")
 
