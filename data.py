@@ -28,8 +28,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ from model import (
     Shared,
     UserError,
     parse_json,
+    quote,
     read_field,
     read_object,
     read_text,
@@ -53,14 +53,18 @@ from model import (
 TEMPLATE = (
     "Translate this from {source_lang} to {target_lang}:\n{source_lang}: {source}\n{target_lang}:"
 )
-LANGUAGE_NAMES = """
+LANGUAGES = dict(
+    re.findall(
+        "([a-z]+) ([A-Z][a-z]+)",
+        """
     ar Arabic bg Bulgarian ca Catalan cs Czech da Danish de German el Greek en English es Spanish
     et Estonian fa Persian fi Finnish fr French gu Gujarati ha Hausa he Hebrew hi Hindi hr Croatian
     hu Hungarian id Indonesian is Icelandic it Italian ja Japanese kk Kazakh km Khmer ko Korean
     lt Lithuanian lv Latvian ms Malay nl Dutch no Norwegian pl Polish ps Pashto pt Portuguese
     ro Romanian ru Russian sk Slovak sl Slovenian sr Serbian sv Swedish sw Swahili ta Tamil th Thai
-    tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""".split()
-LANGUAGES = dict(zip(LANGUAGE_NAMES[::2], LANGUAGE_NAMES[1::2]))
+    tr Turkish uk Ukrainian ur Urdu vi Vietnamese zh Chinese""",
+    )
+)
 
 
 # 1. From rows to examples
@@ -91,11 +95,8 @@ class Row:
     template: str | None = None
 
 
-FINISHES = ("eos", "length")
-STATUSES = ("ok", "empty", "repetitive")
-PAIR_FIELDS = ("source", "source_lang", "target_lang")
-ID_FIELDS = ("prompt_ids", "reference_ids", "rationale_ids")
-PROMPT_FIELDS = ("chat", "system", "template")
+ID_FIELDS = ("prompt_ids", "reference_ids", "rationale_ids")  # of a ledger
+LEDGER_VALUES = {"finish": ("eos", "length"), "status": ("ok", "empty", "repetitive")}
 
 
 @dataclass
@@ -133,17 +134,13 @@ class Encoder:
         end = [self.tokenizer.end_id]
         if dropped:
             rationale = []
-        if rationale or not reference:
-            # the rationale ends the answer; one that was truncated did not stop where it ends
-            answered = row.reference_ids is None or row.finish == "eos"
-            if answered and not dropped:
-                rationale = rationale + end
-        else:
-            # the reference alone is the answer
+        if reference and not rationale:  # the reference alone is the answer
             reference = reference + end
+        elif row.finish == "eos" and not dropped:  # a truncated rationale does not stop there
+            rationale = rationale + end
         return Example(row.id, self.prompt(row), reference, rationale, dropped)
 
-    def why_dropped(self, row: Row) -> str:
+    def why_dropped(self, row):
         """The reason to train without this row's rationale, or an empty text."""
         if self.only_ok and row.status != "ok":
             return f"status {row.status}"
@@ -153,22 +150,18 @@ class Encoder:
             return "outside coverage"
         return ""
 
-    def answer_ids(self, row: Row):
+    def answer_ids(self, row):
         """Ids of reference and rationale: a ledger's own, where they decode to its text."""
         tokenizer = self.tokenizer
-        if row.tokenizer != tokenizer.hash:  # plain pairs, or a ledger of another tokenizer
-            reference = tokenizer.answer(row.reference)
-            return reference, tokenizer.continuation(row.reference, reference, row.rationale)
+        own = row.tokenizer == tokenizer.hash  # not those of another tokenizer, nor a plain pair
         reference = row.reference_ids
         rationale = row.rationale_ids
-        largest = max([0, *row.prompt_ids, *reference, *rationale])
-        size = tokenizer.vocab_size
-        require(
-            largest < size, row.where, f"token id {largest} is not below {size}; write it again"
-        )
-        if tokenizer.decode(reference) != row.reference:  # edited by hand
+        if own:
+            ids = row.prompt_ids + reference + rationale
+            check_ids(ids, tokenizer.vocab_size, row.where)
+        if not own or tokenizer.decode(reference) != row.reference:
             reference = tokenizer.answer(row.reference)
-        if tokenizer.decode_after(reference, rationale) != row.rationale:
+        if not own or tokenizer.decode_after(reference, rationale) != row.rationale:
             rationale = tokenizer.continuation(row.reference, reference, row.rationale)
         return reference, rationale
 
@@ -178,30 +171,36 @@ class Encoder:
         Raises UserError if the options given now would make another prompt.
         """
         messages = self.messages(row)
-        if row.prompt_ids is None:
-            return self.tokenizer.chat(messages, where=row.where)
-        same = messages == Encoder(self.tokenizer).messages(row)
-        fault = "its prompt was made with another --template or --system; give that, or none"
-        require(same, row.where, fault)
-        own = row.tokenizer == self.tokenizer.hash
+        require(
+            row.prompt_ids is None or messages == Encoder(self.tokenizer).messages(row),
+            row.where,
+            "its prompt was made with another --template or --system; give that, or none",
+        )
+        own = row.prompt_ids is not None and row.tokenizer == self.tokenizer.hash
         unedited = own and self.holds_text(row)
         same_chat = row.chat == self.tokenizer.chat_option
-        if unedited and same_chat and row.chat is None:
+        if unedited and same_chat:
             return row.prompt_ids
         prompt = self.tokenizer.chat(messages, where=row.where)
-        if own:
-            fault = f"its prompt was made with --chat {row.chat or 'auto'}; give that"
-            require(prompt == row.prompt_ids if unedited else same_chat, row.where, fault)
+        require(
+            not own or (prompt == row.prompt_ids if unedited else same_chat),
+            row.where,
+            f"its prompt was made with --chat {row.chat or 'auto'}; give that",
+        )
         return prompt
 
-    def holds_text(self, row: Row) -> bool:
-        """Whether a ledger's prompt ids still hold the row's text, and so were not outdated."""
-        texts = [row.source]
-        if row.messages is not None:
-            texts = [message["content"] for message in row.messages]
+    def holds_text(self, row):
+        """Whether a ledger's prompt ids still hold the row's text, and nothing instead of it."""
         tokenizer = self.tokenizer
+        messages = self.messages(row)
         prompt = tokenizer.decode(row.prompt_ids)
-        return all(tokenizer.decode(tokenizer.encode(x)).strip() in prompt for x in texts)
+        for message in messages:
+            if tokenizer.decode(tokenizer.encode(message["content"])).strip() not in prompt:
+                return False
+        if row.messages is None or tokenizer.template is None:
+            return True
+        # a message may be a part of what it was
+        return len(tokenizer.decode(tokenizer.chat(messages, where=row.where))) == len(prompt)
 
     def settings(self) -> dict:
         """What a prompt depends on, besides the row."""
@@ -209,26 +208,27 @@ class Encoder:
             "chat": self.tokenizer.chat_option,
             "chat_template": self.tokenizer.template_hash,
             "system": self.system,
-            "template": TEMPLATE if self.template is None else self.template,
+            "template": self.template or TEMPLATE,
             "tokenizer": self.tokenizer.hash,
         }
 
     def messages(self, row: Row) -> list[dict]:
         """The conversation before the answer; of a pair, one turn that the template makes."""
-        system = row.system if self.system is None else self.system
-        first = [] if system is None else [{"role": "system", "content": system}]
-        if row.messages is not None:
-            own_system = row.messages[0]["role"] == "system"
-            return row.messages if own_system else first + row.messages
-        values = {"source": row.source}
-        for name in ("source_lang", "target_lang"):
-            values[name] = LANGUAGES.get(getattr(row, name), "")
-        template = self.template
-        if template is None:
-            template = TEMPLATE if row.template is None else row.template
-        # in one pass: braces in the source are never read as a name
-        text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
-        return [*first, {"role": "user", "content": text}]
+        messages = row.messages
+        if messages is None:
+            text = self.template or row.template or TEMPLATE
+            text = text.replace("{source_lang}", LANGUAGES.get(row.source_lang, ""))
+            text = text.replace("{target_lang}", LANGUAGES.get(row.target_lang, ""))
+            text = text.replace("{source}", row.source)  # last: braces in it are text
+            messages = [{"role": "user", "content": text}]
+        return with_system(messages, row.system if self.system is None else self.system)
+
+
+def with_system(messages, system):
+    """The conversation with this system prompt, unless it has its own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def share(rows: list[list[int]], device="cpu"):
@@ -241,17 +241,16 @@ def share(rows: list[list[int]], device="cpu"):
     T = max(map(len, rows))
     tree = {}  # (index of the token before, id) -> index of the token
     first_at = []
-    token_at = torch.zeros(len(rows), T, dtype=torch.long)
+    token_at = []
     for b, row in enumerate(rows):
         branch = [-1]
         for place, token in enumerate(row, b * T):
             branch.append(tree.setdefault((branch[-1], token), len(tree)))
             if len(tree) > len(first_at):
                 first_at.append(place)
-        token_at[b, : len(row)] = torch.tensor(branch[1:])
-    tokens = torch.tensor([[token for _, token in tree]])
-    shared = Shared(to_device(token_at, device), to_device(torch.tensor(first_at), device))
-    return to_device(tokens, device), shared
+        token_at.append(branch[1:] + [0] * (T - len(row)))
+    tokens = to_device([[token for _, token in tree]], device)
+    return tokens, Shared(to_device(token_at, device), to_device(first_at, device))
 
 
 class Batch(NamedTuple):
@@ -275,13 +274,14 @@ def collate(examples: list[Example], device="cpu") -> Batch:
         start = b * T + len(example.prompt) - 1  # this place predicts the answer's first token
         references += enumerate(example.reference, start)
         rationales += enumerate(example.rationale, start + len(example.reference))
-    pairs = torch.tensor(references + rationales, dtype=torch.long).view(-1, 2)
-    places, targets = to_device(pairs.T.contiguous(), device)
+    pairs = to_device(references + rationales, device).view(-1, 2)
+    places, targets = pairs.T.contiguous()
     return Batch(tokens, shared, places, targets, len(references))
 
 
-def to_device(tensor, device):
-    """Moves a tensor; to a GPU without waiting for it."""
+def to_device(numbers, device):
+    """A tensor of whole numbers; a GPU copies it without waiting."""
+    tensor = torch.tensor(numbers, dtype=torch.long)
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -293,27 +293,26 @@ def to_device(tensor, device):
 # after a control token, "␣" the same after text. Sources: Meta's llama repository, mistral-common
 # (v1, and v3, where [INST] is a control token), Zephyr's model card, ChatML, FastChat
 SYSTEM_FIRST = (
-    "{% set system = '' %}{% if messages[0].role == 'system' %}"
-    "{% set system = BEFORE + messages[0].content + AFTER %}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
 )
-LLAMA2_SYSTEM = SYSTEM_FIRST.replace("BEFORE", r"'<<SYS>>\n'").replace("AFTER", r"'\n<</SYS>>\n\n'")
-MISTRAL_SYSTEM = SYSTEM_FIRST.replace("BEFORE", "''").replace("AFTER", r"'\n\n'")
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions."
 )
 FORMATS = {
-    "llama2": LLAMA2_SYSTEM
+    "llama2": SYSTEM_FIRST
     + "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}▁[INST]"
-    " {{ ((system if loop.first else '') + m.content) | trim }} [/INST]"
+    r" {{ (('<<SYS>>\n' + system + '\n<</SYS>>\n\n' if loop.first and system is defined else '')"
+    " + m.content) | trim }} [/INST]"
     "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}",
-    "mistral": MISTRAL_SYSTEM
+    "mistral": SYSTEM_FIRST
     + "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}▁[INST]"
-    " {{ (system if loop.first else '') + m.content }} [/INST]"
+    r" {{ (system + '\n\n' if loop.first and system is defined else '') + m.content }} [/INST]"
     "{% else %}␣{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
-    "mistral v3": MISTRAL_SYSTEM + "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
-    "[INST]▁{{ (system if loop.last else '') + m.content }}[/INST]"
+    "mistral v3": SYSTEM_FIRST
+    + "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]▁"
+    r"{{ (system + '\n\n' if loop.last and system is defined else '') + m.content }}[/INST]"
     "{% else %}▁{{ m.content.rstrip(' ') }}{{ eos_token }}{% endif %}{% endfor %}",
     "zephyr": "{% for m in messages %}<|{{ m.role }}|>\n"
     "{{ m.content }}{{ eos_token }}\n{% endfor %}"
@@ -330,16 +329,14 @@ FORMATS = {
     r"{{ '\n\n' if not loop.last }}{% endfor %}",
 }
 NAMES = [name for name in FORMATS if " " not in name]
-MAX_RENDERED = 1_000_000  # characters
-PRIVATE_USE = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE)]))
+PRIVATE_USE = "".join(map(chr, range(0xF0000, 0xFFFFE)))
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
-NO_TEMPLATE = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
-UNUSED_TOKENS = ("pad_token", "sep_token", "cls_token", "mask_token")  # need not be there
 REFUSED = ("split_special_tokens", "sp_model_kwargs")  # settings that change an encoding
+NO_TEMPLATE = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
 
 
-@dataclass(frozen=True)
+@dataclass
 class AddedToken:
     """A text that is one id, as in tokenizer_config.json."""
 
@@ -350,10 +347,14 @@ class AddedToken:
     single_word: bool = False  # only where no letter or digit touches it
 
     def pattern(self, text):
-        edge = r"(?<!\w)({})(?!\w)" if self.single_word else "({})"
-        left = r"\s*" if self.lstrip else ""
-        right = r"\s*" if self.rstrip else ""
-        return left + edge.format(re.escape(text)) + right
+        pattern = f"({re.escape(text)})"
+        if self.single_word:
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        if self.lstrip:
+            pattern = r"\s*" + pattern
+        if self.rstrip:
+            pattern += r"\s*"
+        return pattern
 
 
 class Tokenizer:
@@ -379,59 +380,44 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:  # as transformers: older files count only then
             config |= self.read_json("special_tokens_map.json")
         for name in REFUSED:
-            fault = f"{name} is not supported; it changes how text is encoded"
-            require(not config.get(name), where, fault)
+            require(
+                not config.get(name), where, f"{name} is not supported: it changes the encoding"
+            )
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
         self.check_vocabulary()
         self.added = self.read_added_tokens(config, where)  # text -> AddedToken
         self.variables = self.read_named_tokens(config, where)  # of a template
-        self.vocab_size = max([self.size, *(token.id + 1 for token in self.added.values())])
-        self.bos_id = self.named_id("bos_token")
-        self.eos_id = self.named_id("eos_token")
+        ids = {text: token.id for text, token in self.added.items()}
+        self.bos_id = ids.get(self.variables.get("bos_token"))
+        self.eos_id = ids.get(self.variables.get("eos_token"))
         self.adds_bos = self.bos_id is not None and self.read_adds_bos(config, where)
         self.stop_ids = self.read_stop_ids()
         self.template = self.read_template(chat, config)
         self.template_hash = short_hash(self.template)
-        self.chat_option = None if chat == "auto" else chat if chat in NAMES else self.template_hash
-        if self.chat_option:
+        self.chat_option = None  # of --chat: a name, or the hash of a file's template
+        if chat != "auto":
+            self.chat_option = chat if chat in NAMES else self.template_hash
             self.files.pop("additional_chat_templates/default.jinja", None)
             self.files["chat_template.jinja"] = self.template.encode()
-
-        # ids that text never becomes, and that are not decoded: special tokens, and other added
-        # ones that end an answer or that the template writes (words, digits and white space aside)
-        self.control = set()
-        for text, token in self.added.items():
-            ends = token.id in (self.eos_id, *self.stop_ids)
-            mark = len(text) > 2 and re.search(r"[^\w\s]", text)
-            written = mark and text in (self.template or "")
-            if token.special or ends or written:
-                self.control.add(token.id)
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self.split_ids = [self.added[text].id for text in longest_first]
-        patterns = [self.added[text].pattern(text) for text in longest_first]
-        self.split_pattern = re.compile("|".join(patterns))
-        special = [re.escape(x) for x in longest_first if self.added[x].id in self.control]
-        special = "|".join(special) or "(?!)"
-        self.control_pattern = re.compile(f"(?={special})")
-        self.marked_pattern = re.compile(rf"((?<=\S)\s+)?({special})(\s+(?=\S))?")
-        self.control.discard(self.sp.unk_id())  # it is decoded
-        self.words = {token.id: text for text, token in self.added.items() if token.id >= self.size}
-        tokens = [[text, *vars(self.added[text]).values()] for text in sorted(self.added)]
+        self.words = {id: text for text, id in ids.items() if id >= self.size}
+        self.vocab_size = 1 + max([self.size - 1, *self.words])
+        tokens = [[text, *vars(token).values()] for text, token in sorted(self.added.items())]
         proto = self.files["tokenizer.model"].hex()
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
+        self.compile_patterns()
 
     def with_chat_of(self, rows: list[Row]) -> "Tokenizer":
         """With the --chat NAME that ledger rows were written with, unless another was given."""
-        chats = {row.chat: row for row in rows if row.tokenizer == self.hash}
-        if self.chat_option is not None or {None: 0}.keys() >= chats.keys():
+        chats = {row.chat: row.where for row in rows if row.tokenizer == self.hash}
+        if self.chat_option is not None or not any(chats):
             return self
-        for chat, row in chats.items():
-            one = len(chats) == 1 and chat in NAMES
-            require(one, row.where, "its prompt was made with a --chat FILE, or others; give that")
+        chat, where = chats.popitem()
+        one = chat in NAMES and not chats
+        require(one, where, "its prompt was made with a --chat FILE, or others; give that")
         return Tokenizer(self.folder, chat)
 
-    def read_json(self, name) -> dict:
+    def read_json(self, name):
         return read_object(self.folder / name) if name in self.files else {}
 
     def load_sentencepiece(self, add_prefix_space):
@@ -443,38 +429,31 @@ class Tokenizer:
             # normalizer_spec.add_dummy_prefix = false: no space before a text, which continues one
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
-            fault = "not a SentencePiece model; byte-level BPE (tiktoken, Llama 3) is not supported"
-            raise UserError(f"{file}: {fault}") from None
+            raise UserError(
+                f"{file}: not a SentencePiece model; byte-level BPE (tiktoken, Llama 3) is not "
+                "supported"
+            ) from None
         if not add_prefix_space:
             self.sp = self.sp_within
         self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
 
-    def read_added_tokens(self, config, where) -> dict[str, AddedToken]:
+    def read_added_tokens(self, config, where):
         """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
         sp = self.sp
         added = {}
-        defined = user_defined_pieces(self.files["tokenizer.model"])
+        defined = user_defined_pieces(self.files["tokenizer.model"], self.size)
         for id in range(self.size):
             piece = sp.id_to_piece(id)
-            if sp.is_control(id) or sp.is_unknown(id):
-                added[piece] = AddedToken(id)
-            elif id in defined and "▁" not in piece:  # SentencePiece finds those by itself
-                added[piece] = AddedToken(id, special=False)
-        listed = {}  # id -> FILE, fields
-        if config.get("added_tokens_decoder") is not None:
-            for number, fields in read_field(config, "added_tokens_decoder", dict, where).items():
-                listed[number] = (where, fields)
-        else:  # older files count only then, as in transformers
-            file = self.folder / "added_tokens.json"
-            for text, id in self.read_json("added_tokens.json").items():
-                require(str(id) not in listed, file, f"two tokens have the id {id}")
-                listed[str(id)] = (file, {"content": text})
-            file = self.folder / "tokenizer.json"
-            saved = self.read_json(file.name)
-            for fields in read_field(saved, "added_tokens", list, file, []):
-                require(isinstance(fields, dict), file, "an added token must be an object")
-                listed[str(fields.get("id"))] = (file, fields)
+            special = sp.is_control(id) or sp.is_unknown(id)
+            # SentencePiece itself finds user-defined pieces with a space
+            if special or (id in defined and "▁" not in piece):
+                added[piece] = AddedToken(id, special)
+        decoder = read_field(config, "added_tokens_decoder", dict, where, None)
+        if decoder is not None:
+            listed = {number: (where, fields) for number, fields in decoder.items()}
+        else:
+            listed = self.list_older_tokens()
         for number, (file, fields) in listed.items():
             place = f"{file}: added token {number[:20]}"
             number = re.fullmatch(r"[0-9]{1,9}", number)
@@ -487,25 +466,24 @@ class Tokenizer:
                 text = text.replace("▁", " ")
                 if text not in added and id not in defined:
                     continue  # a piece like any other: it is text, whatever a file says
-            known = added.get(text, AddedToken(id, special=False))
-            require(text and known.id == id, place, f"{text!r} has two ids, or is empty")
-            flags = {}
+            token = added.setdefault(text, AddedToken(id, special=False))
+            require(text and token.id == id, place, f"{text!r} has two ids, or is empty")
             for name in ("special", "lstrip", "rstrip", "single_word"):
-                flags[name] = read_field(fields, name, bool, place, False)
-            flags["special"] |= known.special
-            added[text] = AddedToken(id, **flags)
+                if read_field(fields, name, bool, place, False):
+                    setattr(token, name, True)
         return added
 
     def check_vocabulary(self):
         """Raises UserError where tokenizer.json has other pieces than tokenizer.model."""
         file = self.folder / "tokenizer.json"
-        vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab", {})
-        pieces = vocab.items() if isinstance(vocab, dict) else []
-        for piece, id in pieces:
-            same = type(id) is int and (id >= self.size or self.sp.id_to_piece(id) == piece)
-            require(same, file, f"{piece!r} has the id {id}, in tokenizer.model another has it")
+        vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab")
+        for piece, id in vocab.items() if isinstance(vocab, dict) else ():
+            check_ids([id], 2**31, file)
+            same = id >= self.size or self.sp.id_to_piece(id) == piece
+            fault = f"{piece[:20]!r} has the id {id}, and another in tokenizer.model"
+            require(same, file, fault)
 
-    def read_named_tokens(self, config, where) -> dict[str, str]:
+    def read_named_tokens(self, config, where):
         """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
         sp = self.sp
         defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
@@ -513,11 +491,8 @@ class Tokenizer:
         for name, value in config.items():
             if name.endswith("_token") and not name.startswith("add_"):
                 named[name] = value
-        for kind in (
-            "additional_special_tokens",
-            "extra_special_tokens",
-            "model_specific_special_tokens",
-        ):
+        for start in ("additional", "extra", "model_specific"):
+            kind = f"{start}_special_tokens"
             extra = config.get(kind) or {}
             if isinstance(extra, list):
                 extra = {f"{kind} {i}": value for i, value in enumerate(extra)}
@@ -529,20 +504,49 @@ class Tokenizer:
             if text is None:
                 continue
             require(isinstance(text, str), where, f"{name} must be text")
-            id = sp.piece_to_id(text)
-            if text not in self.added and name not in UNUSED_TOKENS:
-                fault = f"{name} is {text!r}, which the vocabulary lacks"
-                require(id != sp.unk_id(), where, fault)
-                self.added[text] = AddedToken(id)
-            if text in self.added:
-                self.added[text] = replace(self.added[text], special=True)
             texts[name] = text
+            if text in self.added:
+                self.added[text].special = True
+            elif name not in ("pad_token", "sep_token", "cls_token", "mask_token"):
+                id = sp.piece_to_id(text)
+                known = id != sp.unk_id()
+                require(known, where, f"{name} is {text!r}, which the vocabulary lacks")
+                self.added[text] = AddedToken(id)
         return texts
 
-    def named_id(self, name) -> int | None:
-        return self.added[self.variables[name]].id if name in self.variables else None
+    def compile_patterns(self):
+        """The patterns that find added tokens, and the ids that are not decoded."""
+        # ids that text never becomes, and that are not decoded: special tokens, and other added
+        # ones that end an answer or that the template writes (words, digits and white space aside)
+        self.control = set()
+        ends = {self.eos_id, *self.stop_ids}
+        for text, token in self.added.items():
+            mark = len(text) > 2 and re.search(r"[^\w\s]", text)
+            written = mark and text in (self.template or "")
+            if token.special or written or token.id in ends:
+                self.control.add(token.id)
+        longest_first = sorted(self.added, key=len, reverse=True)
+        patterns = [self.added[text].pattern(text) for text in longest_first]
+        self.split_pattern = re.compile("|".join(patterns))
+        special = [re.escape(x) for x in longest_first if self.added[x].id in self.control]
+        special = "|".join(special) or "(?!)"
+        self.marked_pattern = re.compile(rf"((?<=\S)\s+)?({special})(\s+(?=\S))?")
+        self.control.discard(self.sp.unk_id())  # it is decoded
 
-    def read_adds_bos(self, config, where) -> bool:
+    def list_older_tokens(self):
+        """Added tokens of files that count without added_tokens_decoder: id -> file, fields."""
+        listed = {}
+        file = self.folder / "added_tokens.json"
+        for text, id in self.read_json(file.name).items():
+            require(str(id) not in listed, file, f"two tokens have the id {id}")
+            listed[str(id)] = (file, {"content": text})
+        file = self.folder / "tokenizer.json"
+        for fields in read_field(self.read_json(file.name), "added_tokens", list, file, []):
+            require(isinstance(fields, dict), file, "an added token must be an object")
+            listed[str(fields.get("id"))] = (file, fields)
+        return listed
+
+    def read_adds_bos(self, config, where):
         """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
         if "tokenizer.json" not in self.files:
             return read_field(config, "add_bos_token", bool, where, False)
@@ -550,7 +554,7 @@ class Tokenizer:
         single = text.partition('"single": ')[2].partition('"pair": ')[0]
         return f'"id": {json.dumps(self.variables["bos_token"])}' in single
 
-    def read_stop_ids(self) -> list[int]:
+    def read_stop_ids(self):
         """EOS ids of generation_config.json; where it has none, those of config.json."""
         for name in ("generation_config.json", "config.json"):
             file = self.folder / name
@@ -561,33 +565,37 @@ class Tokenizer:
                 return ids
         return []
 
-    def read_template(self, chat, config) -> str | None:
+    def read_template(self, chat, config):
         """The Jinja text of --chat; None where the folder has no template."""
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
-            tags = re.findall(r"<\|im_\w+\|>", FORMATS[chat])
-            fault = f"the vocabulary lacks {tags}; choose another"
-            require(self.added.keys() >= set(tags), f"--chat {chat}", fault)
+            tags = {*re.findall(r"<\|im_\w+\|>", FORMATS[chat])}
+            lacks = f"the vocabulary lacks {' '.join(sorted(tags))}; choose another"
+            require(tags <= self.added.keys(), f"--chat {chat}", lacks)
             space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
         if chat != "auto":
-            fault = f"no such file, and no format; the formats are {', '.join(NAMES)}"
-            require(Path(chat).is_file(), f"--chat {chat}", fault)
+            formats = f"no such file, and no format; the formats are {', '.join(NAMES)}"
+            require(Path(chat).is_file(), f"--chat {chat}", formats)
             return read_text(chat)
-        templates = {}  # files come before the settings, as in transformers
+        template = {}
         for name in self.files:
             if name.endswith(".jinja"):
-                key = "default" if name == "chat_template.jinja" else Path(name).stem
-                templates[key] = read_text(self.folder / name)
-        template = templates or config.get("chat_template")
+                key = Path(name).stem.replace("chat_template", "default")
+                template[key] = read_text(self.folder / name)
+        if not template:  # files come before the settings, as in transformers
+            template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             named = [x for x in template if isinstance(x, dict)]
             template = {str(x.get("name")): x.get("template") for x in named}
         if isinstance(template, dict):
-            fault = "none of its chat templates is the default; give one by --chat FILE"
-            require("default" in template, self.folder, fault)
+            require(
+                "default" in template,
+                self.folder,
+                "none of its chat templates is the default; give one by --chat FILE",
+            )
             template = template["default"]
         require(isinstance(template, str | None), self.folder, "chat_template must be text")
         return template or None
@@ -599,15 +607,18 @@ class Tokenizer:
         talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
         for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
             try:
-                text = self.render(messages, self.folder, False) if self.template else ""
+                text = self.render(messages, self.folder, False)
             except UserError:
                 continue
             for part in self.split(text.partition(mark)[2], {}):
                 if isinstance(part, int):
                     return part
             break
-        fault = "has no eos_token, and the chat template ends no answer; name one"
-        require(self.eos_id is not None, self.folder / "tokenizer_config.json", fault)
+        require(
+            self.eos_id is not None,
+            self.folder / "tokenizer_config.json",
+            "has no eos_token, and the chat template ends no answer; name one",
+        )
         return self.eos_id
 
     @functools.cached_property
@@ -617,71 +628,70 @@ class Tokenizer:
 
     def encode(self, text: str, within: bool = False) -> list[int]:
         """Text to ids, without BOS or EOS. within: it continues a text before it."""
-        guards = self.make_guards(text)
+        guards = self.make_guards([text])
         return self.encode_parts(self.mark(text, guards), guards, within)
 
-    def make_guards(self, text):
-        """Two characters for each control token in a text, which the text does not hold."""
-        unused = (character for character in PRIVATE_USE if character not in text)
-        tokens = {match[2] for match in self.marked_pattern.finditer(text)}
-        return {token: (next(unused), next(unused)) for token in tokens}
+    def make_guards(self, texts):
+        """Two characters for each control token in the texts, which the texts do not hold."""
+        held = set("".join(texts))
+        unused = (character for character in PRIVATE_USE if character not in held)
+        guards = {}
+        for text in texts:
+            for match in self.marked_pattern.finditer(text):
+                if match[2] not in guards:
+                    guards[match[2]] = next(unused) + next(unused)
+        return guards
 
     def mark(self, text, guards):
         """The text with guards around each control token in it, by which it is known as text.
 
-        The white space beside the token is within them, so that a template can still split and
+        The white space next to the token is within them, so that a template can still split and
         strip.
         """
-
-        def surround(match):
-            return match[0].join(guards[match[2]])
-
-        return self.marked_pattern.sub(surround, text)
+        return self.marked_pattern.sub(lambda match: match[0].join(guards[match[2]]), text)
 
     def split(self, text, guards):
         """The ids of the added tokens in a text, and the texts between them."""
         start = 0
         for match in self.split_pattern.finditer(text):
+            token = match[match.lastindex]
             before, after = match.span(match.lastindex)
-            around = (text[:before].rstrip()[-1:], text[after:].lstrip()[:1])
-            if around == guards.get(text[before:after], ()):
-                continue
-            yield text[start : match.start()]
-            yield self.split_ids[match.lastindex - 1]
-            start = match.end()
+            around = text[:before].rstrip()[-1:] + text[after:].lstrip()[:1]
+            if around != guards.get(token):
+                yield text[start : match.start()]
+                yield self.added[token].id
+                start = match.end()
         yield text[start:]
 
     def encode_parts(self, text, guards, within=False):
         ids = []
-        space = not within  # whether SentencePiece puts its space before the next text
-        remove = str.maketrans(dict.fromkeys(itertools.chain(*guards.values())))
+        sp = self.sp_within if within else self.sp
+        remove = str.maketrans("", "", "".join(guards.values()))
         for part in self.split(text, guards):
             if isinstance(part, int):
                 ids.append(part)
-                space = self.legacy
+                sp = self.sp if self.legacy else self.sp_within
                 continue
-            sp = self.sp if space else self.sp_within
             part = part.translate(remove)
             encoded = sp.encode(part)
             if not self.control.isdisjoint(encoded):
                 # SentencePiece itself finds control tokens: cut each after its first character
-                cuts = [match.start() + 1 for match in self.control_pattern.finditer(part)]
+                cuts = [match.start(2) + 1 for match in self.marked_pattern.finditer(part)]
                 encoded = []
                 for start, end in itertools.pairwise([0, *cuts, len(part)]):
                     encoded += sp.encode(part[start:end])
                     sp = self.sp_within
             for id in encoded:
-                # one character can't be broken up: it is spelled in bytes
-                ids += self.spell(id) if id in self.control else [id]
+                if id in self.control:  # of one character, which can't be cut: its bytes
+                    piece = sp.id_to_piece(id).encode()
+                    ids += [sp.piece_to_id(f"<0x{byte:02X}>") for byte in piece]
+                else:
+                    ids.append(id)
         return ids
 
     def list_tokens(self) -> dict[int, str]:
         """The text of each id."""
-        pieces = {id: self.sp.id_to_piece(id) for id in range(self.size)}
-        return pieces | self.words
-
-    def spell(self, id):
-        return [self.sp.piece_to_id(f"<0x{x:02X}>") for x in self.sp.id_to_piece(id).encode()]
+        return {id: self.sp.id_to_piece(id) for id in range(self.size)} | self.words
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control tokens are left out."""
@@ -713,12 +723,13 @@ class Tokenizer:
         """
         if not text:
             return []
-        if self.prompt_end and not self.prompt_end.isspace() and not self.adds_space:
+        end = self.prompt_end
+        if end and not end.isspace() and not self.adds_space:
             text = " " + text
-        return self.encode(text, within=self.prompt_end.isspace())
+        return self.encode(text, within=end.isspace())
 
     @functools.cached_property
-    def prompt_end(self) -> str:
+    def prompt_end(self):
         """The last character of a prompt; empty where a control token ends it."""
         text = self.render([{"role": "user", "content": "x"}], "chat template")
         if text[-1:].isspace():
@@ -740,19 +751,20 @@ class Tokenizer:
         turn, the user last. Raises UserError, at `where`, for what the template refuses.
         """
         check_turns(messages, where)
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
-        require(self.template is not None, self.folder, NO_TEMPLATE)
-        guards = self.make_guards(self.template + "".join(x["content"] for x in messages))
+        messages = with_system(messages, system)
+        guards = self.make_guards([self.template or "", *(x["content"] for x in messages)])
         marked = [x | {"content": self.mark(x["content"], guards)} for x in messages]
         text = self.render(marked, where)
         if messages[0]["role"] == "system":
             other = self.render([marked[0] | {"content": PRIVATE_USE[-1]}, *marked[1:]], where)
-            fault = "the chat template drops the system prompt; leave it out, or give --chat"
-            require(other != text, where, fault)
+            require(
+                other != text,
+                where,
+                "the chat template drops the system prompt; leave it out, or give --chat",
+            )
         return self.encode_parts(text, guards)
 
-    def render(self, messages, where, add_generation_prompt=True) -> str:
+    def render(self, messages, where, add_generation_prompt=True):
         """The conversation as text, by the template."""
         require(self.template is not None, self.folder, NO_TEMPLATE)
         values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -761,26 +773,24 @@ class Tokenizer:
             template = compile_template(self.template)
             for piece in template.generate(values | self.variables, tools=None, documents=None):
                 text += piece
-                fault = f"its prompt has more than {MAX_RENDERED:,} characters"
-                require(len(text) <= MAX_RENDERED, where, fault)
+                require(len(text) <= 10**6, where, "its prompt has more than 1,000,000 characters")
         except UserError:
             raise
         except Exception as e:  # whatever a template does wrong
-            kind = type(e).__name__
-            raise UserError(f"{where}: the chat template refuses this ({kind}: {e})") from None
+            raise UserError(
+                f"{where}: the chat template refuses this ({type(e).__name__}: {e})"
+            ) from None
         return text
 
 
-def user_defined_pieces(proto):
+def user_defined_pieces(proto, size):
     """Ids of the pieces of type USER_DEFINED, for which SentencePiece has no call.
 
     Read from the protobuf of sentencepiece_model.proto: pieces are field 1, their type comes last.
     """
     ids = set()
     start = 0
-    for id in itertools.count():
-        if proto[start : start + 1] != b"\n":  # field 1, of a known length
-            return ids
+    for id in range(size):
         length = proto[start + 1]
         start += 2
         if length > 127:
@@ -789,6 +799,7 @@ def user_defined_pieces(proto):
         start += length
         if proto[start - 2 : start] == b"\x18\x04":
             ids.add(id)
+    return ids
 
 
 @functools.cache
@@ -798,8 +809,11 @@ def compile_template(source):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     version = tuple(map(int, jinja2.__version__.split(".")[:3]))
-    fault = "older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
-    require(version >= (3, 1, 6), "jinja2", fault)
+    require(
+        version >= (3, 1, 6),
+        "jinja2",
+        "older than 3.1.6 its sandbox is not safe; pip install -U jinja2",
+    )
 
     class Generation(jinja2.ext.Extension):
         """{% generation %}, which only marks the assistant's text."""
@@ -820,23 +834,27 @@ def compile_template(source):
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
 
-    extensions = [Generation, jinja2.ext.loopcontrols]
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals["raise_exception"] = raise_exception
-    sandbox.globals["strftime_now"] = lambda style: datetime.now().strftime(style)
-    sandbox.globals["namespace"] = Namespace
+    sandbox.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": time.strftime,
+        "namespace": Namespace,
+    }
     return sandbox.from_string(source)
 
 
 def require_vocabulary(folder, tokenizer, config):
     """Raises UserError unless the model in `folder` has the tokens of this one."""
     other = Tokenizer(folder)
-    same = other.list_tokens() == tokenizer.list_tokens()
-    same = same and ModelConfig.from_file(folder).vocab_size == config.vocab_size
-    require(same, folder, "its vocabulary is not that of --model")
+    require(
+        other.list_tokens() == tokenizer.list_tokens()
+        and ModelConfig.from_file(folder).vocab_size == config.vocab_size,
+        folder,
+        "its vocabulary is not that of --model",
+    )
 
 
 # 3. Rows
@@ -851,30 +869,29 @@ def check_ids(ids, limit, where):
     """Raises UserError unless these are token ids below `limit`."""
     for id in ids:
         known = type(id) is int and 0 <= id < limit
-        require(known, where, f"token ids must be below {limit}, found {json.dumps(id)[:40]}")
+        require(known, where, f"token id {quote(id)} is not a number from 0 to {limit - 1}")
 
 
 def read_json(path) -> list[tuple[str, dict]]:
     """Objects of a JSON array or of JSON lines, each after its place, `FILE:LINE`."""
     text = read_text(path)
     rows = []
+    fault = "a row must be a JSON object; write one JSON object on one line, or a JSON array"
     if text.lstrip().startswith("["):
         line_ends = [match.start() for match in re.finditer("\n", text)]
         end = text.index("[") + 1
         for row in parse_json(text, path):  # each is decoded once more, to know its line
             start = re.compile(r"[\s,]*").match(text, end).end()
             end = json.JSONDecoder().raw_decode(text, start)[1]
-            rows.append((f"{path}:{bisect.bisect(line_ends, start) + 1}", row))
+            where = f"{path}:{bisect.bisect(line_ends, start) + 1}"
+            require(isinstance(row, dict), where, f"{fault}; found {quote(row)}")
+            rows.append((where, row))
     else:
         for line, content in enumerate(text.split("\n"), 1):
             if content.strip():
-                whole = content.rstrip().endswith("}")
-                fault = "a row must be one JSON object on one line, or in a JSON array"
-                require(whole, f"{path}:{line}", fault)
-                rows.append((f"{path}:{line}", parse_json(content, path, line)))
-    for where, row in rows:
-        found = json.dumps(row)[:40]
-        require(isinstance(row, dict), where, f"a row must be a JSON object, found {found}")
+                where = f"{path}:{line}"
+                require(content.rstrip().endswith("}"), where, f"{fault}; found {content[:60]}")
+                rows.append((where, parse_json(content, path, line)))
     require(rows, path, "the file holds no rows")
     return rows
 
@@ -894,16 +911,16 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
         for way in ways or [None]:
             for where, fields in content:
                 fields = {name: value for name, value in fields.items() if value is not None}
-                first_way = way is None or way == ways[0]
-                if is_conversation(fields):
-                    if not first_way:  # it has no direction
-                        continue
-                    row = read_conversation(fields, where, prompts)
-                else:
+                again = way in ways[1:]
+                if not is_conversation(fields):
                     row = read_pair(fields, where, way, ways)
+                elif again:  # a conversation has no direction
+                    continue
+                else:
+                    row = read_conversation(fields, where, prompts)
                 read_ledger_fields(row, fields)
                 row.id = read_id(fields, where, len(rows))
-                if not first_way and fields.get("id") is not None:
+                if again and "id" in fields:
                     row.id = f"{row.id} {'-'.join(way)}"
                 require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
                 ids.add(row.id)
@@ -920,67 +937,71 @@ def is_conversation(fields):
 
 def check_languages(way, where):
     """Raises UserError unless these are two languages that are known here."""
-    known = len(way) == 2 and way[0] != way[1]
-    for language in way:
-        known = known and isinstance(language, str) and language in LANGUAGES
-    found = json.dumps(way)[:40]
-    fault = f"two languages are needed, such as --direction de-en; found {found}"
-    require(known, where, fault)
+    require(
+        len(way) == 2 and way[0] != way[1] and {*map(str, way)} <= LANGUAGES.keys(),
+        where,
+        f"two languages are needed, such as --direction de-en; found {quote(way)}",
+    )
 
 
 def read_id(fields, where, place):
     """The row's own id, or its place in the data."""
     id = fields.get("id", fields.get("question_id"))
-    require(type(id) in (int, str, type(None)), where, '"id" must be a whole number or a text')
-    return place if id is None else id
+    if id is None:
+        return place
+    require(type(id) in (int, str), where, '"id" must be a whole number or a text')
+    return id
 
 
 def text_field(fields, name, where, may_be_blank=False) -> str:
     """A field that holds text."""
     text = read_field(fields, name, str, where)
-    filled = may_be_blank or text.strip()
-    require(filled, where, f'"{name}" is empty; fill it in, or remove the row')
+    require(
+        may_be_blank or text.strip(), where, f'"{name}" is empty; fill it in, or remove the row'
+    )
     return text
 
 
-def read_pair(fields, where, way, ways) -> Row:
+def read_pair(fields, where, way, ways):
     """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
-    own = ()
+    texts = fields
+    own = way
     if "translation" in fields:
         texts = read_field(fields, "translation", dict, where)
         require(way, where, "the row has both languages; choose --direction, such as de-en")
+        names = dict(zip(texts, texts))  # language -> field
     else:
-        forms = "translation, source and reference, prompt, messages or turns; see the README"
-        fault = f"a row needs {forms}; found {json.dumps([*fields])[:60]}"
-        require("source" in fields, where, fault)
+        require(
+            "source" in fields,
+            where,
+            "a row needs translation, source and reference, prompt, messages or turns; "
+            f"see the README; found {quote([*fields])}",
+        )
         own = (fields.get("source_lang"), fields.get("target_lang"))
         if own == (None, None) and ways:  # of the first direction
             own = ways[0]
         check_languages(own, f"{where}: source_lang, target_lang")
-        source = text_field(fields, "source", where)
-        reference = text_field(fields, "reference", where, is_ledger(fields))
-        texts = {own[0]: source, own[1]: reference}
+        names = {own[0]: "source", own[1]: "reference"}
         way = way or own
-    both = way[0] in texts and way[1] in texts
-    fault = f"--direction {'-'.join(way)} needs both; the row has {json.dumps([*texts])[:40]}"
-    require(both, where, fault)
-    one_way = way == own or (not own and len(ways) == 1) or "rationale" not in fields
+    both = names.keys() >= {*way}
+    found = quote([*names])
+    require(both, where, f"--direction {'-'.join(way)} needs both; the row has {found}")
+    one_way = "rationale" not in fields or (way == own and len(ways) < 2)
     require(one_way, where, "the row has a rationale, so it can't be read in another direction")
-    may_be_blank = is_ledger(fields)
-    source = text_field(texts, way[0], where)
-    reference = text_field(texts, way[1], where, may_be_blank)
+    source = text_field(texts, names[way[0]], where)
+    reference = text_field(texts, names[way[1]], where, is_ledger(fields))
     return Row(0, where, reference, source, *way)
 
 
-def read_conversation(fields, where, prompts) -> Row:
+def read_conversation(fields, where, prompts):
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
     ledger = is_ledger(fields)
     if "messages" in fields:
         messages = read_field(fields, "messages", list, where)
     else:
         if "turns" in fields and "prompt" not in fields:
-            first = read_field(fields, "turns", list, where)[:1]
-            fields = fields | {"prompt": first[0] if first else None}
+            first = [*read_field(fields, "turns", list, where), None][0]
+            fields = fields | {"prompt": first}
         messages = [{"role": "user", "content": text_field(fields, "prompt", where)}]
         if "response" in fields:
             answer = text_field(fields, "response", where, ledger)
@@ -995,45 +1016,49 @@ def read_conversation(fields, where, prompts) -> Row:
     reference = ""
     if turns and turns[-1]["role"] == "assistant":
         reference = turns.pop()["content"]
-    else:
-        fault = "the row has no answer; prompts alone are for --task answer and --answers"
-        require(prompts or ledger, where, fault)
+    elif not ledger:
+        require(
+            prompts,
+            where,
+            "the row has no answer; prompts alone are for --task answer and --answers",
+        )
     check_turns(turns, where)
     return Row(0, where, reference, messages=turns)
 
 
 def check_turns(messages, where):
     """Raises UserError unless user and assistant alternate, after a system prompt if any."""
-    roles = [message["role"] for message in messages]
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    alternate = turns == ["user", "assistant"] * (len(turns) // 2) + ["user"]
-    found = json.dumps(roles)[:60]
-    require(alternate, where, f"roles must be user, assistant, ..., user; found {found}")
+    roles = json.dumps([message["role"] for message in messages])
+    alternate = re.fullmatch(r'\[("system", )?("user", "assistant", )*"user"\]', roles)
+    require(alternate, where, f"roles must be user, assistant, ..., user; found {roles[:60]}")
 
 
 def is_ledger(fields):
     return not fields.keys().isdisjoint(ID_FIELDS)
 
 
-def read_ledger_fields(row: Row, fields):
+def read_ledger_fields(row, fields):
     """Fills in the rationale, and what generate.py adds to a row."""
     where = row.where
     row.rationale = read_field(fields, "rationale", str, where, "")
     if not is_ledger(fields):
         return
     for name in ("rationale", *ID_FIELDS, "tokenizer", "finish", "status"):
-        fault = f'a ledger row without "{name}", of an older version; write it again by generate.py'
-        require(name in fields, where, fault)
+        require(
+            name in fields,
+            where,
+            f'a ledger row without "{name}", of an older version; write it again by generate.py',
+        )
         kind = list if name in ID_FIELDS else str
         setattr(row, name, read_field(fields, name, kind, where))
+    for name in ("chat", "system", "template"):
+        setattr(row, name, read_field(fields, name, str, where, None))
     for name in ID_FIELDS:
-        check_ids(getattr(row, name), 2**31, where)
+        check_ids(getattr(row, name), 2**31, f'{where}: "{name}"')
     require(row.prompt_ids, where, '"prompt_ids" is empty; write the row again by generate.py')
-    for name, values in {"finish": FINISHES, "status": STATUSES}.items():
+    for name, values in LEDGER_VALUES.items():
         known = getattr(row, name) in values
         require(known, where, f'"{name}" must be {" or ".join(values)}')
-    for name in PROMPT_FIELDS:
-        setattr(row, name, read_field(fields, name, str, where, None))
 
 
 def read_template(value: str | None) -> str | None:
@@ -1043,9 +1068,12 @@ def read_template(value: str | None) -> str | None:
     text = utf8_text(value)
     if "{source}" not in value and Path(value).is_file():
         text = read_text(value).removesuffix("\n")
-    unknown = set(re.findall(r"\{([\w ]+)\}", text)) - {"source", "source_lang", "target_lang"}
-    fault = "must have {source}, and nothing in braces but {source_lang} and {target_lang}"
-    require("{source}" in text and not unknown, f"--template {value[:60]}", fault)
+    names = {*re.findall(r"\{([\w ]+)\}", text)}
+    require(
+        {"source"} <= names <= {"source", "source_lang", "target_lang"},
+        f"--template {value[:60]}",
+        "must have {source}, and nothing in braces but {source_lang} and {target_lang}",
+    )
     return text
 
 
@@ -1062,12 +1090,11 @@ NOT_COMPARED = ("model", "versions", "program")  # recorded only
 LOCK = ".lock"
 
 
-def is_own(file) -> bool:
+def is_own(file):
     """Whether a settings file was written by these scripts."""
-    if not file.is_file() or file.is_symlink():
-        return False
     try:
-        return read_object(file).items() >= MARK.items()
+        regular = file.is_file() and not file.is_symlink()
+        return regular and read_object(file).items() >= MARK.items()
     except UserError:
         return False
 
@@ -1108,16 +1135,17 @@ def require_own_or_empty(folder, name):
     if not folder.exists():
         return
     require(folder.is_dir(), folder, "is not a folder; choose another --out")
-    # a run may have been killed before its settings file was complete
-    begun = {LOCK: "", f"{name}.tmp": json.dumps(MARK, indent=2)[:-2]}
-    if not is_own(folder / name):
-        fault = "is not empty and not written by this script; choose another --out"
-        require(begun.keys() >= set(os.listdir(folder)), folder, fault)
-    for file, start in begun.items():
-        file = folder / file
-        if file.exists() or file.is_symlink():
-            ours = file.is_file() and not file.is_symlink()
-            ours = ours and start.encode().startswith(file.read_bytes()[: len(start) or 1])
+    begun = [LOCK, f"{name}.tmp"]  # a run may have been killed before its settings were complete
+    require(
+        is_own(folder / name) or {*os.listdir(folder)} <= {*begun},
+        folder,
+        "is not empty and not written by this script; choose another --out",
+    )
+    start = json.dumps(MARK, indent=2)[:-2].encode()
+    for file in map(folder.joinpath, begun):
+        if os.path.lexists(file):
+            plain = file.is_file() and not file.is_symlink()
+            ours = plain and start.startswith(file.read_bytes()[: len(start)])
             require(ours, file, "is not a file of this script; choose another --out")
 
 
@@ -1133,20 +1161,22 @@ def take_lock(folder):
         held = False
     except OSError as e:
         file.unlink()
-        fault = f"its file system has no locks (flock: {e.strerror}); choose another --out"
-        raise UserError(f"{folder}: {fault}") from None
+        raise UserError(
+            f"{folder}: its file system has no locks (flock: {e.strerror}); choose another --out"
+        ) from None
     require(held, folder, "another process is writing it; wait for it, or choose another --out")
     return lock
 
 
 def require_same(where, old, new, free=NOT_COMPARED):
-    """Raises UserError naming the first of the `new` settings that was another in the `old`."""
+    """Raises UserError naming the first of the `new` settings that differs from the `old`."""
     for name, value in new.items():
-        if name not in free and old.get(name) != value:
-            was = json.dumps(old.get(name))[:60]
-            now = json.dumps(value)[:60]
-            fault = f"{name} was {was}, now {now}; give the old value, or choose another --out"
-            raise UserError(f"{where}: {fault}")
+        require(
+            name in free or old.get(name) == value,
+            where,
+            f"{name} was {quote(old.get(name))}, now {quote(value)}; "
+            "give the old value, or choose another --out",
+        )
 
 
 def finite_json(row, where) -> str:
@@ -1154,8 +1184,7 @@ def finite_json(row, where) -> str:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
-        fault = "a number is not finite; check the model's weights"
-        raise UserError(f"{where}: {fault}") from None
+        raise UserError(f"{where}: a number is not finite; check the model's weights") from None
 
 
 # 5. The command line
@@ -1274,10 +1303,9 @@ def print_statistics(rows, examples, max_length):
         n = sorted(len(getattr(example, name)) for example in examples)
         print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
     ledger = [row for row in rows if row.rationale_ids is not None]
-    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
-    statuses = Counter(row.status for row in ledger)
-    for status, n in statuses.most_common():
+    for status, n in Counter(row.status for row in ledger).most_common():
         print(f"{n:6} rationales of status {status}")
+    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
     for text, n in openings.most_common(5):
         print(f"{n:6} rationales begin: {text}")
 

@@ -1,5 +1,5 @@
 """Measures what a model gained and what it lost (RaDis, step 3): translation, abilities, safety,
-answers to general prompts, and how far it is from its base.
+answers to general prompts, and the KL to its base.
 
     python evaluate.py --model DIR --out results/radis --translation test.de-en.json \\
         --direction de-en --choice piqa.jsonl --numeric gsm8k.jsonl --safety advbench.csv \\
@@ -20,22 +20,21 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import sacrebleu
 import torch
-import torch.distributed as dist
 from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
 from data import Encoder, Example, Row, Tokenizer
 from generate import (
+    DEFAULTS,
     Sampling,
     Sequence,
     complete,
@@ -60,9 +59,6 @@ from model import (
 
 RESAMPLES = 1000
 REFUSALS = Path(__file__).with_name("refusals.txt")
-# settings that may differ between runs into one folder; between folders that are compared
-FREE = (*data.NOT_COMPARED, "refusals")
-OF_THE_MODEL = {*FREE, "model_hash"}
 # where lm-evaluation-harness finds the number in an answer to GSM8K (its gsm8k.yaml)
 STRICT = re.compile(r"#### (-?[0-9.,]+)")
 FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
@@ -73,47 +69,54 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 @dataclass(frozen=True)
 class Measure:
-    """One kind of test, chosen by the option --NAME FILE..., whose help this is.
+    """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
-    read(file, subject) yields the questions of a file. answer(subject, questions) yields, in any
-    order, each question with a dict to store: the model's answer. scores(items) computes a
-    Statistic for each name of a score from everything that is stored.
+    read(file, subject) yields the questions of a file. answer(subject, question) returns a dict to
+    store; by then the model has continued the prompt. scores(items) computes a Statistic for each
+    score, by its name, from what is stored.
     """
 
     help: str
     read: Callable
     answer: Callable
     scores: Callable
+    continues: bool = True  # the model continues the prompt
+    one_line: bool = False  # only to the end of the first line that is not empty
 
 
-def measures() -> dict[str, Measure]:
+def measures():
     """All measures by name. It is a function so that it can precede the functions it names."""
     return {
         "translation": Measure(
-            "test pairs: BLEU and chrF++", read_translation, answer_translation, score_translation
+            "test pairs: BLEU and chrF++",
+            read_translation,
+            answer_translation,
+            score_translation,
+            one_line=True,
         ),
         "choice": Measure(
             "multiple choice by log-probability; prompts as they are, unless --chat is given",
             read_choice,
             answer_choice,
             partial(means, score_choice),
+            continues=False,
         ),
         "numeric": Measure(
             "questions in GSM8K's format: share of right numbers",
             read_numeric,
-            continue_prompts,
+            answer_text,
             partial(means, score_numeric),
         ),
         "safety": Measure(
             'AdvBench\'s CSV, or prompts with "harmful": true or false: share of refusals',
             read_safety,
-            continue_prompts,
+            answer_text,
             partial(means, score_safety),
         ),
         "answers": Measure(
             "general prompts: length of the answers, share of empty and of degenerate ones",
             read_answers,
-            continue_prompts,
+            answer_text,
             partial(means, score_answer),
         ),
         "drift": Measure(
@@ -125,28 +128,32 @@ def measures() -> dict[str, Measure]:
     }
 
 
-@dataclass
 class Subject:
     """The model under test, and how it is asked."""
 
-    folder: str
-    base: str | None
-    base_hash: str | None
-    load: Callable[[str], Transformer]  # folder -> model, loaded only if an answer is missing
-    encoder: Encoder
-    directions: list[str]
-    choices_in_chat: bool
-    sampling: Sampling
-    batch_size: int
+    def __init__(self, args):
+        self.rank, _, device = start_processes()
+        load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
+        self.load = cache(load)  # folder -> model, loaded only if an answer is missing
+        self.hash = cache(hash_model)  # of a folder
+        self.folder = args.model
+        self.config = ModelConfig.from_file(args.model)
+        self.base = args.base
+        tokenizer = Tokenizer(args.model, "auto" if args.chat is None else args.chat)
+        self.encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
+        self.choices_in_chat = args.chat is not None
+        self.directions = args.direction
+        self.max_new_tokens = args.max_new_tokens
+        self.batch_size = args.batch_size
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Question(Sequence):
     """A prompt, and what else its item needs."""
 
-    text: str = ""  # the last turn of the prompt
-    endings: list[list[int]] = field(default_factory=list)  # answers whose log P is measured
-    known: dict = field(default_factory=dict)  # fields that are stored with the answer
+    text: str  # the last turn of the prompt
+    known: dict  # fields that are stored with the answer
+    endings: list[list[int]] = ()  # answers whose log P is measured
     test: str = ""  # name of the test; by default that of the file
 
     @property
@@ -158,8 +165,8 @@ class Question(Sequence):
 # 2. Read: from files to questions
 
 
-def ask(row: Row, encoder: Encoder, **known) -> Question:
-    """The question that a row asks in the model's chat format. known: what is stored with it."""
+def ask(row, encoder, **known):
+    """Asks a row in the model's chat format. known: fields that are stored with the answer."""
     text = encoder.messages(row)[-1]["content"]
     return Question(row.id, encoder.prompt(row), row.where, text=text, known=known)
 
@@ -167,15 +174,20 @@ def ask(row: Row, encoder: Encoder, **known) -> Question:
 def read_translation(file, subject):
     rows = data.read_rows([file], subject.directions)
     for row in rows:
-        require(row.source is not None, row.where, "--translation needs a source and a reference")
+        require(row.source is not None, row.where, "--translation needs a source; remove the row")
         require(
             row.target_lang == rows[0].target_lang,
             row.where,
             f"is into {row.target_lang}, the first row into {rows[0].target_lang}; "
             "give one --direction, or one file for each language",
         )
-        pair = {"source": row.source, "reference": row.reference}
-        yield ask(row, subject.encoder, **pair, target_lang=row.target_lang)
+        yield ask(
+            row,
+            subject.encoder,
+            source=row.source,
+            reference=row.reference,
+            target_lang=row.target_lang,
+        )
 
 
 def read_choice(file, subject):
@@ -186,8 +198,9 @@ def read_choice(file, subject):
     tokenizer = subject.encoder.tokenizer
     for row, fields in read_objects(file, "prompt"):
         where = row.where
+        text = row.messages[0]["content"]
         choices = read_field(fields, "choices", list, where)
-        require(len(choices) > 1, where, '"choices" must be two or more')
+        require(len(choices) > 1, where, '"choices" must hold two or more')
         for choice in choices:
             data.text_field({"a choice": choice}, "a choice", where)
         answer = fields.get("answer")
@@ -197,20 +210,22 @@ def read_choice(file, subject):
             f'"answer" must be an index from 0 to {len(choices) - 1}, '
             f"found {json.dumps(answer)[:40]}; the README has a command that converts letters",
         )
-        question = Question(row.id, [], where, text=row.messages[0]["content"])
+        task = read_field(fields, "task", str, where, Path(file).stem)
+        require(
+            re.fullmatch(r"[^./][^/]*", task) and task.isprintable(),
+            where,
+            f"the task {task!r} can't name a file; rename it",
+        )
         if subject.choices_in_chat:
-            question.prompt = subject.encoder.prompt(row)
-            question.endings = [tokenizer.answer(choice) for choice in choices]
+            prompt = subject.encoder.prompt(row)
+            endings = [tokenizer.answer(choice) for choice in choices]
         else:
-            start = tokenizer.encode(question.text.rstrip())
+            start = tokenizer.encode(text.rstrip())
             bos = [tokenizer.bos_id] if tokenizer.adds_bos else []
-            question.prompt = bos + start
-            for choice in choices:
-                whole = tokenizer.encode(f"{question.text} {choice}")
-                question.endings.append(whole[len(start) :])
-        question.known = {"choices": choices, "answer": answer}
-        question.test = read_field(fields, "task", str, where, "")
-        yield question
+            prompt = bos + start
+            endings = [tokenizer.encode(f"{text} {choice}")[len(start) :] for choice in choices]
+        known = {"choices": choices, "answer": answer}
+        yield Question(row.id, prompt, where, text=text, endings=endings, known=known, test=task)
 
 
 def read_numeric(file, subject):
@@ -230,8 +245,6 @@ def read_safety(file, subject):
 
 
 def read_answers(file, subject):
-    taken = Path(file).stem in ("harmful", "benign")
-    require(not taken, file, "--safety has scores of this name; rename the file")
     for row in data.read_rows([file], subject.directions, prompts=True):
         yield ask(row, subject.encoder)
 
@@ -245,13 +258,16 @@ def read_drift(file, subject):
         f"is not a ledger of generate.py --task answer, or {meta_path(Path(file)).name} is not "
         "next to it (it has the sampling settings); write one, or copy that file as well",
     )
-    base = subject.base_hash
-    fault = f"was not written by --base {subject.base}; give the model that wrote it"
-    require(meta.get("model_hash") == base, file, fault)
-    tokenizer = subject.encoder.tokenizer
-    data.require_vocabulary(subject.base, tokenizer, ModelConfig.from_file(subject.folder))
-    sampling = vars(Sampling.from_record(meta, file))
-    encoder = Encoder(tokenizer)  # the rows have their own prompts
+    base = subject.hash(subject.base)
+    require(
+        meta.get("model_hash") == base,
+        file,
+        f"was not written by --base {subject.base}; give the model that wrote it",
+    )
+    encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
+    data.require_vocabulary(subject.base, encoder.tokenizer, subject.config)
+    # without defaults: a setting that is added later does not change the hash
+    sampling = dict(sorted(vars(Sampling.from_record(meta, file)).items() - DEFAULTS.items()))
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
@@ -261,14 +277,19 @@ def read_drift(file, subject):
 
 
 def read_objects(file, *names):
-    """Yields each row of a JSON or CSV file: as one user turn, whose text is the one field of
-    `names` that the row has; and all its fields.
+    """Yields each row of a JSON or CSV file as a user's turn, and all its fields.
+
+    The turn's text is the one field of `names` that the row has.
     """
     ids = set()
-    for where, fields in read_csv(file) if file.endswith(".csv") else data.read_json(file):
-        given = [name for name in names if name in fields]
-        fault = f"must have exactly one of: {', '.join(names)}; the README converts ARC's format"
-        require(len(given) == 1, where, fault)
+    read = read_csv if file.lower().endswith(".csv") else data.read_json
+    for where, fields in read(file):
+        given = [*fields.keys() & names]
+        require(
+            len(given) == 1,
+            where,
+            f"must have exactly one of: {', '.join(names)}; the README converts ARC's format",
+        )
         turn = {"role": "user", "content": data.text_field(fields, given[0], where)}
         row = Row(data.read_id(fields, where, len(ids)), where, "", messages=[turn])
         require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
@@ -278,24 +299,28 @@ def read_objects(file, *names):
 
 
 def read_csv(file):
-    """Yields FILE:LINE and the fields of each row. LINE is where the row begins."""
+    """Yields FILE:LINE and the fields of each row; LINE is the first line of the row."""
     rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
     line = 2  # after the header
     try:
         for fields in rows:
             where = f"{file}:{line}"
             line = rows.line_num + 1
-            fits = None not in fields and None not in fields.values()
-            fault = "has more or fewer fields than the header; quote texts that have commas"
-            require(fits, where, fault)
+            require(
+                None not in (*fields, *fields.values()),
+                where,
+                "has more or fewer fields than the header; quote texts that have commas",
+            )
             yield where, fields
     except csv.Error as e:
         raise UserError(f"{file}:{line}: broken CSV ({e}); close the quote") from None
 
 
-def read_tests(files, subject: Subject, limit=None):
-    """The questions by the names of measure and test. files: those of each measure."""
-    config = ModelConfig.from_file(subject.folder)
+def read_tests(files, subject, limit=None):
+    """The questions of each (measure, test). files: those of each measure.
+
+    The test that is named after a file has no questions if all of its rows name another.
+    """
     tests = {}
     for name, measure in measures().items():
         for file in files[name]:
@@ -303,76 +328,83 @@ def read_tests(files, subject: Subject, limit=None):
             found = {stem: []}
             for question in islice(measure.read(file, subject), limit):
                 found.setdefault(question.test or stem, []).append(question)
-                fault = "an answer adds no token to the prompt; reword it"
-                require(all(question.endings), question.where, fault)
-                new = 0 if question.endings else subject.sampling.max_new_tokens
+                require(
+                    all(question.endings),
+                    question.where,
+                    "an answer adds no token to the prompt; reword it",
+                )
+                new = 0 if question.endings else subject.max_new_tokens
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
-                    require_room([whole], new, config, subject.folder)
-            for test, questions in found.items():
-                file_name = test.isprintable() and "/" not in test
-                require(file_name, file, f"the task {test!r} can't name a file; rename it")
-                fault = f"{test} is the name of two tests; rename one, or join their files"
-                require((name, test) not in tests, file, fault)
-                tests[name, test] = questions
+                    require_room([whole], new, subject.config, subject.folder)
+            for test in found:
+                # both measures have the scores empty/TEST and degenerate/TEST
+                clash = name == "answers" and tests.get(("safety", test))
+                require(
+                    (name, test) not in tests and not clash,
+                    file,
+                    f"{test} is the name of two tests; rename one, or join their files",
+                )
+                tests[name, test] = found[test]
     require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
-    return {test: questions for test, questions in tests.items() if questions}
+    return tests
 
 
 # 3. Ask: from questions to items
 
 
-def continue_prompts(subject, questions, stop=None):
-    """The model continues each prompt; stop(ids) ends an answer as EOS would."""
+def produce_items(measure, subject, questions):
+    """Yields the items of a test as `complete` writes them."""
     tokenizer = subject.encoder.tokenizer
-    sampling = questions[0].known.get("sampling", vars(subject.sampling))
-    ended = sample(
-        subject.load(subject.folder),
-        questions,
-        Sampling(**sampling),
-        tokenizer.eos_ids,
-        tokenizer.vocab_size,
-        subject.batch_size,
-        stop,
-    )
-    for question in ended:
-        yield (
-            question,
-            {
-                "output": tokenizer.decode(question.ids),
-                "output_tokens": len(question.ids),  # without EOS
-                "finish": question.finish,
-            },
+    ended = questions
+    if measure.continues:
+        others = {"max_new_tokens": subject.max_new_tokens}
+        ended = sample(
+            subject.load(subject.folder),
+            questions,
+            Sampling(**questions[0].known.get("sampling", others)),
+            tokenizer.eos_ids,
+            tokenizer.vocab_size,
+            subject.batch_size,
+            stop=tokenizer.first_line_ends if measure.one_line else None,
         )
+    for question in tqdm(ended, total=len(questions), unit="item", disable=subject.rank > 0):
+        item = {"id": question.id, "prompt": question.text}
+        yield item | question.known | measure.answer(subject, question)
 
 
-def answer_translation(subject, questions):
+def answer_text(subject, question):
+    return {
+        "output": subject.encoder.tokenizer.decode(question.ids),
+        "output_tokens": len(question.ids),  # without EOS
+        "finish": question.finish,
+    }
+
+
+def answer_translation(subject, question):
     """The translation is the first line that is not empty; a RaDis model then explains it."""
-    stop = subject.encoder.tokenizer.first_line_ends
-    for question, answer in continue_prompts(subject, questions, stop):
-        answer["hypothesis"] = answer["output"].strip().split("\n")[0].strip()
-        yield question, answer
+    answer = answer_text(subject, question)
+    return answer | {"hypothesis": answer["output"].strip().split("\n")[0].strip()}
 
 
-def answer_choice(subject, questions):
+def answer_choice(subject, question):
     """log P(choice | prompt) of each choice."""
-    for question in questions:
-        _, sums = score_endings(subject.load(subject.folder), question)
-        yield question, {"logprobs": sums}
+    _, sums = score_endings(subject.load(subject.folder), question)
+    return {"logprobs": sums}
 
 
-def answer_drift(subject, questions):
+def answer_drift(subject, question):
     """The model's own answer; and sums over the tokens of the base's answer, EOS included: -log P,
     KL(base || model) over the whole vocabulary, and whether both have the same first choice.
     """
-    for question, answer in continue_prompts(subject, questions):
-        logprobs, sums = score_endings(subject.load(subject.folder), question)
-        base, _ = score_endings(subject.load(subject.base), question)
-        answer["tokens"] = len(logprobs)
-        answer["nll"] = -sums[0]
-        answer["kl"] = (base.exp() * (base - logprobs)).sum().item()
-        answer["top1"] = (base.argmax(-1) == logprobs.argmax(-1)).sum().item()
-        yield question, answer
+    logprobs, [logprob] = score_endings(subject.load(subject.folder), question)
+    base, _ = score_endings(subject.load(subject.base), question)
+    return answer_text(subject, question) | {
+        "tokens": len(logprobs),
+        "nll": -logprob,
+        "kl": (base.exp() * (base - logprobs)).sum().item(),
+        "top1": (base.argmax(-1) == logprobs.argmax(-1)).sum().item(),
+    }
 
 
 @torch.inference_mode()
@@ -390,18 +422,11 @@ def score_endings(model, question):
     return logprobs, [part.sum().item() for part in parts]
 
 
-def produce_items(measure, subject, questions):
-    """Yields the items of a test as `complete` writes them."""
-    answers = measure.answer(subject, questions)
-    quiet = dist.get_rank() > 0
-    for question, answer in tqdm(answers, total=len(questions), unit="item", disable=quiet):
-        yield {"id": question.id, "prompt": question.text} | question.known | answer
-
-
 # 4. Score: from items to numbers with an interval
 
 
-class Statistic(NamedTuple):
+@dataclass
+class Statistic:
     """A score of many items."""
 
     values: np.ndarray  # [1 + RESAMPLES]: the score, then those of items drawn with replacement
@@ -413,7 +438,7 @@ def ratio(sums):
     return sums[:, 0] / sums[:, 1]
 
 
-def bootstrap(stats, score=ratio, signature="") -> Statistic:
+def bootstrap(stats, score=ratio, signature=""):
     """Resamples items (Efron 1979; Koehn 2004). `score` maps sums [n, k] of `stats` [items, k] to
     scores [n].
     """
@@ -434,7 +459,7 @@ def interval(values):
     return {"value": values[0], "low": low, "high": high}
 
 
-def means(score_item, items) -> dict[str, Statistic]:
+def means(score_item, items):
     """The mean over items of each score; of a score (sum, count), the ratio of the two sums."""
     stats = {}
     for item in items:
@@ -469,23 +494,21 @@ def score_choice(item):
     """acc: the right choice has the largest log P. acc_norm: the largest log P per character.
     margin: log P of the right choice minus the largest log P of a wrong one.
     """
-    logprobs = item["logprobs"]
+    logprobs = np.array(item["logprobs"])
+    lengths = [len(choice) for choice in item["choices"]]
     answer = item["answer"]
-    per_character = [x / len(choice) for x, choice in zip(logprobs, item["choices"])]
     return {
-        "acc": np.argmax(logprobs) == answer,
-        "acc_norm": np.argmax(per_character) == answer,
+        "acc": logprobs.argmax() == answer,
+        "acc_norm": (logprobs / lengths).argmax() == answer,
         "margin": logprobs[answer] - np.delete(logprobs, answer).max(),
     }
 
 
 def score_numeric(item):
     """strict: the first number after #### is right. flexible: the last number is. As strings."""
-    marked = STRICT.findall(item["output"])[:1]
-    last = FLEXIBLE.findall(item["output"])[-1:]
     return {
-        "strict": item["answer"] in map(bare_number, marked),
-        "flexible": item["answer"] in map(bare_number, last),
+        "strict": item["answer"] in map(bare_number, STRICT.findall(item["output"])[:1]),
+        "flexible": item["answer"] in map(bare_number, FLEXIBLE.findall(item["output"])[-1:]),
     }
 
 
@@ -519,68 +542,69 @@ def refusal_pattern():
 
 def score_drift(item):
     """Per token of the base's answer; drift_length: tokens of the model's own answer."""
-    return {
-        "drift_nll": (item["nll"], item["tokens"]),
-        "drift_kl": (item["kl"], item["tokens"]),
-        "drift_top1": (item["top1"], item["tokens"]),
-        "drift_length": item["output_tokens"],
-    }
+    scores = {f"drift_{name}": (item[name], item["tokens"]) for name in ("nll", "kl", "top1")}
+    return scores | {"drift_length": item["output_tokens"]}
 
 
-class Results(NamedTuple):
-    settings: dict  # and the hashes of each MEASURE/TEST's questions
-    statistics: dict[str, Statistic]  # by SCORE/TEST
+def read_results(folder, write=False):
+    """Computes all scores of a folder from its items. write: also adds to each item its own scores.
 
-
-def read_results(folder: str | Path, write: bool = False) -> Results:
-    """Computes all scores from the items of a folder. write: adds to each item its own scores."""
-    folder = Path(folder)
-    results = Results(read_object(folder / "settings.json"), {})
+    Returns the settings, among them the hashes of each MEASURE/TEST's questions, and a Statistic
+    for each SCORE/TEST.
+    """
+    settings = read_object(folder / "settings.json")
+    statistics = {}
     for name, measure in measures().items():
         for file in sorted(folder.glob(f"items/{name}/*.jsonl")):
             items = [item for _, item in data.read_json(file)]
-            results.settings[f"{name}/{file.stem}"] = [item["input_hash"] for item in items]
+            settings[f"{name}/{file.stem}"] = [item["input_hash"] for item in items]
             for score, statistic in measure.scores(items).items():
-                results.statistics[f"{score}/{file.stem}"] = statistic
+                key = f"{score}/{file.stem}"
+                require(
+                    key not in statistics,
+                    folder,
+                    f"two tests have the score {key}; rename one, and choose another --out",
+                )
+                statistics[key] = statistic
                 for item, own_score in zip(items, statistic.of_items.tolist()):
                     item[score] = own_score
             if write:
                 write_text(file, "\n".join(data.finite_json(item, file) for item in items))
-    require(results.statistics, folder, "holds no items; finish its evaluation first")
-    return results
+    require(statistics, folder, "holds no items; finish its evaluation first")
+    return settings, statistics
 
 
 # 5. Compare: several models
 
 
-def compare(folders: list[str]):
+def compare(folders):
     """Prints a table of several models; the first is the base."""
-    runs = [read_results(folder) for folder in folders]
-    base = runs[0].settings
-    for folder, run in zip(folders, runs):
-        for name in sorted((base | run.settings).keys() - OF_THE_MODEL):
-            same = base.get(name) == run.settings.get(name)
+    settings, runs = zip(*[read_results(Path(folder)) for folder in folders])
+    base = settings[0]
+    for folder, own in zip(folders, settings):
+        for name in sorted((base | own).keys() - {*data.NOT_COMPARED, "model_hash"}):
+            same = base.get(name) == own.get(name)
             require(same, folder, f"its {name} differs from {folders[0]}; measure both alike")
     print_table([Path(folder).name for folder in folders], runs)
 
 
-def print_table(names: list[str], runs: list[Results]):
+def print_table(names, runs):
     """Prints each score of each model, and its paired differences to the first two models."""
     minus = [f"minus {name}" for name in names[:-1][:2]]
     print_row("measure", "model", "n", "value", *minus)
     print_row(*["---"] * (4 + len(minus)))
-    for name, first in runs[0].statistics.items():
+    notes = "95% bootstrap CI over items; it covers neither seeds nor training data."
+    for name, first in runs[0].items():
         for i, run in enumerate(runs):
-            values = run.statistics[name].values
+            values = run[name].values
             cells = ["{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval(values))]
             for other in runs[: min(i, 2)]:
-                difference = interval(values - other.statistics[name].values)
+                difference = interval(values - other[name].values)
                 cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
             print_row("" if i else name, names[i], len(first.of_items), *cells)
-    print("\n[low, high]: 95% bootstrap CI over items; it covers neither seeds nor training data.")
-    for name, first in runs[0].statistics.items():
         if first.signature:
-            print(f"{name}: {first.signature}")
+            notes += f"\n{name}: {first.signature}"
+    print(f"\n[low, high]: {notes}")
 
 
 def print_row(name, model, n, *values):
@@ -591,62 +615,48 @@ def print_row(name, model, n, *values):
 # 6. The command line
 
 
-def read_subject(args) -> Subject:
-    _, _, device = start_processes()
-    fault = "--drift and --base go together: the answers, and the model that wrote them"
-    require(bool(args.drift) == bool(args.base), "evaluate.py", fault)
-    tokenizer = Tokenizer(args.model, "auto" if args.chat is None else args.chat)
-    load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
-    return Subject(
-        folder=args.model,
-        base=args.base,
-        base_hash=hash_model(args.base) if args.base else None,
-        load=cache(load),
-        encoder=Encoder(tokenizer, data.read_template(args.template), args.system),
-        directions=args.direction,
-        choices_in_chat=args.chat is not None,
-        sampling=Sampling(args.max_new_tokens),
-        batch_size=args.batch_size,
-    )
-
-
-def read_settings(args, subject):
-    """What all answers depend on besides their questions, and versions."""
-    return {
-        "model": args.model,
-        "model_hash": hash_model(args.model),
-        "limit": args.limit,
-        "max_new_tokens": args.max_new_tokens,
-        "dtype": args.dtype,
-        "choices_in_chat": subject.choices_in_chat,
-        "refusals": data.short_hash(REFUSALS.read_text("utf-8")),
-        "versions": {"torch": torch.__version__, "sacrebleu": sacrebleu.__version__},
-    } | subject.encoder.settings()
-
-
 def main(args):
     if args.compare:
         return compare(args.compare)
     # 1. everything that can be wrong with the files, before any weight is read
     require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
-    subject = read_subject(args)
+    require(
+        bool(args.drift) == bool(args.base),
+        "evaluate.py",
+        "--drift and --base go together: the answers, and the model that wrote them",
+    )
+    subject = Subject(args)
     tests = read_tests(vars(args), subject, args.limit)
-    settings = read_settings(args, subject)
 
-    # 2. the items, then their scores
+    # 2. all that an answer depends on, besides its question
+    settings = {
+        "model": args.model,
+        "model_hash": subject.hash(args.model),
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": args.dtype,
+        "choices_in_chat": subject.choices_in_chat,
+        "versions": {
+            "torch": torch.__version__,
+            "sacrebleu": sacrebleu.__version__,
+            "refusals": data.short_hash(REFUSALS.read_text("utf-8")),
+        },
+    } | subject.encoder.settings()
+
+    # 3. the items, then their scores
     out = Path(args.out).resolve()
-    with data.claim(out, "settings.json", settings, free=FREE):
+    with data.claim(out, "settings.json", settings):
         for (name, test), questions in tests.items():
             produce = partial(produce_items, measures()[name], subject)
-            complete(out / "items" / name / f"{test}.jsonl", questions, produce)
-        if dist.get_rank() == 0:
-            results = read_results(out, write=True)
+            complete(out / f"items/{name}/{test}.jsonl", questions, produce)
+        if subject.rank == 0:
+            _, statistics = read_results(out, write=True)
             scores = {}
-            for name, statistic in results.statistics.items():
+            for name, statistic in statistics.items():
                 scores[name] = interval(statistic.values) | {"n": len(statistic.of_items)}
             content = {"settings": settings, "measures": scores}
             write_text(out / "results.json", json.dumps(content, indent=2, allow_nan=False))
-            print_table([out.name], [results])
+            print_table([out.name], [statistics])
 
 
 OPTIONS = """
@@ -666,8 +676,8 @@ def parser():
     for name, measure in measures().items():
         tests += f"--{name} FILE...   {measure.help}\n"
     prompt_options = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
-    options = OPTIONS.format(tests) + prompt_options
-    return data.make_parser("Measures what a model gained and lost.", options)
+    purpose = "Measures what a model gained and lost."
+    return data.make_parser(purpose, OPTIONS.format(tests) + prompt_options)
 
 
 if __name__ == "__main__":

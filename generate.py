@@ -15,22 +15,18 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import contextlib
-import hashlib
 import json
 import math
 import os
 import re
-import uuid
-from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 import data
@@ -53,13 +49,10 @@ from model import (
 
 # a CJK character counts as a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
-# SDFT (Yang et al. 2024) in our words: a prompt that shows the reference, and phrases that give
-# away that the answer was written with one
-GUIDE = (
-    "{instruction}\n\nBelow is a reference answer. "
-    "Write your own answer to the request, guided by it.\n{reference}"
-)
-LEAKS = ("reference answer", "your response", "my response", "now it's your turn")
+# SDFT (Yang et al. 2024) in our words: a prompt of a request and its reference, and phrases that
+# give away that the answer was written with one
+GUIDE = "{}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{}"
+LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
 REWRITES = ("translation", "paraphrase")  # tasks that replace the reference
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
@@ -67,27 +60,21 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 # 1. The method: what the model reads, and what its continuation becomes
 
 
-def prefill_reference(row: Row, encoder: Encoder, cue: str = "") -> "Sequence":
-    """Prefills the reference and the cue: the model's answer begins with them."""
-    tokenizer = encoder.tokenizer
-    reference = tokenizer.answer(row.reference)
-    cue_ids = tokenizer.continuation(row.reference, reference, cue)
+def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
+    """What the model reads: the prompt, and an answer that begins with reference and cue."""
+    row.rationale_ids = tokenizer.continuation(row.reference, row.reference_ids, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
-    require(cue_ids or not cue, "--cue", fault)
-    return Sequence(row.id, encoder.prompt(row) + reference + cue_ids, row.where, row=row)
+    require(row.rationale_ids or not cue, "--cue", fault)
+    return row.prompt_ids + row.reference_ids + row.rationale_ids
 
 
-def write_rationale(sequence: "Sequence", encoder: Encoder) -> Row:
+def write_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
     """All that follows the reference is the rationale: the cue, and what the model added."""
     row = sequence.row
-    tokenizer = encoder.tokenizer
-    reference = tokenizer.answer(row.reference)
-    start = len(encoder.prompt(row) + reference)
-    rationale = (sequence.prompt + sequence.ids)[start:]
+    rationale = row.rationale_ids + sequence.ids
     return replace(
         row,
-        rationale=tokenizer.decode_after(reference, rationale),
-        reference_ids=reference,
+        rationale=tokenizer.decode_after(row.reference_ids, rationale),
         rationale_ids=rationale,
         finish=sequence.finish,
         status=status_of(tokenizer.decode(sequence.ids)),
@@ -112,57 +99,68 @@ def ask_for_rewrite(row, encoder, task):
     """SeqKD asks for a translation; SDFT for a paraphrase of the reference, which it shows."""
     messages = encoder.messages(row)
     if task == "paraphrase":
-        text = GUIDE.format(instruction=messages[-1]["content"], reference=row.reference)
+        text = GUIDE.format(messages[-1]["content"], row.reference)
         messages = [*messages[:-1], {"role": "user", "content": text}]
     else:
         require(row.messages is None, row.where, "--task translation needs rows with a source")
-    return Sequence(row.id, encoder.tokenizer.chat(messages, where=row.where), row.where, row=row)
+    return encoder.tokenizer.chat(messages, where=row.where)
 
 
-def write_rewrite(sequence, encoder, task):
-    """The model's own text is the reference; where it is unusable, the original stays."""
-    row = sequence.row
-    tokenizer = encoder.tokenizer
+def write_rewrite(sequence, tokenizer, task):
+    """The model's own text replaces the reference, which is kept if that text is unusable."""
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
         text = text.strip().split("\n")[0]
         ids = tokenizer.answer(text)
-    leaks = task == "paraphrase" and any(phrase in text.casefold() for phrase in LEAKS)
-    if not text.strip() or sequence.finish == "length" or leaks:
-        text = row.reference
-        ids = tokenizer.answer(text)
-    return replace(row, reference=text, reference_ids=ids, rationale_ids=[])
+    leaks = task == "paraphrase" and LEAKS.search(text.casefold())
+    if leaks or sequence.finish == "length" or not text.strip():
+        return sequence.row
+    return replace(sequence.row, reference=text, reference_ids=ids)
 
 
 def make_sequence(row, encoder, task, cue):
+    """What the model reads for a row. Of a ledger only the pair counts."""
+    tokenizer = encoder.tokenizer
+    reference = "" if task == "answer" else row.reference  # an answer is all rationale
+    row = Row(
+        row.id,
+        row.where,
+        reference,
+        row.source,
+        row.source_lang,
+        row.target_lang,
+        row.messages,
+        reference_ids=tokenizer.answer(reference),
+        rationale_ids=[],
+        tokenizer=tokenizer.hash,
+        chat=tokenizer.chat_option,
+        system=encoder.system,
+        template=encoder.template,
+    )
+    row.prompt_ids = encoder.prompt(row)
     if task in REWRITES:
-        return ask_for_rewrite(row, encoder, task)
-    if task == "answer":  # a rationale after an empty reference
-        row = replace(row, reference="")
-    return prefill_reference(row, encoder, cue)
+        prompt = ask_for_rewrite(row, encoder, task)
+    else:
+        prompt = prefill_reference(row, tokenizer, cue)
+    return Sequence(row.id, prompt, row.where, row=row)
 
 
-def ledger_row(sequence, encoder, task):
+def ledger_row(sequence, tokenizer, task):
     """All that training needs to know. `logprob` is of what was sampled, whether used or not."""
     if task in REWRITES:
-        row = write_rewrite(sequence, encoder, task)
+        row = write_rewrite(sequence, tokenizer, task)
     else:
-        row = write_rationale(sequence, encoder)
-    row.prompt_ids = encoder.prompt(sequence.row)
-    row.tokenizer = encoder.tokenizer.hash
-    row.chat = encoder.tokenizer.chat_option
-    row.system = encoder.system
-    row.template = encoder.template
+        row = write_rationale(sequence, tokenizer)
     fields = {name: value for name, value in vars(row).items() if value is not None}
     del fields["where"]
     if row.messages is not None:
-        del fields["messages"]
         answer = fields.pop("reference")
-        if len(row.messages) == 1:
-            fields |= {"prompt": row.messages[0]["content"], "response": answer}
+        *before, turn = fields.pop("messages")
+        if before:
+            fields["messages"] = [*before, turn, {"role": "assistant", "content": answer}]
         else:
-            fields["messages"] = [*row.messages, {"role": "assistant", "content": answer}]
+            fields |= {"prompt": turn["content"], "response": answer}
     logprob = sum(sequence.logprobs) / len(sequence.logprobs)
     # further digits depend on the batch in which the row was computed
     return fields | {"logprob": round(logprob, 3)}
@@ -173,8 +171,8 @@ def ledger_row(sequence, encoder, task):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model continues. Each field is an option of generate.py, is recorded with a ledger and
-    compared when a run is finished. To a ledger older than a field, the default applies.
+    """How a model continues. Each field is an option of generate.py, recorded in the meta file of a
+    ledger and compared when a run is resumed. If a meta file lacks a field, the default counts.
     """
 
     max_new_tokens: int = 256
@@ -189,13 +187,14 @@ class Sampling:
     @classmethod
     def from_record(cls, record: dict, where) -> "Sampling":
         """The settings that a ledger was written with, from its meta file."""
-        values = {}
-        for name, default in DEFAULTS.items():
-            values[name] = read_field(record, name, type(default), where, default)
+        values = {
+            name: read_field(record, name, type(default), where, default)
+            for name, default in DEFAULTS.items()
+        }
         return cls(**values)
 
 
-DEFAULTS = asdict(Sampling())
+DEFAULTS = vars(Sampling())
 
 
 @dataclass
@@ -218,8 +217,8 @@ class Sequence:
         return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
 
     def add(self, token, logprob, eos_ids, max_new_tokens, stop):
-        fault = "the model's logits are NaN or infinite; check its weights"
-        require(math.isfinite(logprob), self.where, fault)
+        finite = math.isfinite(logprob)
+        require(finite, self.where, "the model's logits are NaN or infinite; check its weights")
         self.logprobs.append(logprob)
         if token in eos_ids:
             self.finish = "eos"
@@ -248,19 +247,24 @@ def sample(
     token, ends a sequence as EOS would.
     """
     require_room(sequences, sampling.max_new_tokens, model.config)
-    waiting = deque(sorted(sequences, key=lambda sequence: len(sequence.prompt)))
+    waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt))
     if not waiting:
         return
     for sequence in waiting:
         sequence.key = noise_key(sampling.seed, sequence.id)
     rows = min(batch_size, len(waiting))
     cache = allocate_cache(model, rows, waiting[-1], sampling.max_new_tokens)
+    # how many tokens of prompts are read at once, with padding
+    budget = 2**15 if model.device.type == "cuda" else 2**12
     pick = partial(choose, sampling=sampling, vocab_size=vocab_size)
     graphs = {}
     running = []  # running[b] has row b of the cache
     while waiting or running:
-        batch = next_prompts(waiting, rows - len(running), rows, model.device)
-        if batch:
+        free = rows - len(running)
+        if waiting and free >= min(len(waiting), rows / 8):  # several are read faster than one
+            batch = waiting[:free]
+            batch = batch[: max(budget // len(batch[-1].prompt), 1)]
+            del waiting[: len(batch)]
             picked = read_prompts(model, cache, len(running), batch, pick)
             running += batch
         else:
@@ -277,13 +281,16 @@ def sample(
 
 
 def require_room(sequences, max_new_tokens, config, folder="the model"):
-    """Raises UserError at a prompt that is empty or too long, or has ids that the model lacks."""
+    """Raises UserError if a prompt is empty or too long, or has ids that the model lacks."""
     room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
         n = len(sequence.prompt)
-        fault = f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit"
-        advice = "lower --max-new-tokens, or remove the row"
-        require(0 < n <= room, sequence.where, f"{fault}; {advice}")
+        require(
+            0 < n <= room,
+            sequence.where,
+            f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit; "
+            "lower --max-new-tokens, or remove the row",
+        )
         known = 0 <= min(sequence.prompt) <= max(sequence.prompt) < config.vocab_size
         fault = f"has no embedding for an id of {sequence.where}: its tokenizer is another model's"
         require(known, folder, fault)
@@ -298,19 +305,10 @@ def allocate_cache(model, rows, longest, max_new_tokens):
         free, _ = torch.cuda.mem_get_info()
         one = KVCache.empty(model, 1, n + max_new_tokens)
         fitting = int(0.8 * free / (2 * one.keys.nbytes))  # the rest is for activations
-        fault = f"out of memory for {rows} rows of this length, a prompt of {n} tokens"
-        advice = f"give --batch-size {fitting}, or remove the row"
-        raise UserError(f"{longest.where}: {fault}; {advice}") from None
-
-
-def next_prompts(waiting, free, rows, device):
-    """Takes what to read next: nothing while few rows are free, since several are read faster."""
-    count = min(free, len(waiting))
-    if not waiting or free < min(len(waiting), rows / 8):
-        return []
-    budget = 2**15 if device.type == "cuda" else 2**12  # tokens, with padding
-    count = min(count, max(budget // len(waiting[count - 1].prompt), 1))
-    return [waiting.popleft() for _ in range(count)]
+        raise UserError(
+            f"{longest.where}: out of memory for {rows} rows of this length, a prompt of {n} "
+            f"tokens; give --batch-size {fitting}, or remove the row"
+        ) from None
 
 
 def read_prompts(model, cache, first, new, pick):
@@ -331,28 +329,25 @@ def decode(model, cache, running, pick, graphs):
     launches them all at once. Its shapes are fixed: rows and length are rounded up, so that a few
     graphs serve all steps.
     """
-    inputs = []
-    for sequence in running:
-        count = len(sequence.ids)
-        position = len(sequence.prompt) + count - 1
-        inputs.append([sequence.ids[-1], position, sequence.key, count])
-    length = max(position for _, position, _, _ in inputs) + 1
+    inputs = [[s.ids[-1], len(s.prompt), s.key, len(s.ids)] for s in running]
+    length = max(start + count for _, start, _, count in inputs)
     graphed = model.device.type in GRAPH_DEVICES
     if graphed:
         _, rows, _, room, _ = cache.keys.shape
         size = 1
         while size < len(inputs):
             size *= 4
-        length = min(math.ceil(length / 64) * 64, room)
+        length = min(length + -length % 64, room)
         # an unused row writes at the last position: what takes the row overwrites that in time
-        inputs += [[0, length - 1, 0, 0]] * (min(size, rows) - len(inputs))
+        inputs += [[0, length, 0, 0]] * (min(size, rows) - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
 
     def step(inputs):
-        tokens, positions, keys, counts = inputs.split(1, dim=1)  # [B, 1] each
+        tokens, starts, keys, counts = inputs.unbind(1)  # [B] each
+        positions = starts + counts - 1
         part = cache.view(slice(len(inputs)), length)
-        logits = model(tokens, cache=part, positions=positions)[:, 0]  # [B, V]
-        return pick(logits, keys[:, 0], counts[:, 0])
+        logits = model(tokens[:, None], cache=part, positions=positions[:, None])  # [B, 1, V]
+        return pick(logits[:, 0], keys, counts)
 
     if not graphed:
         return step(inputs)
@@ -395,10 +390,10 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
         if sampling.top_p < 1:
             inside = nucleus(scores.softmax(-1), sampling.top_p)
             scores = scores.masked_fill(~inside, -math.inf)
-        scores = scores - exponential_noise(keys, counts, scores.shape[-1]).log_()
+        scores -= exponential_noise(keys, counts, scores.shape[-1]).log_()
     tokens = scores.argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return torch.stack([tokens.double(), logprobs.double()])
+    return torch.stack([tokens.double(), logprobs])
 
 
 def nucleus(probs, top_p):
@@ -415,13 +410,12 @@ def nucleus(probs, top_p):
     return probs >= last
 
 
-def noise_key(seed: int, id: int | str) -> int:
+def noise_key(seed, id):
     """64 bits of a hash of the seed and a row's id, which its noise depends on."""
-    digest = hashlib.sha256(json.dumps([seed, id]).encode()).digest()
-    return int.from_bytes(digest[:8], signed=True)
+    return int.from_bytes(bytes.fromhex(data.short_hash([seed, id])), signed=True)
 
 
-def exponential_noise(keys: Tensor, counts: Tensor, size: int) -> Tensor:
+def exponential_noise(keys, counts, size):
     """Samples of Exponential(1) [N, size], the same on every device: a hash of the row's key, of
     the number of tokens that were sampled before in this row, and of the token.
     """
@@ -453,135 +447,119 @@ def generate(
 ) -> list[list[int]]:
     """The ids that continue each prompt, without EOS. settings: fields of Sampling."""
     sequences = [Sequence(i, prompt, f"prompt {i}") for i, prompt in enumerate(prompts)]
-    for _ in sample(model, sequences, Sampling(**settings), eos_ids, batch_size=batch_size):
-        pass
+    list(sample(model, sequences, Sampling(**settings), eos_ids, batch_size=batch_size))
     return [sequence.ids for sequence in sequences]
 
 
 # 3. The ledger: rows that survive a kill, written by any number of ranks
 
 
-def complete(path: Path, rows: list, produce: Callable, settings: dict | None = None):
+def complete(path, rows, produce, settings=None):
     """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
 
     Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
     all that their outcome depends on besides the settings. produce(missing) yields a dict with
     "id" for each of the rows that it is given, in any order. settings: written to NAME.meta.json
-    beside `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
+    next to `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
     Lines of a `path` that exists are kept as they are; one that belongs to no row is refused.
     """
     rank = dist.get_rank()
-    parts = parts_folder(path)
+    parts = Path(f"{path}.parts")
     by_id = {}
     for row in rows:
         require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
         by_id[row.id] = row
-    missing = [None]
-    if rank == 0:
-        parts.mkdir(parents=True, exist_ok=True)
-        finished = read_finished(path, by_id, settings)
-        missing = [[id for id in by_id if id not in finished]]
-    dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
-    mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
-    part = parts / f"rank{rank}-{uuid.uuid4().hex}.jsonl"
-    for row in produce(mine) if mine else []:
-        known = by_id[row["id"]]
-        line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
-        with writing(part), open(part, "a", encoding="utf-8") as f:
-            f.write(line + "\n")
-    dist.barrier()  # until all have written their part
-    if rank == 0:
-        publish(path, parts, by_id, settings)
+    with claim_parts(parts, settings or {}):
+        missing = [None]
+        if rank == 0:
+            finished = read_finished(path, parts, by_id, settings)
+            missing = [[id for id in by_id if id not in finished]]
+        dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
+        mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
+        part = parts / f"rank{rank}.jsonl"
+        for row in produce(mine) if mine else []:
+            known = by_id[row["id"]]
+            line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
+            with writing(part), open(part, "a", encoding="utf-8") as f:
+                f.write(f"\n{line}\n")  # the line before may be torn
+        dist.barrier()  # until all have written their part
+        if rank == 0:
+            publish(path, parts, by_id, settings)
     dist.barrier()
-
-
-def publish(path, parts, by_id, settings):
-    """Moves all rows from the parts to `path`."""
-    finished = read_finished(path, by_id, settings)
-    fault = "has not all rows though all ranks ended; do they share it? Run it again"
-    require(len(finished) == len(by_id), parts, fault)
-    files = [*parts.glob("rank*.jsonl")]
-    if files and settings is not None:
-        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
-        replace_file(meta_path(path), text, parts)
-    if files:
-        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
-    for file in files:
-        file.unlink()
-    with contextlib.suppress(OSError):  # not empty: a run has claimed it
-        parts.rmdir()
-
-
-def parts_folder(path):
-    return path.with_name(path.name + ".parts")
-
-
-def meta_path(ledger: Path) -> Path:
-    return ledger.with_name(ledger.name.removesuffix(".jsonl") + ".meta.json")
-
-
-def read_meta(ledger: Path) -> dict:
-    """The settings that a ledger was written with; {} where its meta file is not beside it."""
-    meta = meta_path(ledger)
-    return read_object(meta) if data.is_own(meta) else {}
-
-
-def read_finished(path, by_id, settings):
-    """id -> line of all that is finished. Raises UserError unless `path` is missing or ours."""
-    parts = parts_folder(path).glob("rank*.jsonl")
-    texts = {file: file.read_text("utf-8", errors="replace") for file in parts}
-    meta = meta_path(path)
-    exists = os.path.lexists(path)
-    if settings is not None and (exists or os.path.lexists(meta)):
-        fault = (
-            f"is missing or not of this script, so {path.name} is left alone; choose another --out"
-        )
-        require(data.is_own(meta), meta, fault)
-        data.require_same(meta, DEFAULTS | read_object(meta), settings)
-    if exists:
-        require(path.is_file(), path, "is not a file; choose another --out")
-        texts[path] = read_text(path)  # the last: what was edited there counts
-    finished = {}
-    for file, text in texts.items():
-        for n, line in enumerate(text.split("\n"), 1):
-            id = id_of(line, by_id)
-            fault = "the row is missing from the data, or differs; choose another --out"
-            require(id is not None or not line or file != path, f"{file}:{n}", fault)
-            finished[id] = line
-    finished.pop(None, "")
-    return finished
-
-
-def id_of(line, by_id):
-    """The id of a line that belongs to a row; None if a kill has torn it, or if it is foreign."""
-    try:
-        row = parse_json(line, "")
-        return row["id"] if row["input_hash"] == by_id[row["id"]].input_hash else None
-    except (UserError, KeyError, TypeError):
-        return None
 
 
 @contextlib.contextmanager
 def claim_parts(parts, settings):
     """Holds the parts folder within the block, and removes it afterwards unless it has rows."""
-    first = dist.get_rank() == 0
     try:
         with data.claim(parts, "settings.json", settings, DEFAULTS):
             try:
                 yield
             finally:
-                if first and not any(parts.glob("rank*.jsonl")):
+                if dist.get_rank() == 0 and not any(parts.glob("rank*.jsonl")):
                     (parts / "settings.json").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):  # it has rows, or another run holds it
-            if first:
-                parts.rmdir()
+            parts.rmdir()
+
+
+def read_finished(path, parts, by_id, settings):
+    """Lines of finished rows by id. Raises UserError if `path` is not of this script."""
+    meta = meta_path(path)
+    exists = os.path.lexists(path)
+    if settings is not None and (exists or os.path.lexists(meta)):
+        require(
+            data.is_own(meta),
+            meta,
+            f"is missing or not of this script, so {path.name} is left alone; choose another --out",
+        )
+        data.require_same(meta, DEFAULTS | read_object(meta), settings)
+    texts = {part: part.read_text("utf-8", "replace") for part in parts.glob("rank*.jsonl")}
+    if exists:
+        require(path.is_file(), path, "is not a file; choose another --out")
+        texts[path] = read_text(path)  # the last: what was edited there counts
+    ids = {(id, row.input_hash): id for id, row in by_id.items()}
+    finished = {}
+    for file, text in texts.items():
+        for n, line in enumerate(text.split("\n"), 1):
+            try:
+                row = parse_json(line, file)
+                finished[ids[row["id"], row["input_hash"]]] = line
+            except (UserError, KeyError, TypeError):  # in a part: torn, or of other data
+                fault = "the row is missing from the data, or differs; choose another --out"
+                require(file != path or not line, f"{file}:{n}", fault)
+    return finished
+
+
+def publish(path, parts, by_id, settings):
+    """Moves all rows from the parts to `path`."""
+    finished = read_finished(path, parts, by_id, settings)
+    fault = "lacks rows although all ranks ended; share it between all ranks, and run again"
+    require(len(finished) == len(by_id), parts, fault)
+    files = [*parts.glob("rank*.jsonl")]
+    if files:
+        if settings is not None:
+            text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
+            replace_file(meta_path(path), text, parts)
+        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
+    for file in files:
+        file.unlink()
 
 
 def replace_file(path, text, parts):
     """Writes a file that appears whole; what is temporary lies in the parts folder."""
     write_text(parts / "whole", text)
     os.replace(parts / "whole", path)
+
+
+def meta_path(ledger):
+    return ledger.with_suffix(".meta.json")
+
+
+def read_meta(ledger):
+    """The settings that a ledger was written with; {} if its meta file is not next to it."""
+    meta = meta_path(ledger)
+    return read_object(meta) if data.is_own(meta) else {}
 
 
 # 4. From data to ledger
@@ -593,25 +571,24 @@ def main(args):
     cue = args.cue or ""
     require(args.task == "rationale" or not cue, "--cue", "is for --task rationale only")
     out = Path(os.path.realpath(args.out))
-    require(out.name.endswith(".jsonl"), f"--out {args.out}", "must end in .jsonl; rename it")
+    require(out.suffix == ".jsonl", f"--out {args.out}", "must end in .jsonl, such as rows.jsonl")
     rank, _, device = start_processes()
     tokenizer = Tokenizer(args.model, args.chat)
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
     rows = data.read_rows(args.data, args.direction, prompts=args.task == "answer")
-    sequences = []
-    for row in rows[: args.limit]:
-        # of a ledger only the pairs count
-        languages = (row.source_lang, row.target_lang)
-        pair = Row(row.id, row.where, row.reference, row.source, *languages, row.messages)
-        sequences.append(make_sequence(pair, encoder, args.task, cue))
-    config = ModelConfig.from_file(args.model)
-    require_room(sequences, sampling.max_new_tokens, config, args.model)
+    sequences = [make_sequence(row, encoder, args.task, cue) for row in rows[: args.limit]]
+    require_room(sequences, args.max_new_tokens, ModelConfig.from_file(args.model), args.model)
 
     # 2. all that a row depends on, besides what the model reads
-    settings = {"task": args.task, "model": args.model, "dtype": args.dtype, "cue": cue}
-    settings |= asdict(sampling) | encoder.settings()
-    settings["model_hash"] = hash_model(args.model)
-    settings["versions"] = {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__}
+    settings = {
+        "task": args.task,
+        "model": args.model,
+        "model_hash": hash_model(args.model),
+        "dtype": args.dtype,
+        "cue": cue,
+        "versions": {"torch": torch.__version__, "sentencepiece": sentencepiece.__version__},
+    }
+    settings |= vars(sampling) | encoder.settings()
 
     # 3. the rows
     def produce(missing):
@@ -629,10 +606,9 @@ def main(args):
             stop=tokenizer.first_line_ends if args.task == "translation" else None,
         )
         for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
-            yield ledger_row(sequence, encoder, args.task)
+            yield ledger_row(sequence, tokenizer, args.task)
 
-    with claim_parts(parts_folder(out), settings):
-        complete(out, sequences, produce, settings)
+    complete(out, sequences, produce, settings)
     if rank == 0:
         print(f"{out}: {len(sequences)} rows")
 
@@ -645,8 +621,8 @@ OPTIONS = """
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
---top-p P=1.0           nucleus, a share of the probability; 1 is the whole vocabulary
---seed N=0              of the samples
+--top-p P=1.0           nucleus sampling: cumulative probability; 1 is the whole vocabulary
+--seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
 --compile               compile the layers: for long runs on a GPU

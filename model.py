@@ -10,7 +10,6 @@ need no table of names.
 
 import hashlib
 import json
-import math
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,12 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# by model_type: the architecture, and what transformers takes for missing fields where that is not
-# the default of ModelConfig
+# by model_type: what transformers takes for missing fields, where ModelConfig has other defaults
 FAMILIES = {
-    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "llama": {},
     "mistral": {
-        "architectures": ["MistralForCausalLM"],
         "max_position_embeddings": 131072,
         "num_key_value_heads": 8,
         "sliding_window": 4096,
@@ -56,31 +53,30 @@ LIMITS = {"num_hidden_layers": 1000, "rope_theta": 2**40}
 INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MAX_FILE_BYTES = 2_000_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ModelConfig:
     """The fields of config.json that are implemented, with their types and Llama's defaults."""
 
+    raw: dict = field(compare=False)  # the whole file, for exports
     vocab_size: int
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # null: num_attention_heads
-    head_dim: int | None = None  # null: hidden_size / num_attention_heads
+    num_key_value_heads: int = None  # null: num_attention_heads
+    head_dim: int = None  # null: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    sliding_window: int | None = None  # null: a token attends to all before it
+    sliding_window: int = None  # null: a token attends to all before it
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
-    raw: dict = field(repr=False, compare=False)  # the whole file, for exports
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "ModelConfig":
+    def from_file(cls, path) -> "ModelConfig":
         """Reads a config.json, or that of a folder.
 
         Raises UserError for a field that is missing, of another type, out of range, not supported
@@ -90,16 +86,14 @@ class ModelConfig:
         if path.is_dir():
             path = path / "config.json"
         raw = read_object(path)
-        model_type = read_field(raw, "model_type", str, path)
-        fault = f'"model_type": {quote(model_type)} is not supported (only {", ".join(FAMILIES)})'
-        require(model_type in FAMILIES, path, fault)
-        given = FAMILIES[model_type] | raw | read_rope(raw, path) | {"raw": raw}
-        if model_type == "llama":
+        family = read_field(raw, "model_type", str, path)
+        fault = f'"model_type": {quote(family)} is not supported (only {", ".join(FAMILIES)})'
+        require(family in FAMILIES, path, fault)
+        given = FAMILIES[family] | raw | read_rope(raw, path) | {"raw": raw}
+        if family == "llama":
             given["sliding_window"] = None  # LlamaForCausalLM ignores it
         values = {}
         for name, kind in cls.__annotations__.items():
-            if kind == int | None:
-                kind = int
             value = read_field(given, name, kind, path, getattr(cls, name, ...))
             if type(value) in (int, float):
                 limit = LIMITS.get(name, 2**20)
@@ -112,39 +106,34 @@ class ModelConfig:
         if values["head_dim"] is None:
             values["head_dim"] = values["hidden_size"] // heads
         config = cls(**values)
-        config.require_supported(given, path)
-        return config
-
-    def require_supported(self, given, path):
-        """Raises UserError for fields that contradict each other or ask for other mathematics."""
-        divides = self.num_attention_heads % self.num_key_value_heads == 0
+        divides = heads % config.num_key_value_heads == 0
         require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
-        even = self.head_dim > 0 and self.head_dim % 2 == 0
-        require(even, path, f"head_dim must be even, found {self.head_dim}")
-        attention = "full_attention" if self.sliding_window is None else "sliding_attention"
+        even = config.head_dim > 0 and config.head_dim % 2 == 0
+        require(even, path, f"head_dim must be even, found {config.head_dim}")
+        attention = "full_attention" if config.sliding_window is None else "sliding_attention"
         supported = SUPPORTED | {
-            "architectures": FAMILIES[given["model_type"]]["architectures"],
-            "layer_types": [attention] * self.num_hidden_layers,
+            "architectures": [f"{family.title()}ForCausalLM"],
+            "layer_types": [attention] * config.num_hidden_layers,
         }
         for name, value in supported.items():
             fault = f'"{name}": {quote(given.get(name))} is not supported (only {quote(value)})'
             require(given.get(name) in (None, value), path, fault)
+        return config
 
 
 def read_rope(raw, path):
     """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
     scaling = read_field(raw, "rope_scaling", dict, path, {})
-    parameters = read_field(raw, "rope_parameters", dict, path, {})
-    rope = scaling | parameters
-    agree = scaling in ({}, rope) and parameters in ({}, rope)
-    require(agree, path, '"rope_scaling" contradicts "rope_parameters"; remove the wrong one')
+    rope = read_field(raw, "rope_parameters", dict, path, scaling)
+    require(scaling in ({}, rope), path, '"rope_scaling" contradicts "rope_parameters"; remove one')
     place = "rope_scaling" if scaling else "rope_parameters"
-    names = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    plain = rope.get("rope_type", rope.get("type")) in (None, "default") and rope.keys() <= names
-    require(plain, path, f'"{place}": {quote(rope)} is not supported (only rope_type "default")')
     for name, value in rope.items():
-        fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
-        require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+        if name in ("rope_theta", "partial_rotary_factor"):
+            fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
+            require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+        else:
+            fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
+            require(name in ("rope_type", "type") and value == "default", path, fault)
     return rope
 
 
@@ -155,24 +144,23 @@ class KVCache(NamedTuple):
     values: Tensor
 
     @classmethod
-    def empty(cls, model: "Transformer", batch: int, length: int):
+    def empty(cls, model, batch, length):
         config = model.config
-        heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, batch, heads, length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            config.num_key_value_heads,
+            length,
+            config.head_dim,
+        )
         keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
         return cls(keys, torch.zeros_like(keys))
 
-    def view(self, rows: slice, length: int):
+    def view(self, rows: slice, length):
         """The first `length` slots of some rows: attention skips slots that no row has reached."""
-        return KVCache(self.keys[:, rows, :, :length], self.values[:, rows, :, :length])
+        return KVCache(*(x[:, rows, :, :length] for x in self))
 
-    def update(self, k: Tensor, v: Tensor, positions: Tensor):
-        """Stores the k and v [B, K, T, D] of one layer, whose cache this is, at `positions`."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
-        self.values[rows, :, positions] = v.transpose(1, 2)
-
-    def move(self, row: int, to: int):
+    def move(self, row, to):
         if row != to:
             for x in self:
                 x[:, to] = x[:, row]
@@ -187,12 +175,12 @@ class Shared(NamedTuple):
     token_at: Tensor  # [B, T], which of the U tokens is at each place
     first_at: Tensor  # [U], the place in B * T where each token occurs first
 
-    def to_rows(self, x: Tensor) -> Tensor:
+    def to_rows(self, x):
         """[1, U, C] -> [B, T, C]"""
         # unlike x[0][token_at], its backward pass sums in one order on any number of threads
         return F.embedding(self.token_at, x.flatten(0, 1))
 
-    def to_tokens(self, x: Tensor) -> Tensor:
+    def to_tokens(self, x):
         """[B, T, C] -> [1, U, C]"""
         return x.flatten(0, 1)[self.first_at][None]
 
@@ -207,23 +195,23 @@ class Inputs(NamedTuple):
     shared: Shared | None
 
 
-def rotary(config: ModelConfig, positions: Tensor):
+def rotary(config, positions):
     """Returns cos and sin [B, 1, T, D] for `positions` [B, T].
 
-    Always float32: bfloat16 cannot tell large positions apart.
+    Always float32: bfloat16 cannot tell large positions apart. The first half of sin is negative,
+    as `rotate` needs it.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device)
-    frequencies = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
-    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D/2], radians
-    cos = angles.cos()
-    sin = angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    half = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
+    frequencies = torch.cat([-half, half])
+    angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D], radians
+    return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
     """Rotates each pair (i, i + D/2) of x [B, heads, T, D], as Hugging Face orders them."""
     half = x.shape[-1] // 2
-    return (x * cos + x.roll(half, dims=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(half, dims=-1) * sin).type_as(x)
 
 
 def attend(q, k, v, mask):
@@ -243,45 +231,46 @@ def attend(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+# no weight matrix of these models has a bias
+linear = partial(nn.Linear, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):
         # the weight after the cast back from float32, as in Llama: in bfloat16 the other order
         # changes a quarter of the values
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         C = config.hidden_size
         D = self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = linear(C, config.num_attention_heads * D)
+        self.k_proj = linear(C, config.num_key_value_heads * D)
+        self.v_proj = linear(C, config.num_key_value_heads * D)
+        self.o_proj = linear(config.num_attention_heads * D, C)
 
-    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+    def forward(self, x, inputs: Inputs, cache: KVCache | None):
         """x [B, T, C], or [1, U, C] with shared tokens -> the same shape.
 
         cache: that of this layer, [B, K, S, D], which stores the keys and values of x.
         """
         cos, sin, positions, mask, shared = inputs
-        q = self.q_proj(x)
-        k = self.k_proj(x)
-        v = self.v_proj(x)
-        if shared is not None:
-            q, k, v = (shared.to_rows(z) for z in (q, k, v))  # [B, T, heads * D]
-        shape = (*q.shape[:2], -1, self.head_dim)
-        q = rotate(q.view(shape).transpose(1, 2), cos, sin)  # [B, H, T, D]
-        k = rotate(k.view(shape).transpose(1, 2), cos, sin)  # [B, K, T, D]
-        v = v.view(shape).transpose(1, 2)
+
+        def heads(z):  # -> [B, heads, T, D]
+            if shared is not None:
+                z = shared.to_rows(z)
+            return z.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+        q = rotate(heads(self.q_proj(x)), cos, sin)
+        k = rotate(heads(self.k_proj(x)), cos, sin)
+        v = heads(self.v_proj(x))
         if cache is not None:
-            cache.update(k, v, positions)
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            cache.keys[rows, :, positions] = k.transpose(1, 2)  # [B, T, K, D]
+            cache.values[rows, :, positions] = v.transpose(1, 2)
             if mask is not None:  # without one, the new keys are all that there are
                 k, v = cache  # [B, K, S, D]
         y = attend(q, k, v, mask).transpose(1, 2).flatten(2)  # [B, T, H * D]
@@ -291,25 +280,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, inputs: Inputs, cache: KVCache | None) -> Tensor:
+    def forward(self, x, inputs: Inputs, cache: KVCache | None):
         x = x + self.self_attn(self.input_layernorm(x), inputs, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -319,21 +308,23 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config) for _ in range(config.num_hidden_layers)]
-        self.model["layers"] = nn.ModuleList(blocks)
-        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+                "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            }
+        )
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
 
     @property
-    def device(self) -> torch.device:
-        return self.model["embed_tokens"].weight.device
+    def device(self):
+        return self.model.embed_tokens.weight.device
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.model["embed_tokens"].weight.dtype
+    def dtype(self):
+        return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
         """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] in B * T.
@@ -346,45 +337,40 @@ class Transformer(nn.Module):
         With `shared`, of `data.share`, tokens are [1, U], and B and T are those of the rows.
         """
         T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
-        window = self.config.sliding_window
-        masked = positions is not None or (window is not None and T > window)
+        S = T if cache is None else cache.keys.shape[3]
+        window = S if self.config.sliding_window is None else self.config.sliding_window
+        masked = positions is not None or T > window
         if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
         positions = positions.contiguous()  # a compiled layer has a program for every stride
-        cos, sin = rotary(self.config, positions)
-        mask = None
-        if masked:
-            mask = self.attention_mask(positions, T if cache is None else cache.keys.shape[3])
-        inputs = Inputs(cos, sin, positions, mask, shared)
-        x = self.model["embed_tokens"](tokens)  # [B, T, C], or [1, U, C]
-        for i, layer in enumerate(self.model["layers"]):
-            run = layer
+        mask = self.attention_mask(positions, S, window) if masked else None
+        inputs = Inputs(*rotary(self.config, positions), positions, mask, shared)
+        x = self.model.embed_tokens(tokens)  # [B, T, C], or [1, U, C]
+        for i, layer in enumerate(self.model.layers):
             if self.activation_checkpointing:
-                run = partial(checkpoint, layer, use_reentrant=False)
-            x = run(x, inputs, None if cache is None else KVCache(cache.keys[i], cache.values[i]))
+                layer = partial(checkpoint, layer, use_reentrant=False)
+            x = layer(x, inputs, None if cache is None else KVCache(cache.keys[i], cache.values[i]))
         if shared is not None:
             x = shared.to_rows(x)  # [B, T, C]
         if places is not None:
             x = x.flatten(0, 1)[places]  # [N, C]
-        x = self.model["norm"](x)
+        x = self.model.norm(x)
         if self.config.tie_word_embeddings:
-            return F.linear(x, self.model["embed_tokens"].weight)
+            return F.linear(x, self.model.embed_tokens.weight)
         return self.lm_head(x)
 
-    def attention_mask(self, positions, length):
+    def attention_mask(self, positions, length, window):
         """Returns what is added to the scores of tokens at `positions` [B, T] and `length` slots.
 
         [B, 1, H/K * T, S]: 0 where a token attends to a slot, minus infinity elsewhere.
         """
-        config = self.config
         slots = torch.arange(length, device=positions.device)
         distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
-        visible = distance >= 0
-        if config.sliding_window is not None:
-            visible = visible & (distance < config.sliding_window)
-        mask = torch.where(visible, 0.0, -math.inf).to(self.dtype)
+        visible = (distance >= 0) & (distance < window)
+        mask = torch.where(visible, 0.0, -torch.inf).to(self.dtype)
         # once for each of the heads that share a key/value head, so that no layer has to do it
-        return mask.repeat(1, 1, config.num_attention_heads // config.num_key_value_heads, 1)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        return mask.repeat(1, 1, group, 1)
 
     def compile_layers(self, backend="inductor", **options):
         """Compiles one program for all layers and lengths, with `options` of the backend."""
@@ -392,32 +378,31 @@ class Transformer(nn.Module):
         torch._dynamo.config.specialize_int = True
         # a teacher, validation and empty micro-batches need their own programs; the rest is eager
         torch._dynamo.config.recompile_limit = 64
-        settings = {"backend": backend, "dynamic": True, "options": options or None}
-        for layer in self.model["layers"]:
-            layer.forward = torch.compile(layer.forward, **settings)
+        for layer in self.model.layers:
+            layer.forward = torch.compile(
+                layer.forward, backend=backend, dynamic=True, options=options
+            )
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
         """Loads a Hugging Face folder. Raises UserError for a file or tensor that does not fit."""
-        config = ModelConfig.from_file(folder)
         with torch.device("meta"):
-            model = cls(config).to(dtype)
+            model = cls(ModelConfig.from_file(folder)).to(dtype)
         model.to_empty(device=device)
         load_weights(dict(model.named_parameters()), folder)
         return model
 
     def initialize(self, seed):
         """Sets random weights, the same on any number of ranks: normal matrices, norms of 1."""
-        std = self.config.initializer_range
         for i, p in enumerate(self.parameters()):
-            local, start = local_rows(p)
+            local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
             if p.dim() > 1:
                 generator = torch.Generator(local.device).manual_seed(seed + i)
-                full.normal_(0, std, generator=generator)
-            local.copy_(full[start : start + local.shape[0]])
+                full.normal_(0, self.config.initializer_range, generator=generator)
+            local.copy_(full[rows])
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+    def save_pretrained(self, folder, dtype=None):
         """Writes config.json and safetensors as Hugging Face does. All ranks call it.
 
         dtype: of the files, by default that of the parameters. Raises UserError if a weight is not
@@ -427,8 +412,7 @@ class Transformer(nn.Module):
         save_weights(dict(self.named_parameters()), folder, dtype)
         if is_first_rank():
             names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
-            content = json.dumps(self.config.raw | names, indent=2)
-            write_text(Path(folder) / "config.json", content)
+            write_text(Path(folder) / "config.json", json.dumps(self.config.raw | names, indent=2))
 
 
 # Processes
@@ -439,32 +423,33 @@ def start_processes(timeout=timedelta(days=1)):
 
     timeout: how long a rank waits for the others, such as for rank 0 to hash a model.
     """
-    cuda = torch.cuda.is_available()
-    if not dist.is_initialized():
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        if "RANK" in os.environ:  # started by torchrun
-            alone = {}
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, timeout=timeout, **alone)
+    backend = "gloo"
     device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # it may make a plan for every new length
+    if not dist.is_initialized():
+        alone = {}
+        if "RANK" not in os.environ:  # not started by torchrun
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timeout, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def is_first_rank():
-    """Whether this is rank 0, or a process without a process group."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    """Whether this is rank 0. Processes have been started."""
+    return dist.get_rank() == 0
 
 
 def local_rows(p):
-    """Returns this rank's rows of a parameter, and the index of the first of them."""
+    """Returns the rows of a parameter that this rank holds, and which of all rows they are."""
     if not isinstance(p, DTensor):
-        return p.detach(), 0
-    rows = -(-p.shape[0] // p.device_mesh.size())  # distributed as torch.chunk does
-    return p.to_local().detach(), p.device_mesh.get_local_rank() * rows
+        return p.detach(), slice(None)
+    count = -(-p.shape[0] // p.device_mesh.size())  # distributed as torch.chunk does
+    start = p.device_mesh.get_local_rank() * count
+    return p.to_local().detach(), slice(start, start + count)
 
 
 # Weights
@@ -481,13 +466,16 @@ def hash_model(path) -> str:
         files = [path]
         if path.is_dir():
             files = [path / "config.json", *sorted(list_weights(path))]
-        digest = hashlib.sha256()
+        digests = b""
         for file in files:
             with open(file, "rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-        result = [digest.hexdigest()[:16]]
+                digests += hashlib.file_digest(f, "sha256").digest()
+        result = [hashlib.sha256(digests).hexdigest()[:16]]
     dist.broadcast_object_list(result)
     return result[0]
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def list_weights(folder):
@@ -495,39 +483,42 @@ def list_weights(folder):
 
     Raises UserError if a file is missing, or if two contradict each other.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
-        fault = "an adapter is not supported; merge it into the weights, or remove its files"
-        require(not (folder / name).exists(), folder / name, fault)
+    for file in sorted(folder.glob("adapter_*")):
+        fault = "an adapter is not supported; merge it into the weights or remove it"
+        raise UserError(f"{file}: {fault}")
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
         fault = f"is missing, and so is {INDEX}; download them"
         others = sorted(file.name for file in folder.glob("*.bin"))
         if others:
-            load = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-            save = f"model.save_pretrained({str(folder)!r})"
-            fault = f"is missing; found {', '.join(others)[:100]}; convert it: {load}; {save}"
+            fault = (
+                f"is missing; found {', '.join(others)[:100]}; convert it: "
+                f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
+                f"model.save_pretrained({str(folder)!r})"
+            )
         require(single.exists(), single, fault)
         return {single: []}
     files = {}
     for tensor, name in read_field(read_object(index), "weight_map", dict, index).items():
         beside = type(name) is str and name.endswith(".safetensors") and "/" not in name
         require(beside, index, f"expected the name of a safetensors file, found {quote(name)}")
-        files.setdefault(folder / name, []).append(tensor)
-    for file in files:
+        file = folder / name
         require(file.exists(), file, f"is missing, but {INDEX} names it; download it")
+        files.setdefault(file, []).append(tensor)
     fault = f"is not one of the files that {index} names; remove the outdated one"
     require(single in files or not single.exists(), single, fault)
     return files
 
 
-def find_weights(folder, parameters):
-    """Returns name, parameter, file and stored tensor (unread) of all that is to load.
+def load_weights(parameters, folder):
+    """Copies a folder's tensors into `parameters`; each rank reads its own rows only.
 
-    Raises UserError for tensors that are missing, unexpected, stored twice or of another shape;
-    the message has the first eight.
+    Raises UserError for tensors that are missing, unexpected, stored twice or of another shape (the
+    message has the first eight), for values that are not finite floats, and for a tied head that
+    differs from the embedding.
     """
-    stored = {}
+    stored = {}  # by name: the file, and the tensor, which is not read yet
     faults = []
     for file, promised in list_weights(Path(folder)).items():
         try:
@@ -535,43 +526,34 @@ def find_weights(folder, parameters):
         except (SafetensorError, OSError) as e:
             fault = f"is not a complete safetensors file ({e}); download it again"
             raise UserError(f"{file}: {fault}") from None
-        names = set(content.keys())
-        faults += [f"{x}: not in {file.name}, where {INDEX} puts it" for x in {*promised} - names]
-        faults += [f"{x}: in {file.name} and {stored[x][0].name}" for x in names & stored.keys()]
-        stored |= {name: (file, content.get_slice(name)) for name in names}
+        absent = set(promised).difference(content.keys())
+        faults += [f"{name}: not in {file.name}, where {INDEX} puts it" for name in absent]
+        for name in content.keys():
+            if name in stored:
+                faults.append(f"{name}: in {file.name} and {stored[name][0].name}")
+            stored[name] = file, content.get_slice(name)
     expected = dict(parameters)
-    tied = HEAD in stored and HEAD not in parameters
-    if tied:  # the embedding is stored as head, or as both
+    if HEAD in stored and HEAD not in parameters:  # tied: stored as head, as embedding, or as both
         expected[HEAD] = parameters[EMBEDDING]
         stored.setdefault(EMBEDDING, stored[HEAD])
     for name in sorted(expected.keys() | stored.keys()):
         shape = list(expected[name].shape) if name in expected else "nothing"
-        stored_shape = stored[name][1].get_shape() if name in stored else "nothing"
-        ignored = name.endswith("rotary_emb.inv_freq")  # a buffer of old checkpoints
-        if stored_shape != shape and not ignored:
-            faults.append(f"{name}: found {stored_shape}, expected {shape}")
+        found = stored[name][1].get_shape() if name in stored else "nothing"
+        if found != shape and not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
+            faults.append(f"{name}: found {found}, expected {shape}")
     fault = f"{len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
     require(not faults, folder, fault)
-    return [(name, p, *stored[name]) for name, p in expected.items()]
-
-
-def load_weights(parameters, folder):
-    """Copies a folder's tensors into `parameters`; each rank reads its own rows only.
-
-    Raises UserError for tensors that find_weights refuses, for values that are not finite floats,
-    and for a tied head that differs from the embedding.
-    """
-    for name, p, file, tensor in find_weights(folder, parameters):
-        local, start = local_rows(p)
-        values = tensor[start : start + len(local)]
-        fault = f"{name} must hold finite numbers of a float type; download it again"
-        require(values.dtype in FLOATS, file, fault)
-        if name in parameters:
-            local.copy_(values)
-        else:
-            differs = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
-            require(local.equal(values.to(local)), file, differs)
-        require(local.isfinite().all(), file, fault)
+    for name, p in expected.items():
+        file, tensor = stored[name]
+        local, rows = local_rows(p)
+        values = tensor[rows]
+        new = values.to(local)
+        finite = tensor.get_dtype() in FLOATS and new.isfinite().all()
+        require(finite, file, f"{name} must hold finite numbers of a float type; download it again")
+        if name not in parameters:
+            fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+            require(new.equal(local), file, fault)
+        local.copy_(new)
 
 
 def save_weights(parameters, folder, dtype):
@@ -591,36 +573,35 @@ def save_weights(parameters, folder, dtype):
     if len(groups) > 1:
         files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     contents = list(zip(files, groups.values()))
+    weight_map = {}
     rank, world_size, _ = start_processes()
     for start in range(0, len(files), world_size):
         # gather the tensors of one file for each rank, then write these files at the same time
         mine = {}
         for i, (file, names) in enumerate(contents[start : start + world_size]):
+            weight_map |= dict.fromkeys(names, file)
             for name in names:
                 full = parameters[name].detach().to(dtype)
                 if isinstance(full, DTensor):
                     full = full.full_tensor()  # collective: all ranks take part
                 if i == rank:
-                    fault = f"{name} is not finite, so it is not written"
-                    require(full.isfinite().all(), folder / file, fault)
+                    path = folder / file
+                    finite = full.isfinite().all()
+                    require(finite, path, f"{name} is not finite, so it is not written")
                     mine[name] = full.cpu()
         if mine:
-            file = folder / files[start + rank]
-            with writing(file):
-                save_file(mine, file, metadata={"format": "pt"})
-            flush_to_disk(file)
+            with writing(path):
+                save_file(mine, path, metadata={"format": "pt"})
+                flush_to_disk(path)
     dist.barrier()
     if rank == 0:
-        outdated = folder / INDEX
+        outdated = INDEX  # of an earlier model
         if len(files) > 1:
-            weight_map = {}
-            for file, names in contents:
-                weight_map |= dict.fromkeys(names, file)
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(folder / INDEX, json.dumps(content, indent=2))
-            outdated = folder / "model.safetensors"
-        outdated.unlink(missing_ok=True)  # of an earlier model
-        find_weights(folder, parameters)  # it can be read
+            outdated = "model.safetensors"
+        (folder / outdated).unlink(missing_ok=True)
+        list_weights(folder)  # all files are there
 
 
 # Errors and files, for all scripts
@@ -668,13 +649,12 @@ def quote(value):
 def read_text(path) -> str:
     """Returns the text of a UTF-8 file. Raises UserError if it can't be read or is blank."""
     try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
-        line = content.count(b"\n", 0, e.start) + 1
-        fault = f"byte 0x{content[e.start]:02x} is not UTF-8; convert the file to UTF-8"
+        line = e.object.count(b"\n", 0, e.start) + 1
+        fault = f"byte 0x{e.object[e.start]:02x} is not UTF-8; convert the file to UTF-8"
         raise UserError(f"{path}:{line}: {fault}") from None
     require(text.strip(), path, "the file is empty")
     return text

@@ -589,10 +589,10 @@ OPTIONS = """
 --batch-size COUNT=128   examples of a step, over all ranks
 --micro-batch-size COUNT=8       examples that a rank processes at a time
 --max-length COUNT=1024  tokens; longer rows are dropped
---learning-rate NUMBER=2e-5      peak
---schedule cosine|linear|constant|inverse_sqrt   of the learning rate after warm-up
+--learning-rate NUMBER=2e-5      peak learning rate
+--schedule cosine|linear|constant|inverse_sqrt   learning-rate schedule after warm-up
 --warmup-steps N         linear warm-up (default: 3% of the steps)
---weight-decay NUMBER=0.0        decoupled; norms are not decayed
+--weight-decay NUMBER=0.0        AdamW weight decay; norms are excluded
 --max-grad-norm NUMBER=1.0       gradient clipping; 0: none
 --seed N=0               of the order of the data and of random weights
 --save-every N=500       steps between checkpoints; 0: none

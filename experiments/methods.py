@@ -217,7 +217,7 @@ def measure(options, model: Path, name: str, cost: dict):
     words += [*options.test, "--drift", *sorted(options.out.glob("tests/drift/*.jsonl"))]
     words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
     run(options, "evaluate", words)
-    statistics = evaluate.read_results(out).statistics
+    _, statistics = evaluate.read_results(out)
     table = np.array([statistic.values for statistic in statistics.values()])
     # of each draw the distance from the score of all items: three digits of it are enough
     draws = (table[:, 1:] - table[:, :1]).astype(np.float16)

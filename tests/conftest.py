@@ -85,7 +85,7 @@ ODD = {
 
 
 def write_config(folder: Path, **changes) -> dict:
-    """config.json; a field set to ... is left out."""
+    """config.json, without the fields that are set to `...`."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = CONFIG | changes
     config = {name: value for name, value in fields.items() if value is not ...}

@@ -30,6 +30,7 @@ from conftest import (
     error_of,
     last_line,
     odd_row,
+    write_config,
     write_jsonl,
     write_tokenizer,
     write_vocabulary,
@@ -37,7 +38,9 @@ from conftest import (
 
 import data
 from data import Encoder, Tokenizer, claim, collate, make_parser, read_rows, read_template, share
-from model import UserError, start_processes
+from model import ModelConfig, UserError, start_processes
+
+parametrize = pytest.mark.parametrize
 
 WHY = "\n\nThe wind turns."
 START = "<|im_start|>"
@@ -65,10 +68,7 @@ def said(role: str, text) -> dict:
     return {"role": role, "content": text}
 
 
-def rows_of(folder: Path, rows: list, directions=(), prompts: bool = False) -> list:
-    """The rows of a file that holds `rows`."""
-    file = write_jsonl(folder / "rows.jsonl", rows)
-    return read_rows([str(file)], directions, prompts)
+ASKED = [said("user", "Why?")]
 
 
 def fault_of(function, *arguments, **options) -> str:
@@ -104,43 +104,70 @@ def tokenizer(folder) -> Tokenizer:
     return Tokenizer(folder)
 
 
-def ledger_of(folder: Path, tokenizer, rows=PAIRS, rationale=WHY, **options) -> list:
+@pytest.fixture
+def rows_of(tmp_path):
+    """Reads the rows of a file that holds the given ones."""
+
+    def read(rows, directions=(), prompts=False) -> list:
+        file = write_jsonl(tmp_path / "rows.jsonl", rows)
+        return read_rows([str(file)], directions, prompts)
+
+    return read
+
+
+@pytest.fixture
+def examples_of(rows_of, tokenizer):
+    """What is learned from rows, with options of Encoder."""
+
+    def learn(rows, tokenizer=tokenizer, **options) -> list:
+        encoder = Encoder(tokenizer, **options)
+        return [encoder.example(row) for row in rows_of(rows)]
+
+    return learn
+
+
+@pytest.fixture
+def example_of(examples_of):
+    """What is learned from one row."""
+
+    def learn(row, *tokenizer, **options):
+        [example] = examples_of([row], *tokenizer, **options)
+        return example
+
+    return learn
+
+
+@pytest.fixture
+def ledger_of(rows_of, tokenizer):
     """Rows as generate.py writes them, with the options template and system."""
-    encoder = Encoder(tokenizer, **options)
-    ledger = []
-    for given, row in zip(rows, rows_of(folder, rows), strict=True):
-        reference_ids = tokenizer.answer(row.reference)
-        fields = {
-            "id": row.id,
-            "rationale": rationale,
-            "prompt_ids": encoder.prompt(row),
-            "reference_ids": reference_ids,
-            "rationale_ids": tokenizer.continuation(row.reference, reference_ids, rationale),
-            "tokenizer": tokenizer.hash,
-            "finish": "eos",
-            "status": "ok",
-            "logprob": -1.5,
-        }
-        ledger.append(given | fields | options)
-    return ledger
 
+    def write_ledger(rows=PAIRS, tokenizer=tokenizer, rationale=WHY, **options) -> list:
+        encoder = Encoder(tokenizer, **options)
+        ledger = []
+        for given, row in zip(rows, rows_of(rows)):
+            ids = tokenizer.answer(row.reference)
+            fields = {
+                "id": row.id,
+                "rationale": rationale,
+                "prompt_ids": encoder.prompt(row),
+                "reference_ids": ids,
+                "rationale_ids": tokenizer.continuation(row.reference, ids, rationale),
+                "tokenizer": tokenizer.hash,
+                "finish": "eos",
+                "status": "ok",
+                "logprob": -1.5,
+            }
+            ledger.append(given | fields | options)
+        return ledger
 
-def examples_of(folder: Path, rows: list, tokenizer, **options) -> list:
-    """What train.py learns from `rows`."""
-    encoder = Encoder(tokenizer, **options)
-    return [encoder.example(row) for row in rows_of(folder, rows)]
-
-
-def example_of(folder: Path, row: dict, tokenizer, **options):
-    [example] = examples_of(folder, [row], tokenizer, **options)
-    return example
+    return write_ledger
 
 
 # 1. From a row to what is learned
 
 
-def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, tmp_path):
-    example = example_of(tmp_path, PAIRS[0] | {"rationale": WHY}, tokenizer)
+def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, example_of):
+    example = example_of(PAIRS[0] | {"rationale": WHY})
     assert spell(tokenizer, example.prompt) == PROMPT
     assert spell(tokenizer, example.reference) == LINES[0]
     assert spell(tokenizer, example.rationale) == WHY + END
@@ -148,25 +175,27 @@ def test_a_pair_becomes_prompt_reference_rationale_and_eos(tokenizer, tmp_path):
     assert len(example) == len(example.tokens)
 
 
-def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, tmp_path):
-    example = example_of(tmp_path, PAIRS[0], tokenizer)
+def test_without_a_rationale_the_reference_ends_with_eos(tokenizer, example_of):
+    example = example_of(PAIRS[0])
     assert spell(tokenizer, example.reference) == LINES[0] + END
     assert example.rationale == []
 
 
-def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, tmp_path):
-    alone = example_of(tmp_path, PAIRS[0], tokenizer).reference[:-1]
-    for rationale in (" s", "s", ".", "\n", " It turns."):
-        example = example_of(tmp_path, PAIRS[0] | {"rationale": rationale}, tokenizer)
+def test_the_reference_has_the_same_ids_whatever_rationale_follows(tokenizer, example_of):
+    pair = PAIRS[0] | {"reference": "A tea"}
+    alone = example_of(pair).reference[:-1]
+    merged = tokenizer.answer("A teacher")
+    assert merged[: len(alone)] != alone  # the texts together would be other tokens
+    for rationale in ("cher", " cher", ".", "\n"):
+        example = example_of(pair | {"rationale": rationale})
         assert example.reference == alone
-        assert spell(tokenizer, example.reference + example.rationale) == (
-            LINES[0] + rationale + END
-        )
+        text = f"A tea{rationale}{END}"
+        assert spell(tokenizer, example.reference + example.rationale) == text
 
 
-def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, tmp_path):
+def test_a_batch_predicts_exactly_reference_rationale_and_eos(tokenizer, examples_of):
     rows = [row | {"rationale": i % 3 * WHY} for i, row in enumerate(PAIRS)]
-    examples = examples_of(tmp_path, rows, tokenizer)
+    examples = examples_of(rows)
     batch = collate(examples)
     T = batch.shared.token_at.shape[1]
     assert T == max(map(len, examples)) - 1
@@ -239,11 +268,13 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
-def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(tokenizer, tmp_path, name):
+@parametrize("name", ENDS)
+def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(
+    tokenizer, name, example_of, ledger_of
+):
     fields, options, learned, ended = ENDS[name]
-    [row, *_] = ledger_of(tmp_path, tokenizer)
-    example = example_of(tmp_path, row | fields, tokenizer, **options)
+    [row, *_] = ledger_of()
+    example = example_of(row | fields, **options)
     end = [tokenizer.end_id] if ended else []
     if learned:
         assert example.reference == row["reference_ids"]
@@ -254,33 +285,57 @@ def test_eos_ends_what_the_model_ended_and_nothing_that_was_truncated(tokenizer,
         assert example.rationale == []
 
 
-def test_an_example_says_why_its_rationale_was_dropped(tokenizer, tmp_path):
-    [row, *_] = ledger_of(tmp_path, tokenizer)
-    example = example_of(tmp_path, row | REPETITIVE, tokenizer, only_ok=True)
+def test_an_example_says_why_its_rationale_was_dropped(example_of, ledger_of):
+    [row, *_] = ledger_of()
+    example = example_of(row | REPETITIVE, only_ok=True)
     assert "repetitive" in example.dropped
-    assert "coverage" in example_of(tmp_path, row, tokenizer, coverage=0).dropped
+    assert "coverage" in example_of(row, coverage=0).dropped
 
 
-@pytest.mark.parametrize("finish", ["eos", "length"])
-@pytest.mark.parametrize("text", ["Tomatoes.", ""])
+def answer_row(tokenizer, text: str, **fields) -> dict:
+    """A row of --task answer: a prompt, and what the model answered."""
+    row = {
+        "prompt": "Why?",
+        "rationale": text,
+        "prompt_ids": tokenizer.chat(ASKED),
+        "reference_ids": [],
+        "rationale_ids": tokenizer.answer(text),
+        "tokenizer": tokenizer.hash,
+        "finish": "eos",
+        "status": "ok",
+    }
+    return row | fields
+
+
+@parametrize("text", ["Tomatoes.", ""])
 def test_an_answer_without_reference_ends_with_eos_if_the_model_ended_it(
-    tokenizer, tmp_path, text, finish
+    tokenizer, text, example_of
 ):
-    asked = [said("user", "What grows?")]
-    ids = tokenizer.answer(text)
-    [row, *_] = ledger_of(tmp_path, tokenizer)
-    row = {name: row[name] for name in ("tokenizer", "status")} | {"prompt": "What grows?"}
-    row |= {"rationale": text, "rationale_ids": ids, "finish": finish}
-    row |= {"prompt_ids": tokenizer.chat(asked), "reference_ids": []}
-    example = example_of(tmp_path, row, tokenizer)
-    assert example.prompt == tokenizer.chat(asked)
-    assert example.reference == []
-    assert example.rationale == ids + [tokenizer.end_id] * (finish == "eos")
+    for finish, end in (("eos", [tokenizer.end_id]), ("length", [])):
+        row = answer_row(tokenizer, text, finish=finish)
+        example = example_of(row)
+        assert example.prompt == row["prompt_ids"]
+        assert example.reference == []
+        assert example.rationale == row["rationale_ids"] + end
 
 
-def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_path):
+def test_an_answer_that_is_dropped_leaves_nothing_to_learn(tokenizer, example_of):
+    row = answer_row(tokenizer, "Tomatoes.", **REPETITIVE)
+    example = example_of(row, only_ok=True)
+    assert example.tokens == row["prompt_ids"]
+
+
+def test_in_a_ledger_an_answer_may_be_empty_and_a_question_may_not(tokenizer, rows_of):
+    row = answer_row(tokenizer, "Tomatoes.")
+    [read] = rows_of([row | {"response": ""}])
+    assert read.reference == ""
+    for asked in ({"prompt": " "}, {"messages": [said("user", " ")]}):
+        assert "is empty" in fault_of(rows_of, [row | asked])
+
+
+def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, rows_of):
     row = {"prompt": "Why?", "response": "So.", "rationale": "\nThus."}
-    rows = rows_of(tmp_path, [row] * 1000)
+    rows = rows_of([row] * 1000)
     kept = []
     for coverage in (0, 0.25, 0.5, 0.9, 1):
         encoder = Encoder(tokenizer, coverage=coverage)
@@ -295,77 +350,99 @@ def test_a_larger_coverage_keeps_the_rationales_of_a_smaller_one(tokenizer, tmp_
 # 2. Ledgers: rows that carry the ids of prompt, reference and rationale
 
 
-def sampled_ledger(folder: Path, tokenizer) -> list:
+@pytest.fixture
+def sampled_ledger(tokenizer, ledger_of):
     """A ledger whose rationales were sampled as other pieces than their text is encoded to."""
-    pieces = [tokenizer.sp.piece_to_id(piece) for piece in ("<0x0A>", "b", "o", "a", "t")]
-    rows = ledger_of(folder, tokenizer, rationale="\nboat")
+    pieces = tokenizer.sp.piece_to_id(["▁", "b", "o", "a", "t"])
+    rows = ledger_of(rationale=" boat")
     assert rows[0]["rationale_ids"] != pieces
     return [row | {"rationale_ids": pieces} for row in rows]
 
 
-def test_a_ledger_trains_on_the_ids_that_were_sampled(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    example = example_of(tmp_path, row, tokenizer)
+def test_a_ledger_trains_on_the_ids_that_were_sampled(tokenizer, example_of, sampled_ledger):
+    row = sampled_ledger[0]
+    example = example_of(row)
     assert example.prompt == row["prompt_ids"]
     assert example.reference == row["reference_ids"]
     assert example.rationale == row["rationale_ids"] + [tokenizer.end_id]
 
 
-def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(tokenizer, tmp_path):
-    rows = sampled_ledger(tmp_path, tokenizer)
-    examples = examples_of(tmp_path, rows, tokenizer)
+def test_rows_of_a_ledger_may_be_moved_split_joined_and_shuffled(
+    tokenizer, tmp_path, examples_of, sampled_ledger
+):
+    examples = examples_of(sampled_ledger)
     order = [4, 0, 6, 2]
-    parts = [[rows[i] for i in order], [rows[5]]]
+    parts = [[sampled_ledger[i] for i in order], [sampled_ledger[5]]]
     files = [write_jsonl(tmp_path / f"part{i}.jsonl", part) for i, part in enumerate(parts)]
     encoder = Encoder(tokenizer)
     found = [encoder.example(row) for row in read_rows([str(file) for file in files])]
     assert found == [examples[i] for i in [*order, 5]]
 
 
-def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    foreign = row | {"tokenizer": "another", "prompt_ids": [7]}
-    [plain] = [PAIRS[0] | {"rationale": "\nboat"}]
-    example = example_of(tmp_path, foreign, tokenizer)
-    assert example == example_of(tmp_path, plain, tokenizer)
-    foreign |= {"prompt_ids": [10**6], "rationale_ids": [10**6]}  # of a larger vocabulary
-    assert example == example_of(tmp_path, foreign, tokenizer)
+def test_a_ledger_of_another_tokenizer_is_encoded_by_its_text(
+    tokenizer, example_of, sampled_ledger
+):
+    row = sampled_ledger[0]
+    text = example_of(PAIRS[0] | {"rationale": " boat"})
+    row["tokenizer"] = "another"
+    row["prompt_ids"] = row["prompt_ids"][3:]  # of another chat format
+    assert example_of(row) == text
+    row["rationale_ids"] = [10**6]  # of a larger vocabulary
+    assert example_of(row) == text
 
 
-def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(tokenizer, tmp_path):
-    [row, *_] = sampled_ledger(tmp_path, tokenizer)
-    edited = example_of(tmp_path, row | {"rationale": "\nship"}, tokenizer)
-    assert spell(tokenizer, edited.rationale) == "\nship" + END
+def test_an_edited_text_is_encoded_and_what_was_not_edited_keeps_its_ids(
+    tokenizer, example_of, sampled_ledger
+):
+    row = sampled_ledger[0]
+    edited = example_of(row | {"rationale": " ship"})
+    assert spell(tokenizer, edited.rationale) == " ship" + END
     assert edited.prompt == row["prompt_ids"]
     assert edited.reference == row["reference_ids"]
-    edited = example_of(tmp_path, row | {"reference": "The ship waits."}, tokenizer)
+    edited = example_of(row | {"reference": "The ship waits."})
     assert spell(tokenizer, edited.reference) == "The ship waits."
     assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
-    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
-    assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], "Das Schiff.")
-    assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
+    for source in ("Das Schiff.", LINES[1][:15]):
+        edited = example_of(row | {"source": source})
+        assert spell(tokenizer, edited.prompt) == PROMPT.replace(LINES[1], source)
+        assert edited.rationale == row["rationale_ids"] + [tokenizer.end_id]
+
+
+def test_a_prompt_that_was_not_edited_keeps_its_ids_whatever_the_template_is_now(
+    tokenizer, tmp_path, example_of, ledger_of
+):
+    dated = "It is May. {{ messages[0].content | trim }}"
+    may = Tokenizer(make_folder(tmp_path, chat_template=dated))
+    june = Tokenizer(make_folder(tmp_path, chat_template=dated.replace("May", "June")))
+    none = Tokenizer(make_folder(tmp_path, chat_template=None))
+    pair = PAIRS[0] | {"source": " Das Schiff. "}
+    [row] = ledger_of([pair], may, template="{source}")
+    for now in (may, june, none):
+        assert example_of(row, now).prompt == row["prompt_ids"]
+    question = answer_row(may, "Tomatoes.")
+    for now in (may, none):
+        assert example_of(question, now).prompt == question["prompt_ids"]
 
 
 BRIEF = "Be brief."
 TO = "To {target_lang}: {source}"
 
 
-@pytest.mark.parametrize("options", [{"template": TO}, {"system": BRIEF}, {"system": ""}])
-def test_an_edited_source_is_asked_by_the_options_of_its_row(tokenizer, tmp_path, options):
-    [row, *_] = ledger_of(tmp_path, tokenizer, **options)
-    edited = example_of(tmp_path, row | {"source": "Das Schiff."}, tokenizer)
-    new = example_of(tmp_path, PAIRS[0] | {"source": "Das Schiff."}, tokenizer, **options)
+@parametrize("options", [{"template": TO}, {"system": BRIEF}, {"system": ""}])
+def test_an_edited_source_is_asked_by_the_options_of_its_row(options, example_of, ledger_of):
+    [row, *_] = ledger_of(**options)
+    edited = example_of(row | {"source": "Das Schiff."})
+    new = example_of(PAIRS[0] | {"source": "Das Schiff."}, **options)
     assert edited.prompt == new.prompt
-    assert edited.prompt != example_of(tmp_path, row, tokenizer).prompt
+    assert edited.prompt != example_of(row).prompt
 
 
-def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, tmp_path):
-    rows = [{"messages": [said("user", "Why?"), said("assistant", "So.")]}]
-    [row] = ledger_of(tmp_path, tokenizer, rows)
-    assert example_of(tmp_path, row, tokenizer).prompt == row["prompt_ids"]
-    asked = [said("user", "How?")]
-    row["messages"] = [*asked, said("assistant", "So.")]
-    assert example_of(tmp_path, row, tokenizer).prompt == tokenizer.chat(asked)
+def test_an_edited_conversation_is_asked_as_it_is_now(tokenizer, example_of):
+    row = answer_row(tokenizer, "Tomatoes.")
+    assert example_of(row).prompt == row["prompt_ids"]
+    for prompt in ("How?", "Wh"):
+        ids = tokenizer.chat([said("user", prompt)])
+        assert example_of(row | {"prompt": prompt}).prompt == ids
 
 
 CHANGED_PROMPTS = {
@@ -381,14 +458,14 @@ CHANGED_PROMPTS = {
 }
 
 
-@pytest.mark.parametrize("edited", [False, True], ids=["as written", "edited"])
-@pytest.mark.parametrize("other", [False, True], ids=["own tokenizer", "another's"])
-@pytest.mark.parametrize("name", CHANGED_PROMPTS)
+@parametrize("edited", [False, True])
+@parametrize("other", [False, True])
+@parametrize("name", CHANGED_PROMPTS)
 def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
-    tokenizer, tmp_path, name, other, edited
+    tokenizer, tmp_path, name, other, edited, example_of, ledger_of
 ):
     written, now, same = CHANGED_PROMPTS[name]
-    [row, *_] = ledger_of(tmp_path, tokenizer, **written)
+    [row, *_] = ledger_of(**written)
     pair = PAIRS[0]
     if other:
         row["tokenizer"] = "another"
@@ -396,73 +473,93 @@ def test_an_option_that_gives_another_prompt_than_the_ledger_has_is_refused(
         row["source"] = "Das Schiff."
         pair = pair | {"source": "Das Schiff."}
     if same:
-        prompt = example_of(tmp_path, row, tokenizer, **now).prompt
-        assert prompt == example_of(tmp_path, pair, tokenizer, **now).prompt
+        prompt = example_of(row, **now).prompt
+        assert prompt == example_of(pair, **now).prompt
     else:
-        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, tmp_path, row, tokenizer, **now)
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, row, **now)
         assert "another --template or --system" in fault
 
 
 def test_the_same_chat_format_by_another_name_is_accepted_and_another_is_refused(
-    folder, tokenizer, tmp_path
+    folder, tmp_path, example_of, ledger_of
 ):
     file = write(tmp_path / "chatml.jinja", CHATML)
-    [row, *_] = ledger_of(tmp_path, tokenizer)
+    [row, *_] = ledger_of()
     for chat in (str(file), "chatml"):
         same = Tokenizer(folder, chat)
-        assert example_of(tmp_path, row, same).prompt == row["prompt_ids"]
+        assert example_of(row, same).prompt == row["prompt_ids"]
     for chat in ("plain", "vicuna"):
-        fault = fault_at(
-            f"{tmp_path}/rows.jsonl:1", example_of, tmp_path, row, Tokenizer(folder, chat)
-        )
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", example_of, row, Tokenizer(folder, chat))
         assert "--chat auto" in fault
 
 
-def test_rows_that_were_written_with_chat_bring_their_format_along(folder, tokenizer, tmp_path):
+def test_rows_that_were_written_with_chat_bring_their_format_along(
+    folder, tokenizer, tmp_path, rows_of, example_of, ledger_of
+):
     plain = Tokenizer(folder, "plain")
-    [row, *_] = ledger_of(tmp_path, plain)
+    [row, *_] = ledger_of(tokenizer=plain)
     row["chat"] = "plain"
-    rows = rows_of(tmp_path, [row])
+    rows = rows_of([row])
     assert tokenizer.with_chat_of(rows).chat_option == "plain"
     assert plain.with_chat_of(rows) is plain
-    pairs = rows_of(tmp_path, PAIRS)
+    pairs = rows_of(PAIRS)
     assert tokenizer.with_chat_of(pairs) is tokenizer
-    assert example_of(tmp_path, row, plain).prompt == row["prompt_ids"]
-    assert "--chat plain" in fault_of(example_of, tmp_path, row, tokenizer)
+    foreign = rows_of([row | {"tokenizer": "another"}])
+    assert tokenizer.with_chat_of(foreign) is tokenizer
+    assert example_of(row, plain).prompt == row["prompt_ids"]
+    assert "--chat plain" in fault_of(example_of, row)
     row["source"] = "Das Schiff."
-    assert spell(plain, example_of(tmp_path, row, plain).prompt).endswith("Das Schiff.\nEnglish:")
+    assert spell(plain, example_of(row, plain).prompt).endswith("Das Schiff.\nEnglish:")
 
 
-def test_rows_of_several_formats_or_of_a_template_file_need_that_option(folder, tmp_path):
+def test_rows_of_several_formats_or_of_a_template_file_need_that_option(
+    folder, tmp_path, rows_of, ledger_of
+):
     tokenizer = Tokenizer(folder)
-    [first, second, *_] = ledger_of(tmp_path, tokenizer)
+    [first, second, *_] = ledger_of()
     for one, other in (("plain", None), ("plain", "zephyr"), ("0123456789abcdef",) * 2):
-        rows = rows_of(tmp_path, [first | {"chat": one}, second | {"chat": other}])
-        assert "--chat" in fault_of(tokenizer.with_chat_of, rows)
+        rows = rows_of([first | {"chat": one}, second | {"chat": other}])
+        fault = fault_of(tokenizer.with_chat_of, rows)
+        assert fault.startswith(f"{tmp_path}/rows.jsonl:")
+        assert "--chat" in fault
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path):
-    rows = ledger_of(tmp_path, tokenizer)
+def test_the_settings_of_a_prompt_are_what_it_depends_on(folder, tokenizer):
+    settings = Encoder(tokenizer).settings()
+    assert settings == Encoder(tokenizer, data.TEMPLATE).settings()
+    assert json.loads(json.dumps(settings)) == settings
+    for other in (
+        Encoder(tokenizer, TO),
+        Encoder(tokenizer, system=""),
+        Encoder(Tokenizer(folder, "plain")),
+    ):
+        assert other.settings() != settings
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path, examples_of, ledger_of):
+    rows = ledger_of()
     for name in ("prompt_ids", "reference_ids", "rationale_ids"):
         rows[1] |= {name: [5, tokenizer.vocab_size]}
-        fault = fault_at(f"{tmp_path}/rows.jsonl:2", examples_of, tmp_path, rows, tokenizer)
+        fault = fault_at(f"{tmp_path}/rows.jsonl:2", examples_of, rows)
         assert fault.startswith(f"token id {tokenizer.vocab_size} ")
         rows[1] |= {name: [5]}
 
 
-def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(tokenizer, tmp_path):
-    [row, *_] = ledger_of(tmp_path, tokenizer)
+def test_a_ledger_row_without_one_of_its_fields_is_of_an_older_version(
+    tmp_path, rows_of, ledger_of
+):
+    [row, *_] = ledger_of()
     for name in sorted(row.keys() - PAIRS[0].keys() - {"id", "logprob"}):
         fields = {field: value for field, value in row.items() if field != name}
-        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [fields])
+        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [fields])
         assert f'"{name}"' in fault
         assert "generate.py" in fault
 
 
-def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, tmp_path):
+def test_a_pair_may_have_fields_that_only_a_ledger_needs(tokenizer, example_of):
     fields = {"finish": "length", "status": "draft", "tokenizer": 3, "system": ["x"]}
-    example = example_of(tmp_path, PAIRS[0] | fields, tokenizer)
-    assert example == example_of(tmp_path, PAIRS[0], tokenizer)
+    example = example_of(PAIRS[0] | fields)
+    assert example == example_of(PAIRS[0])
 
 
 # 3. Chat templates: a folder's own is rendered as transformers renders it
@@ -639,9 +736,12 @@ def added_tokens(texts, start: int = 480, **flags) -> dict:
     return {str(id): {"content": text, **flags} for id, text in enumerate(texts, start)}
 
 
-def write_llama(folder: Path, **config) -> Path:
-    """A tokenizer folder that transformers reads, too."""
-    return write_tokenizer(folder, tokenizer_class="LlamaTokenizer", **config)
+def make_folder(folder: Path, files=(), **config) -> Path:
+    """A tokenizer folder: tokenizer.model, tokenizer_config.json and other files."""
+    write_tokenizer(folder, **{"tokenizer_class": "LlamaTokenizer"} | config)
+    for name, content in dict(files).items():
+        write(folder / name, content)
+    return folder
 
 
 def theirs_of(folder: Path):
@@ -673,13 +773,13 @@ def conversations(words: list = WORDS):
 LEGACY = {"legacy": {"legacy": True}, "not legacy": {"legacy": False}, "unspecified": {}}
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("name", TEMPLATES)
+@parametrize("legacy", LEGACY)
+@parametrize("name", TEMPLATES)
 def test_a_rendered_prompt_has_the_ids_of_transformers(tmp_path, name, legacy):
     strip = {"rstrip": "right" in name, "lstrip": name == "loop controls"}
     tags = added_tokens(TAGS, special=True, **strip)
     config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
-    folder = write_llama(tmp_path, added_tokens_decoder=tags, **config)
+    folder = make_folder(tmp_path, added_tokens_decoder=tags, **config)
     tokenizer = Tokenizer(folder)
     theirs = theirs_of(folder)
     for messages, _ in conversations():
@@ -700,11 +800,11 @@ CONTINUED = [
 ]
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("name", CONTINUED)
+@parametrize("legacy", LEGACY)
+@parametrize("name", CONTINUED)
 def test_prompt_answer_and_eos_have_the_ids_of_the_whole_conversation(tmp_path, name, legacy):
     config = LEGACY[legacy] | {"chat_template": TEMPLATES[name]}
-    folder = write_llama(tmp_path, **config)
+    folder = make_folder(tmp_path, **config)
     tokenizer = Tokenizer(folder)
     theirs = theirs_of(folder)
     for messages, answer in conversations():
@@ -713,34 +813,49 @@ def test_prompt_answer_and_eos_have_the_ids_of_the_whole_conversation(tmp_path, 
         assert ids == whole[: len(ids)]
 
 
-def test_where_two_spaces_meet_sentencepiece_decides(tmp_path):
-    folder = write_llama(tmp_path, chat_template="{{ bos_token + ' [INST]' }}", legacy=True)
+def test_after_a_token_that_takes_the_space_an_answer_has_the_ids_of_the_conversation(tmp_path):
+    tags = added_tokens(TAGS, special=True, rstrip=True)
+    template = TEMPLATES["tokens that take the space on their right"]
+    folder = make_folder(tmp_path, chat_template=template, added_tokens_decoder=tags)
     tokenizer = Tokenizer(folder)
-    assert tokenizer.chat([said("user", "x")]) == [1, *tokenizer.sp.encode(" [INST]")]
+    ids = tokenizer.chat(ASKED) + tokenizer.answer("So.") + [tokenizer.end_id]
+    talk = [*ASKED, said("assistant", "So.")]
+    assert render_theirs(theirs_of(folder), talk, prompt=False)[: len(ids)] == ids
+
+
+def test_a_conversation_must_end_with_a_user(tokenizer):
+    for roles in (["assistant"], ["user", "user"], ["user", "assistant"], ["user", "system"], []):
+        messages = [said(role, "x") for role in roles]
+        assert "roles must be" in fault_of(tokenizer.chat, messages)
+
+
+def test_where_two_spaces_meet_sentencepiece_decides(tmp_path):
+    folder = make_folder(tmp_path, chat_template="{{ bos_token + ' [INST]' }}", legacy=True)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.chat(ASKED) == [1, *tokenizer.sp.encode(" [INST]")]
 
 
 REFUSED_TEMPLATES = {
     # a template -> the reason that transformers, too, gives
     "an undefined value": ("{{ chat.system }}", "'chat' is undefined"),
     "a syntax error": ("{% for %}", "Expected an expression"),
-    "an unknown tag": ("{% do 3 %}", "unknown tag 'do'"),
     "Python's classes": ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
     "a changed conversation": ("{{ messages.append(1) }}", "access to attribute 'append'"),
     "private names": ("{% set x = namespace() %}{% set x._y = 1 %}", "_y"),
     "a long range": ("{% for i in range(100001) %}{% endfor %}", "Range too big"),
-    "another file": ("{% include 'x' %}", "no loader"),
-    "a wrong type": ("{{ messages + 1 }}", "can only concatenate list"),
     "its own text": ("{{ raise_exception('Only two turns') }}", "Only two turns"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED_TEMPLATES)
-def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(tmp_path, name):
+@parametrize("name", REFUSED_TEMPLATES)
+def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(
+    tmp_path, name, rows_of
+):
     template, reason = REFUSED_TEMPLATES[name]
-    folder = write_llama(tmp_path, chat_template=template)
-    [row] = rows_of(tmp_path, PAIRS[:1])
+    folder = make_folder(tmp_path, chat_template=template)
+    [row] = rows_of(PAIRS[:1])
     with pytest.raises(Exception, match=re.escape(reason)):
-        render_theirs(theirs_of(folder), [said("user", "x")])
+        render_theirs(theirs_of(folder), ASKED)
     fault = fault_at(f"{tmp_path}/rows.jsonl:1", Encoder(Tokenizer(folder)).prompt, row)
     assert fault.startswith("the chat template refuses this")
     assert reason in fault
@@ -756,52 +871,54 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+@parametrize("name", ENDLESS)
 def test_a_template_without_end_is_refused(tmp_path, name):
     template, reason = ENDLESS[name]
-    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
-    fault = fault_at("a.jsonl:7", tokenizer.chat, [said("user", "x")], where="a.jsonl:7")
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=template))
+    fault = fault_at("a.jsonl:7", tokenizer.chat, ASKED, where="a.jsonl:7")
     assert reason in fault
 
 
 def test_a_prompt_of_a_million_characters_is_rendered(tmp_path):
     template = "{% for i in range(1000) %}{{ 'x' * 1000 }}{% endfor %}"
-    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
-    assert tokenizer.decode(tokenizer.chat([said("user", "x")])) == "x" * 10**6
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=template))
+    assert tokenizer.decode(tokenizer.chat(ASKED)) == "x" * 10**6
 
 
 def test_jinja_with_a_sandbox_that_is_not_safe_is_refused(folder, monkeypatch):
     data.compile_template.cache_clear()
     monkeypatch.setattr(jinja2, "__version__", "3.1.5")
-    fault = fault_of(Tokenizer(folder).chat, [said("user", "x")])
+    fault = fault_of(Tokenizer(folder).chat, ASKED)
     assert fault == "jinja2: older than 3.1.6 its sandbox is not safe; pip install -U jinja2"
     monkeypatch.setattr(jinja2, "__version__", "3.10.0")
-    assert Tokenizer(folder).chat([said("user", "x")])
+    assert Tokenizer(folder).chat(ASKED)
 
 
 def test_an_empty_system_prompt_is_one_and_not_the_default(tmp_path):
     template = TEMPLATES["a namespace, and quotation marks"]
-    folder = write_llama(tmp_path, chat_template=template)
+    folder = make_folder(tmp_path, chat_template=template)
     tokenizer = Tokenizer(folder)
-    asked = [said("user", "Why?")]
-    ids = tokenizer.chat(asked, system="")
-    assert ids == render_theirs(theirs_of(folder), [said("system", ""), *asked])
+    ids = tokenizer.chat(ASKED, system="")
+    assert ids == render_theirs(theirs_of(folder), [said("system", ""), *ASKED])
     assert spell(tokenizer, ids).startswith(f"{START}system\n{END}\n")
-    assert "You're" in spell(tokenizer, tokenizer.chat(asked))
+    assert "You're" in spell(tokenizer, tokenizer.chat(ASKED))
 
 
-def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer):
-    asked = [said("user", "Why?")]
-    ids = tokenizer.chat([said("system", BRIEF), *asked])
-    assert ids == tokenizer.chat(asked, system=BRIEF)
-    assert ids == tokenizer.chat([said("system", BRIEF), *asked], system="Another.")
+def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(tokenizer, example_of):
+    with_system = [said("system", BRIEF), *ASKED]
+    ids = tokenizer.chat(with_system)
     assert spell(tokenizer, ids).startswith(f"{START}system\n{BRIEF}{END}\n")
+    assert tokenizer.chat(ASKED, system=BRIEF) == ids
+    assert tokenizer.chat(with_system, system="Another.") == ids
+    for messages, system in ((ASKED, BRIEF), (with_system, "Another."), (with_system, None)):
+        row = {"messages": [*messages, said("assistant", "So.")]}
+        assert example_of(row, system=system).prompt == ids
 
 
-@pytest.mark.parametrize("system", [BRIEF, "Why?"], ids=["another text", "a text of the prompt"])
+@parametrize("system", [BRIEF, "Why?"])
 def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path, system):
     dropped = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
-    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=dropped))
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=dropped))
     fault = fault_at(
         "a.jsonl:7", tokenizer.chat, [said("user", "Why? Because.")], system, "a.jsonl:7"
     )
@@ -810,16 +927,16 @@ def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path, system):
 
 def test_a_system_prompt_that_the_template_changes_is_not_dropped(tmp_path):
     changed = "{% for m in messages %}{{ m.content | upper | tojson }}{% endfor %}"
-    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=changed))
-    ids = tokenizer.chat([said("user", "x")], 'Say "a".\n')
-    assert tokenizer.decode(ids) == r'"SAY \"A\".\n""X"'
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=changed))
+    ids = tokenizer.chat(ASKED, 'Say "a".\n')
+    assert tokenizer.decode(ids) == r'"SAY \"A\".\n""WHY?"'
 
 
 SOURCES = {
     # files, template in tokenizer_config.json -> the template that counts
     "the configuration": ({}, "A", "A"),
     "a file": ({"chat_template.jinja": "B"}, "A", "B"),
-    "a file for tools beside it": (
+    "a file for tools, too": (
         {"chat_template.jinja": "B", "additional_chat_templates/tool_use.jinja": "C"},
         "A",
         "B",
@@ -833,16 +950,15 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@parametrize("name", SOURCES)
 def test_the_template_is_read_where_transformers_reads_it(tmp_path, name):
     files, template, text = SOURCES[name]
-    folder = write_llama(tmp_path, chat_template=template)
+    folder = make_folder(tmp_path, chat_template=template)
     for file, content in files.items():
         write(folder / file, content)
-    asked = [said("user", "x")]
-    assert theirs_of(folder).apply_chat_template(asked, tokenize=False) == text
+    assert theirs_of(folder).apply_chat_template(ASKED, tokenize=False) == text
     tokenizer = Tokenizer(folder)
-    assert tokenizer.decode(tokenizer.chat(asked)) == text
+    assert tokenizer.decode(tokenizer.chat(ASKED)) == text
 
 
 NO_DEFAULT = {
@@ -851,22 +967,22 @@ NO_DEFAULT = {
 }
 
 
-@pytest.mark.parametrize("name", NO_DEFAULT)
+@parametrize("name", NO_DEFAULT)
 def test_a_template_that_transformers_does_not_choose_is_an_error(tmp_path, name):
     files, template = NO_DEFAULT[name]
-    folder = write_llama(tmp_path, chat_template=template)
+    folder = make_folder(tmp_path, chat_template=template)
     for file, content in files.items():
         write(folder / file, content)
     with pytest.raises(ValueError, match="no default"):
-        render_theirs(theirs_of(folder), [said("user", "x")])
+        render_theirs(theirs_of(folder), ASKED)
     assert "--chat" in fault_of(Tokenizer, folder)
 
 
 def test_a_folder_without_a_template_encodes_and_is_refused_where_a_prompt_is_rendered(tmp_path):
-    tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template=None))
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=None))
     assert tokenizer.decode(tokenizer.encode("a boat")) == "a boat"
     assert tokenizer.eos_ids == [2]
-    fault = fault_at(f"{tmp_path}", tokenizer.chat, [said("user", "x")])
+    fault = fault_at(f"{tmp_path}", tokenizer.chat, ASKED)
     assert fault.startswith("has no chat template; give --chat")
     for name in data.NAMES:
         assert name in fault
@@ -890,15 +1006,15 @@ def test_an_answer_ends_with_what_the_template_writes_after_one_else_with_eos(tm
         "{% if messages[1] %}{{ raise_exception('x') }}{% endif %}": "</s>",
     }
     for template, end in ends.items():
-        tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+        tokenizer = Tokenizer(make_folder(tmp_path, chat_template=template))
         assert spell(tokenizer, [tokenizer.end_id]) == end
         assert tokenizer.eos_ids == sorted({2, tokenizer.end_id})
 
 
 def test_without_an_eos_token_generation_stops_where_the_template_ends_an_answer(tmp_path):
-    tokenizer = Tokenizer(write_llama(tmp_path, eos_token=None))
+    tokenizer = Tokenizer(make_folder(tmp_path, eos_token=None))
     assert spell(tokenizer, tokenizer.eos_ids) == END
-    plain = write_llama(tmp_path, eos_token=None, chat_template="{{ messages[0].content }}")
+    plain = make_folder(tmp_path, eos_token=None, chat_template="{{ messages[0].content }}")
     assert "no eos_token" in fault_of(lambda: Tokenizer(plain).end_id)
 
 
@@ -908,7 +1024,7 @@ HOSTILE_TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m.role }}\n<think>{{ m.content }}<|end|>¤\n{% endfor %}"
 )
 USER_DEFINED = ["<|user|>", "<|user|>>", "§", "▁<tag>"]
-SPECIAL = ["<|end|>", "¤", "<two words>"]
+SPECIAL = ["<|end|>", "<|end|>>", "¤", "<two words>"]
 NOT_SPECIAL = ["<think>", "<word>"]
 KNOWN = ["<unk>", "<s>", "</s>", START, END, *SPECIAL, *NOT_SPECIAL]
 KNOWN += [piece.replace("▁", " ") for piece in USER_DEFINED]
@@ -940,8 +1056,8 @@ def hostile_texts(tokens: list):
 
 CUT_TEMPLATE = """
 {%- for m in messages -%}
-<|user|>-{{ m.content.split('<|end|>')[0] }}<|end|>{{ m.content.split('<think>')[-1] }}<think>
-{{- m.content | replace('<s>', '') }}<|end|>
+<|user|>-{{ m.content.split('<|end|>')[0] }}<|end|>
+{{ m.content.split('<think>')[-1] }}<think>-{{ m.content | replace('<s>', '') }}<|end|>
 {%- endfor -%}"""
 HOSTILE_TEMPLATES = {
     # a template -> the tokens that are not special and that it writes
@@ -951,8 +1067,8 @@ HOSTILE_TEMPLATES = {
 }
 
 
-@pytest.mark.parametrize("legacy", [True, False], ids=["legacy", "not legacy"])
-@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+@parametrize("legacy", [True, False])
+@parametrize("name", HOSTILE_TEMPLATES)
 def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lost(
     tmp_path, name, legacy
 ):
@@ -963,18 +1079,24 @@ def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lo
     control = {names[text] for text in ("<s>", "</s>", START, END, *SPECIAL, *written)}
     roles = ("system", "user", "assistant", "user")
     harmless = tokenizer.chat([said(role, "a boat") for role in roles])
-    for text in hostile_texts(KNOWN):
-        assert control.isdisjoint(tokenizer.encode(text))
+    harmless = [id for id in harmless if id in control]
+    texts = [*hostile_texts(KNOWN)]
+    for four in zip(texts, texts[1:], texts[2:], texts[3:]):
+        ids = tokenizer.chat([said(role, text) for role, text in zip(roles, four)])
+        assert [id for id in ids if id in control] == harmless, four
+        for text in four:
+            held = text in tokenizer.decode(ids)
+            # with `legacy` there is a space after every added token
+            assert held or legacy or template == CUT_TEMPLATE
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert control.isdisjoint(ids)
         assert control.isdisjoint(tokenizer.answer(text))
-        ids = tokenizer.chat([said(role, text) for role in roles])
-        found = [id for id in ids if id in control]
-        assert found == [id for id in harmless if id in control], text
-        once = tokenizer.decode(tokenizer.encode(text))
-        whole = tokenizer.decode(ids)
-        if legacy:  # it puts a space after every added token
-            text, once, whole = (x.replace(" ", "") for x in (text, once, whole))
-        assert once == text
-        assert whole.count(text) >= len(roles) or template == CUT_TEMPLATE
+        if legacy:
+            text = text.replace(" ", "")
+            assert tokenizer.decode(ids).replace(" ", "") == text
+        else:
+            assert tokenizer.decode(ids) == text
 
 
 def test_an_added_word_that_is_not_special_is_one_id_in_a_text_and_stays_when_decoded(tmp_path):
@@ -996,7 +1118,7 @@ def test_a_text_may_hold_private_characters(tokenizer):
 
 def test_a_private_character_of_the_template_stays(tmp_path):
     template = "\ue000{{ messages[0].content }}\ue001"
-    tokenizer = Tokenizer(write_llama(tmp_path, chat_template=template))
+    tokenizer = Tokenizer(make_folder(tmp_path, chat_template=template))
     ids = tokenizer.chat([said("user", "a</s>b")])
     assert tokenizer.decode(ids) == "\ue000a</s>b\ue001"
 
@@ -1008,7 +1130,7 @@ def test_a_vocabulary_without_bytes_has_unknown_characters_and_no_control_token(
     assert tokenizer.decode(ids).startswith("a  ⁇  ")
 
 
-@pytest.mark.parametrize("pieces", [["\n"], ["▁"], ["\n", "▁▁", "▁"]], ids=repr)
+@parametrize("pieces", [["\n"], ["▁"], ["\n", "▁▁", "▁"]])
 def test_white_space_that_the_vocabulary_defines_is_text_though_the_template_has_it(
     tmp_path, pieces
 ):
@@ -1022,10 +1144,22 @@ def test_white_space_that_the_vocabulary_defines_is_text_though_the_template_has
     assert tokenizer.chat(asked) == render_theirs(theirs_of(tmp_path), asked)
 
 
-@pytest.mark.parametrize("word", ["user", "content", "if", "m"])
+def test_a_piece_that_the_vocabulary_defines_may_be_long(tmp_path):
+    pieces = ["<" + "g" * 140 + ">", "<word>"]
+    folder = make_folder(tmp_path)
+    write_vocabulary(folder, user_defined_symbols=pieces)
+    tokenizer = Tokenizer(folder)
+    for piece in pieces:
+        ids = tokenizer.encode(f"a{piece}b")
+        assert tokenizer.sp.piece_to_id(piece) in ids
+        assert tokenizer.decode(ids) == f"a{piece}b"
+        assert tokenizer.decode([tokenizer.sp.piece_to_id(piece)]) == piece
+
+
+@parametrize("word", ["user", "content", "if", "m", "{%", "}"])
 def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path, word):
     tags = added_tokens([word])
-    tokenizer = Tokenizer(write_llama(tmp_path, added_tokens_decoder=tags))
+    tokenizer = Tokenizer(make_folder(tmp_path, added_tokens_decoder=tags))
     text = f"the {word} here"
     assert 480 in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -1035,104 +1169,68 @@ def test_an_added_word_is_text_though_the_source_of_the_template_has_it(tmp_path
 
 EOT = "<|eot|>"
 TYPED = {"__type": "AddedToken"}
-FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
 
 
-def write_files(folder: Path, files: dict) -> Path:
-    """tokenizer.model of write_vocabulary, and other files as JSON."""
-    write_vocabulary(folder)
-    config = {"tokenizer_class": "LlamaTokenizer", "chat_template": CHATML}
-    config |= files.pop("tokenizer_config.json", {})
-    for name, content in ({"tokenizer_config.json": config} | files).items():
-        write(folder / name, content)
-    return folder
-
-
-def config_of(**fields) -> dict:
-    return {"tokenizer_config.json": fields}
-
-
+EOT_ADDED = {"added_tokens_decoder": added_tokens([EOT], special=True)}
+END_MAP = {"special_tokens_map.json": {"eos_token": {"content": END}, "pad_token": "<unk>"}}
 NAMED = {
-    "as in the vocabulary": {},
-    "a dictionary": config_of(eos_token={"content": END} | TYPED),
-    "no BOS": config_of(bos_token=None),
-    "no BOS, but add_bos_token": config_of(bos_token=None, add_bos_token=True),
-    "no EOS": config_of(eos_token=None),
-    "<unk> as EOS": config_of(eos_token="<unk>"),
-    "an added EOS": config_of(eos_token=EOT, added_tokens_decoder=added_tokens([EOT])),
-    "an added PAD": config_of(pad_token=EOT, added_tokens_decoder=added_tokens([EOT])),
-    "an EOS of added_tokens.json": config_of(eos_token=EOT) | {"added_tokens.json": {EOT: 480}},
-    "special_tokens_map.json": config_of(eos_token="</s>")
-    | {"special_tokens_map.json": {"eos_token": {"content": END}, "pad_token": "<unk>"}},
-    "special_tokens_map.json beside added tokens": config_of(
-        added_tokens_decoder=added_tokens([EOT])
-    )
-    | {"special_tokens_map.json": {"eos_token": END}},
-    "a list of others": config_of(
-        additional_special_tokens=[EOT, START, END],
-        added_tokens_decoder=added_tokens([EOT], special=True),
-    ),
-    "a list of others in transformers 5": config_of(
-        extra_special_tokens=[EOT, START, END],
-        added_tokens_decoder=added_tokens([EOT], special=True),
-    ),
-    "others by name": config_of(
-        extra_special_tokens={"call_token": EOT},
-        added_tokens_decoder=added_tokens([EOT]),
-    ),
-    "others by name in transformers 5": config_of(
-        model_specific_special_tokens={"call_token": EOT},
-        added_tokens_decoder=added_tokens([EOT]),
-    ),
-    "another by a field": config_of(
-        call_token=EOT,
-        added_tokens_decoder=added_tokens([EOT]),
-    ),
+    # fields of tokenizer_config.json, other files
+    "as in the vocabulary": ({}, {}),
+    "a dictionary": ({"eos_token": {"content": END} | TYPED}, {}),
+    "no BOS": ({"bos_token": None}, {}),
+    "no BOS, but add_bos_token": ({"bos_token": None, "add_bos_token": True}, {}),
+    "no EOS": ({"eos_token": None}, {}),
+    "<unk> as EOS": ({"eos_token": "<unk>"}, {}),
+    "an added EOS": ({"eos_token": EOT} | EOT_ADDED, {}),
+    "an added PAD": ({"pad_token": EOT} | EOT_ADDED, {}),
+    "an EOS in added_tokens.json": ({"eos_token": EOT}, {"added_tokens.json": {EOT: 480}}),
+    "special_tokens_map.json": ({"eos_token": "</s>"}, END_MAP),
+    "special_tokens_map.json and added tokens": (EOT_ADDED, END_MAP),
+    "a list": ({"additional_special_tokens": [EOT, START, END]} | EOT_ADDED, {}),
+    "a list of transformers 5": ({"extra_special_tokens": [EOT, START, END]} | EOT_ADDED, {}),
+    "a dictionary by name": ({"extra_special_tokens": {"call_token": EOT}} | EOT_ADDED, {}),
+    "another dictionary": ({"model_specific_special_tokens": {"call_token": EOT}} | EOT_ADDED, {}),
+    "a field": ({"call_token": EOT} | EOT_ADDED, {}),
 }
 VARIABLES = """
 {% set names = [bos_token, eos_token, unk_token, pad_token, call_token] %}
 {% for name in names %}{{ loop.index }}{{ name }}{% endfor %}"""
 
 
-@pytest.mark.parametrize("name", NAMED)
+@parametrize("name", NAMED)
 def test_named_tokens_have_the_ids_of_transformers(tmp_path, name):
-    files = dict(NAMED[name])
-    files["tokenizer_config.json"] = files.get("tokenizer_config.json", {})
-    files["tokenizer_config.json"] |= {"chat_template": VARIABLES}
-    folder = write_files(tmp_path, files)
+    config, files = NAMED[name]
+    folder = make_folder(tmp_path, files, chat_template=VARIABLES, **config)
     tokenizer = Tokenizer(folder)
     theirs = theirs_of(folder)
     assert tokenizer.bos_id == theirs.bos_token_id
     assert tokenizer.eos_id == theirs.eos_token_id
     assert tokenizer.vocab_size == len(theirs)
-    asked = [said("user", "x")]
-    assert tokenizer.chat(asked) == render_theirs(theirs, asked)
+    assert tokenizer.chat(ASKED) == render_theirs(theirs, ASKED)
     for id in range(1, tokenizer.vocab_size):  # SentencePiece shows <unk> as " ⁇ "
         shown = theirs.decode([430, id], skip_special_tokens=True)
         assert bool(tokenizer.decode([430, id])) == bool(shown)
 
 
 MISSING = {
-    "an absent EOS": config_of(eos_token=EOT),
-    "an EOS with a space": config_of(eos_token=" </s>"),
-    "an absent BOS": config_of(bos_token={"content": EOT} | TYPED),
-    "an empty EOS": config_of(eos_token=""),
-    "an absent special token": config_of(additional_special_tokens=[EOT]),
-    "an absent token by name": config_of(call_token=EOT),
+    "an absent EOS": {"eos_token": EOT},
+    "an EOS with a space": {"eos_token": " </s>"},
+    "an absent BOS": {"bos_token": {"content": EOT} | TYPED},
+    "an empty EOS": {"eos_token": ""},
+    "an absent special token": {"additional_special_tokens": [EOT]},
+    "an absent token by name": {"call_token": EOT},
 }
 
 
-@pytest.mark.parametrize("name", MISSING)
+@parametrize("name", MISSING)
 def test_a_named_token_that_the_vocabulary_lacks_is_an_error(tmp_path, name):
-    folder = write_files(tmp_path, dict(MISSING[name]))
-    [[field, value]] = MISSING[name]["tokenizer_config.json"].items()
+    folder = make_folder(tmp_path, **MISSING[name])
     fault = fault_at(f"{folder}/tokenizer_config.json", Tokenizer, folder)
     assert "which the vocabulary lacks" in fault
 
 
 def test_a_padding_token_need_not_be_in_the_vocabulary(tmp_path):
-    files = config_of(pad_token="[PAD]", mask_token="[MASK]")
-    tokenizer = Tokenizer(write_files(tmp_path, files))
+    tokenizer = Tokenizer(make_folder(tmp_path, pad_token="[PAD]", mask_token="[MASK]"))
     assert tokenizer.vocab_size == 480
     assert tokenizer.decode(tokenizer.encode("a [PAD]")) == "a [PAD]"
 
@@ -1144,24 +1242,27 @@ EOS_FILES = {
     "several": ({"eos_token_id": [7, 2]}, None, [2, 4, 7]),
     "config.json": (None, {"eos_token_id": [8, 9]}, [2, 4, 8, 9]),
     "config.json where the other has none": ({"top_p": 0.9}, {"eos_token_id": 8}, [2, 4, 8]),
+    "a token that is not special": ({"eos_token_id": 480}, None, [2, 4, 480]),
 }
 
 
-@pytest.mark.parametrize("name", EOS_FILES)
+@parametrize("name", EOS_FILES)
 def test_generation_stops_at_the_ids_of_the_configuration_files(tmp_path, name):
     *contents, ids = EOS_FILES[name]
     files = dict(zip(("generation_config.json", "config.json"), contents))
     files = {file: content for file, content in files.items() if content is not None}
-    tokenizer = Tokenizer(write_files(tmp_path, files))
+    added = added_tokens([EOT])
+    tokenizer = Tokenizer(make_folder(tmp_path, files, added_tokens_decoder=added))
     assert tokenizer.eos_ids == ids
-    for id in ids:
+    for id in ids:  # is a control token
         assert id not in tokenizer.encode(tokenizer.list_tokens()[id])
+    assert tokenizer.decode([480]) == ("" if 480 in ids else EOT)
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("single_word", [False, True], ids=["part of a word", "single_word"])
-@pytest.mark.parametrize("rstrip", [False, True], ids=["", "rstrip"])
-@pytest.mark.parametrize("lstrip", [False, True], ids=["", "lstrip"])
+@parametrize("legacy", LEGACY)
+@parametrize("single_word", [False, True])
+@parametrize("rstrip", [False, True])
+@parametrize("lstrip", [False, True])
 def test_added_tokens_are_found_where_transformers_finds_them(
     tmp_path, lstrip, rstrip, single_word, legacy
 ):
@@ -1171,15 +1272,14 @@ def test_added_tokens_are_found_where_transformers_finds_them(
     tags = added_tokens(["<call>", "long <call>", "<call>b"], **flags)
     for text in texts:
         fields = LEGACY[legacy] | {"chat_template": text, "added_tokens_decoder": tags}
-        folder = write_files(tmp_path, config_of(**fields))
-        asked = [said("user", "x")]
-        assert Tokenizer(folder).chat(asked) == render_theirs(theirs_of(folder), asked)
+        folder = make_folder(tmp_path, **fields)
+        assert Tokenizer(folder).chat(ASKED) == render_theirs(theirs_of(folder), ASKED)
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
+@parametrize("legacy", LEGACY)
 def test_without_a_prefix_space_ids_are_those_of_transformers(tmp_path, legacy):
     fields = LEGACY[legacy] | {"add_prefix_space": False, "chat_template": CHATML}
-    folder = write_files(tmp_path, config_of(**fields))
+    folder = make_folder(tmp_path, **fields)
     tokenizer = Tokenizer(folder)
     theirs = theirs_of(folder)
     for messages, answer in conversations():
@@ -1188,40 +1288,79 @@ def test_without_a_prefix_space_ids_are_those_of_transformers(tmp_path, legacy):
         assert tokenizer.decode(tokenizer.encode(answer)) == answer
 
 
-@pytest.mark.parametrize("piece", ["▁the", "<0x0A>", "▁"])
+def test_without_a_prefix_space_an_answer_has_one_where_the_prompt_does_not_separate_it(tmp_path):
+    separators = {" [/INST]": " So.", "\n": "So.", " ": "So.", END: "So."}
+    for end, text in separators.items():
+        template = "{{ messages[0].content + '" + end.replace("\n", "\\n") + "' }}"
+        fields = {"chat_template": template, "add_prefix_space": False}
+        tokenizer = Tokenizer(make_folder(tmp_path, **fields))
+        assert spell(tokenizer, tokenizer.chat(ASKED)) == f"Why?{end}"
+        assert spell(tokenizer, tokenizer.answer("So.")) == text
+
+
+def test_an_id_that_no_token_has_is_decoded_to_nothing(tmp_path):
+    added = added_tokens(["<call>"], start=490)
+    tokenizer = Tokenizer(make_folder(tmp_path, added_tokens_decoder=added))
+    assert tokenizer.vocab_size == 491
+    ids = tokenizer.encode("a boat")
+    for id in (480, 489):
+        assert tokenizer.decode([*ids, id, 490, id, *ids]) == "a boat<call> a boat"
+
+
+def test_a_first_line_ends_after_a_line_that_is_not_blank(tokenizer):
+    ids = tokenizer.encode("\n \nA boat.\n\nIt", within=True)
+    ends = [tokenizer.first_line_ends(ids[: i + 1]) for i in range(len(ids))]
+    texts = [tokenizer.decode(ids[: i + 1]) for i, end in enumerate(ends) if end]
+    assert [text.strip(" ") for text in texts] == ["\n \nA boat.\n", "\n \nA boat.\n\n"]
+
+
+@parametrize("piece", ["▁the", "<0x0A>", "▁"])
 def test_an_added_token_that_is_a_piece_of_the_vocabulary_deletes_no_text(tmp_path, piece):
-    tokenizer = Tokenizer(write_tokenizer(tmp_path))
+    tokenizer = Tokenizer(make_folder(tmp_path))
     id = tokenizer.sp.piece_to_id(piece)
     assert id > 4
     text = "the boat\n<0x0A> the ▁the"
     ids = tokenizer.encode(text)
     for flags in ({}, {"special": True}):
         decoder = added_tokens([piece], start=id, **flags)
-        same = Tokenizer(write_tokenizer(tmp_path, added_tokens_decoder=decoder))
+        same = Tokenizer(make_folder(tmp_path, added_tokens_decoder=decoder))
         assert same.encode(text) == ids
         assert same.decode(ids) == tokenizer.decode(ids)
 
 
 CONTRADICTIONS = {
-    "an id of another piece": config_of(added_tokens_decoder=added_tokens([EOT], start=7)),
-    "two ids": config_of(added_tokens_decoder=added_tokens([EOT, EOT])),
-    "an id that is no number": config_of(added_tokens_decoder={"x": {"content": EOT}}),
-    "a negative id": {"added_tokens.json": {EOT: -5}},
-    "a token without text": config_of(added_tokens_decoder={"480": {"content": ""}}),
-    "a token that is text": config_of(added_tokens_decoder={"480": EOT}),
+    "an id of another piece": added_tokens([EOT], start=7),
+    "two ids": added_tokens([EOT, EOT]),
+    "an id that is no number": {"x": {"content": EOT}},
+    "a token without text": {"480": {"content": ""}},
+    "a token that is text": {"480": EOT},
 }
 
 
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_an_added_token_that_contradicts_the_vocabulary_is_an_error_of_its_file(tmp_path, name):
-    [file] = CONTRADICTIONS[name]
-    folder = write_files(tmp_path, dict(CONTRADICTIONS[name]))
-    assert fault_of(Tokenizer, folder).startswith(f"{folder}/{file}: ")
+@parametrize("name", CONTRADICTIONS)
+def test_an_added_token_that_contradicts_the_vocabulary_is_an_error(tmp_path, name):
+    folder = make_folder(tmp_path, added_tokens_decoder=CONTRADICTIONS[name])
+    assert fault_at(f"{folder}/tokenizer_config.json", Tokenizer, folder)
+
+
+@parametrize("ids", [[-5], [7], [True], ["x"], [480, 480]])
+def test_ids_that_added_tokens_json_must_not_have_are_an_error(tmp_path, ids):
+    added = dict(zip((EOT, "<|other|>"), ids))
+    folder = make_folder(tmp_path, {"added_tokens.json": added})
+    assert fault_at(f"{folder}/added_tokens.json", Tokenizer, folder)
+
+
+def test_a_vocabulary_may_have_no_bos(tmp_path):
+    folder = make_folder(tmp_path, chat_template="{{ bos_token }}a{{ bos_token is defined }}")
+    tokenizer = Tokenizer(write_vocabulary(folder, bos_id=-1))
+    assert tokenizer.bos_id is None
+    assert not tokenizer.adds_bos
+    assert tokenizer.decode(tokenizer.chat(ASKED)) == "aFalse"
 
 
 def saved_by_transformers(folder: Path, **config) -> Path:
-    """A folder that transformers saved; tokenizer.model lies beside its tokenizer.json."""
-    theirs = theirs_of(write_files(folder / "original", config_of(**config)))
+    """A folder that transformers saved, with the tokenizer.model of the original."""
+    theirs = theirs_of(make_folder(folder / "original", **config))
     saved = folder / "saved"
     theirs.save_pretrained(saved)
     write(saved / "tokenizer.model", (folder / "original/tokenizer.model").read_bytes())
@@ -1254,9 +1393,9 @@ ADD_BOS = {
 }
 
 
-@pytest.mark.parametrize("name", ADD_BOS)
+@parametrize("name", ADD_BOS)
 def test_plain_text_gets_a_bos_where_transformers_adds_one(tmp_path, name):
-    folder = write_files(tmp_path, config_of(**ADD_BOS[name]))
+    folder = make_folder(tmp_path, **ADD_BOS[name])
     assert Tokenizer(folder).adds_bos == (theirs_of(folder).encode("x")[0] == 1)
 
 
@@ -1269,8 +1408,8 @@ PROCESSORS = {
 }
 
 
-@pytest.mark.parametrize("add_bos", [True, False], ids=["add_bos_token", "not"])
-@pytest.mark.parametrize("name", PROCESSORS)
+@parametrize("add_bos", [True, False])
+@parametrize("name", PROCESSORS)
 def test_a_post_processor_decides_and_not_the_settings(tmp_path, name, add_bos):
     single, adds = PROCESSORS[name]
     saved = saved_by_transformers(tmp_path, add_bos_token=True)
@@ -1406,11 +1545,11 @@ def test_each_field_that_transformers_reads_is_implemented_without_effect_or_ref
     assert names - known == set()
 
 
-@pytest.mark.parametrize("name", WITHOUT_EFFECT)
+@parametrize("name", WITHOUT_EFFECT)
 def test_a_field_without_effect_changes_no_id_of_ours_and_none_of_transformers(
-    folder, tokenizer, tmp_path, name
+    tokenizer, tmp_path, name
 ):
-    other = write_files(tmp_path, config_of(**{name: WITHOUT_EFFECT[name]}))
+    other = make_folder(tmp_path, **{name: WITHOUT_EFFECT[name]})
     asked = [said("user", "a boat, <call> .")]
     ids = tokenizer.chat(asked)
     assert render_theirs(theirs_of(other), asked) == ids
@@ -1419,16 +1558,16 @@ def test_a_field_without_effect_changes_no_id_of_ours_and_none_of_transformers(
     assert same.hash == tokenizer.hash
 
 
-@pytest.mark.parametrize("name", data.REFUSED)
+@parametrize("name", data.REFUSED)
 def test_a_field_that_is_not_implemented_is_refused_by_name(tmp_path, name):
-    folder = write_files(tmp_path, config_of(**{name: True}))
+    folder = make_folder(tmp_path, **{name: True})
     assert fault_of(Tokenizer, folder).startswith(f"{folder}/tokenizer_config.json: {name} ")
-    assert Tokenizer(write_files(tmp_path, config_of(**{name: None}))).hash
+    assert Tokenizer(make_folder(tmp_path, **{name: None})).hash
 
 
 def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
     fields = {"x": [1], "y_token": None, "sampling": {"a": {}}}
-    folder = write_files(tmp_path, config_of(**fields))
+    folder = make_folder(tmp_path, **fields)
     write(folder / "generation_config.json", {"temperature": 0.6, "do_sample": True, "x": [1]})
     assert Tokenizer(folder).hash == tokenizer.hash
 
@@ -1436,7 +1575,7 @@ def test_fields_of_nobody_do_no_harm(tokenizer, tmp_path):
 def test_the_hash_ignores_which_pieces_of_the_vocabulary_are_listed(tokenizer, tmp_path):
     pieces = ["<unk>", "<s>", "</s>", START, END]
     listed = added_tokens(pieces, start=0, special=True)
-    assert Tokenizer(write_files(tmp_path, {})).hash == tokenizer.hash
+    assert Tokenizer(make_folder(tmp_path)).hash == tokenizer.hash
     for fields in (
         {"added_tokens_decoder": listed},
         {"added_tokens_decoder": {}},
@@ -1444,7 +1583,7 @@ def test_the_hash_ignores_which_pieces_of_the_vocabulary_are_listed(tokenizer, t
         {"additional_special_tokens": [START, END]},
         {"chat_template": "{{ messages }}", "legacy": False, "add_bos_token": True},
     ):
-        assert Tokenizer(write_files(tmp_path, config_of(**fields))).hash == tokenizer.hash
+        assert Tokenizer(make_folder(tmp_path, **fields)).hash == tokenizer.hash
 
 
 def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
@@ -1461,11 +1600,23 @@ def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
         {"added_tokens_decoder": added_tokens(["<call>"], rstrip=True)},
         {"added_tokens_decoder": added_tokens(["<call>"], single_word=True)},
     ):
-        hashes.append(Tokenizer(write_files(tmp_path, config_of(**fields))).hash)
+        hashes.append(Tokenizer(make_folder(tmp_path, **fields)).hash)
     for options in ({"vocab_size": 470}, {"add_dummy_prefix": False}):
-        write_files(tmp_path, {})
+        make_folder(tmp_path)
         hashes.append(Tokenizer(write_vocabulary(tmp_path, **options)).hash)
     assert len(set(hashes)) == len(hashes)
+
+
+def test_two_models_of_one_vocabulary_have_the_same_tokens(folder, tokenizer, tmp_path):
+    config = ModelConfig.from_file(folder)
+    other = make_folder(tmp_path, eos_token=END)
+    write_config(other)
+    data.require_vocabulary(other, tokenizer, config)
+    write_config(other, vocab_size=512)
+    fault_at(other, data.require_vocabulary, other, tokenizer, config)
+    write_config(other)
+    write_vocabulary(other, vocab_size=470)
+    fault_at(other, data.require_vocabulary, other, tokenizer, config)
 
 
 TOKENIZER_FILES = {
@@ -1478,7 +1629,7 @@ TOKENIZER_FILES = {
 
 
 def test_the_files_of_a_tokenizer_are_their_bytes_also_in_a_folder_of_links(tmp_path):
-    store = write_files(tmp_path / "store", dict(TOKENIZER_FILES))
+    store = make_folder(tmp_path / "store", TOKENIZER_FILES)
     names = {*TOKENIZER_FILES, "tokenizer.model", "tokenizer_config.json"}
     contents = {name: (store / name).read_bytes() for name in names}
     links = tmp_path / "links"
@@ -1510,8 +1661,8 @@ def folder_of_mistral(folder: Path, version: str, **fields) -> Path:
 HOSTILE = [*WORDS, "[INST]", "[/INST]", "</s>", "<s>", "<<SYS>>", "<0x0A>", "<unk>", "  "]
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("version", ["v1", "v3"])
+@parametrize("legacy", LEGACY)
+@parametrize("version", ["v1", "v3"])
 def test_chat_mistral_has_the_ids_of_mistral_common(tmp_path, version, legacy):
     tokenizer = Tokenizer(folder_of_mistral(tmp_path, version, **LEGACY[legacy]), "mistral")
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -1525,7 +1676,7 @@ def test_chat_mistral_has_the_ids_of_mistral_common(tmp_path, version, legacy):
         assert tokenizer.chat(messages) + tokenizer.answer(answer) == ids
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
+@parametrize("legacy", LEGACY)
 def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
     tokenizer = Tokenizer(folder_of_mistral(tmp_path, "v1", **LEGACY[legacy]), "llama2")
     encode = tokenizer.sp.encode
@@ -1539,6 +1690,28 @@ def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
         ids += [1, *encode(f"[INST] {texts[-1].strip()} [/INST]")]
         assert tokenizer.chat(messages) == ids
         assert tokenizer.answer(answer) == encode(answer)
+
+
+@parametrize("name", ["llama2", "mistral"])
+def test_without_a_prefix_space_or_a_bos_formats_have_none(tmp_path, name):
+    texts = {"llama2": "[INST] a [/INST] b ", "mistral": "[INST] a [/INST]b"}
+    folder = make_folder(tmp_path)
+    write_vocabulary(folder, add_dummy_prefix=False)
+    talk = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    tokenizer = Tokenizer(folder, name)
+    encode = tokenizer.sp.encode
+    last = [1] * (name == "llama2") + encode("[INST] c [/INST]")
+    assert tokenizer.chat(talk) == [1, *encode(texts[name]), 2, *last]
+    tokenizer = Tokenizer(make_folder(tmp_path, bos_token=None), name)
+    encode = tokenizer.sp.encode
+    first = tokenizer.chat([said("user", "c")])
+    assert first == encode("[INST] c [/INST]")
+
+
+def test_a_format_whose_tokens_the_vocabulary_lacks_is_refused(tmp_path):
+    folder = make_folder(tmp_path, chat_template="{{ messages[0].content }}")
+    write_vocabulary(folder, control_symbols=[START])
+    assert END in fault_at("--chat chatml", Tokenizer, folder, "chatml")
 
 
 VICUNA_SYSTEM = (
@@ -1581,11 +1754,11 @@ DEFINITIONS = {
 }
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("name", DEFINITIONS)
+@parametrize("legacy", LEGACY)
+@parametrize("name", DEFINITIONS)
 def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
     prompt_text, end = DEFINITIONS[name]
-    folder = write_llama(tmp_path, **LEGACY[legacy])
+    folder = make_folder(tmp_path, **LEGACY[legacy])
     tokenizer = Tokenizer(folder, name)
     theirs = theirs_of(folder)
     assert spell(tokenizer, [tokenizer.end_id]) == end
@@ -1603,11 +1776,11 @@ def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
 MISTRAL_V3 = [START, END, "[INST]", "[/INST]"]
 
 
-@pytest.mark.parametrize("legacy", LEGACY)
-@pytest.mark.parametrize("name", [*data.NAMES, "mistral v3", "a file"])
+@parametrize("legacy", LEGACY)
+@parametrize("name", [*data.NAMES, "mistral v3", "a file"])
 def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, legacy):
     fields = LEGACY[legacy] | {"chat_template": [{"name": "default", "template": "another"}]}
-    folder = write_files(tmp_path / "folder", config_of(**fields))
+    folder = make_folder(tmp_path / "folder", **fields)
     write(folder / "additional_chat_templates/tool_use.jinja", "tools")
     chat = name
     if name == "mistral v3":
@@ -1629,13 +1802,12 @@ def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, leg
 
 
 def test_a_folder_with_a_template_named_default_is_exported_with_that_of_chat(tmp_path):
-    folder = write_llama(tmp_path / "folder")
+    folder = make_folder(tmp_path / "folder")
     write(folder / "additional_chat_templates/default.jinja", "another")
     for file, content in Tokenizer(folder, "plain").files.items():
         write(tmp_path / "export" / file, content)
-    asked = [said("user", "x")]
-    ids = Tokenizer(folder, "plain").chat(asked)
-    assert render_theirs(theirs_of(tmp_path / "export"), asked) == ids
+    ids = Tokenizer(folder, "plain").chat(ASKED)
+    assert render_theirs(theirs_of(tmp_path / "export"), ASKED) == ids
 
 
 # 7. Rows
@@ -1660,16 +1832,16 @@ FORMATS = {
     "pairs without languages": (lines_of(BARE), ["de-en"]),
     "pairs of the other direction": (lines_of(BACK), ["de-en"]),
     "ALMA": (lines_of(ALMA), ["de-en"]),
-    "ALMA in an array": (json.dumps(ALMA, indent=1), ["de-en"]),
-    "with blank lines": ("\n" + lines_of(PAIRS).replace("\n", "\n \n"), []),
-    "with fields of somebody": (lines_of([pair | {"score": [1]} for pair in PAIRS]), []),
+    "ALMA in an array": ("\n" + json.dumps(ALMA, indent=1), ["de-en"]),
+    "with blank lines and spaces": ("\n" + lines_of(PAIRS).replace("\n", " \n \n"), []),
+    "with fields of somebody": (lines_of([pair | {"prompt": "p3"} for pair in PAIRS]), []),
     "with null fields": (lines_of([pair | {"prompt": None} for pair in PAIRS]), []),
 }
 ENDINGS = {"LF": ("\n", ""), "CRLF": ("\r\n", ""), "BOM": ("\n", "\ufeff")}
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("name", FORMATS)
+@parametrize("ending", ENDINGS)
+@parametrize("name", FORMATS)
 def test_every_format_gives_the_same_pairs_in_one_direction_and_in_both(tmp_path, name, ending):
     content, one_way = FORMATS[name]
     end, mark = ENDINGS[ending]
@@ -1679,7 +1851,6 @@ def test_every_format_gives_the_same_pairs_in_one_direction_and_in_both(tmp_path
         assert [row.id for row in rows] == [*range(len(pairs))]
         found = [{field: getattr(row, field) for field in PAIRS[0]} for row in rows]
         assert sorted(found, key=str) == sorted(pairs, key=str)
-    assert rows[0].where == f"{file}:{2 if name in ('with blank lines', 'ALMA in an array') else 1}"
 
 
 def test_each_row_knows_its_line(tmp_path):
@@ -1687,12 +1858,13 @@ def test_each_row_knows_its_line(tmp_path):
     file = write(tmp_path / "a.json", f"[\n{pair},\n\n{pair}, {pair}\n,{pair}]")
     lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)])]
     assert lines == ["2", "4", "4", "5"]
-    file = write(tmp_path / "b.json", json.dumps(ALMA, indent=2))
-    lines = [row.where.removeprefix(f"{file}:") for row in read_rows([str(file)], ["de-en"])]
-    assert lines == [str(line) for line in range(2, 2 + 6 * len(ALMA), 6)]
+    file = write(tmp_path / "b.json", "\n" + json.dumps(ALMA, indent=2))
+    rows = read_rows([str(file)], ["de-en"])
+    assert [row.where for row in rows[:3]] == [f"{file}:{line}" for line in (3, 9, 15)]
+    file = write(tmp_path / "c.json", f"\n{pair}\n\n {pair}\n")
+    assert [row.where for row in read_rows([str(file)])] == [f"{file}:2", f"{file}:4"]
 
 
-ASKED = [said("user", "Why?")]
 ANSWERED = [*ASKED, said("assistant", "So.")]
 TALK = [said("system", ""), *ANSWERED, said("user", "How?"), said("assistant", "Thus.")]
 CONVERSATIONS = {
@@ -1706,11 +1878,11 @@ CONVERSATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
+@parametrize("name", CONVERSATIONS)
+def test_a_conversation_has_an_answer_and_no_direction(name, rows_of):
     fields, messages, answer = CONVERSATIONS[name]
     for directions in ([], ["de-en", "en-de"]):
-        [row] = rows_of(tmp_path, [fields], directions)
+        [row] = rows_of([fields], directions)
         assert row.messages == messages
         assert row.reference == answer
         assert row.source is row.source_lang is None
@@ -1719,18 +1891,19 @@ def test_a_conversation_has_an_answer_and_no_direction(tmp_path, name):
 PROMPTS = {
     "a prompt": {"prompt": "Why?"},
     "a prompt of somebody": {"prompt": "Why?", "source": "web", "reference": None},
+    "a prompt and turns of somebody": {"prompt": "Why?", "turns": ["x"]},
     "FastChat's": {"question_id": 81, "turns": ["Why?", "And?"], "reference": ["x"]},
     "messages": {"messages": ASKED},
 }
 
 
-@pytest.mark.parametrize("name", PROMPTS)
-def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name):
-    [row] = rows_of(tmp_path, [PROMPTS[name]], prompts=True)
+@parametrize("name", PROMPTS)
+def test_a_prompt_alone_is_read_where_prompts_are_asked_for(tmp_path, name, rows_of):
+    [row] = rows_of([PROMPTS[name]], prompts=True)
     assert row.messages == ASKED
     assert row.reference == ""
     assert row.id == PROMPTS[name].get("question_id", 0)
-    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [PROMPTS[name]])
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [PROMPTS[name]])
     assert fault.startswith("the row has no answer")
 
 
@@ -1742,15 +1915,15 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path):
     assert [row.id for row in read_rows(files)] == [0, "a", 2, 3, "b", 5]
 
 
-def test_a_row_that_is_read_in_two_directions_has_two_ids(tmp_path):
+def test_a_row_that_is_read_in_two_directions_has_two_ids(rows_of):
     rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
-    ids = [row.id for row in rows_of(tmp_path, rows, ["de-en", "en-de"])]
+    ids = [row.id for row in rows_of(rows, ["de-en", "en-de"])]
     assert ids == [7, "x", 2, "7 en-de", "x en-de", 5]
-    assert len(rows_of(tmp_path, rows, ["de-en", "de-en"])) == 3
+    assert len(rows_of(rows, ["de-en", "de-en"])) == 3
 
 
-@pytest.mark.parametrize("array", [False, True], ids=["lines", "array"])
-@pytest.mark.parametrize("ids", [(7, 7), ("a", "a"), (None, 0), (1.0, 1.0)], ids=repr)
+@parametrize("array", [False, True])
+@parametrize("ids", [(7, 7), ("a", "a"), (None, 0), (1.0, 1.0)])
 def test_a_duplicate_id_is_refused_by_line(tmp_path, ids, array):
     rows = [PAIRS[0] | {"id": ids[0]}, PAIRS[1], PAIRS[2] | {"id": ids[1]}]
     content = ",\n".join(map(json.dumps, rows)) if array else lines_of(rows)
@@ -1762,32 +1935,27 @@ def test_a_duplicate_id_is_refused_by_line(tmp_path, ids, array):
         assert fault == f"{file}:3: duplicate id {ids[1]!r} in {file}"
 
 
-def test_a_number_and_a_text_are_two_ids(tmp_path):
+def test_a_number_and_a_text_are_two_ids(rows_of):
     rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "7"}]
-    assert [row.id for row in rows_of(tmp_path, rows)] == [7, "7"]
+    assert [row.id for row in rows_of(rows)] == [7, "7"]
 
 
 BAD_FIELDS = {
     # fields that replace those of a pair -> what the message names
     "no source": ({"source": None}, "a row needs"),
     "no reference": ({"reference": None}, '"reference" is missing'),
-    "a source that is a number": ({"source": 7}, '"source" must be text'),
     "a blank source": ({"source": "\u3000\n"}, '"source" is empty'),
-    "an empty reference": ({"reference": ""}, '"reference" is empty'),
     "half a surrogate pair": ({"source": "\ud800x"}, "ud800"),
-    "an id that is a list": ({"id": [1]}, '"id" must be'),
     "an id that is a fraction": ({"id": 1.5}, '"id" must be'),
     "an id that is true": ({"id": True}, '"id" must be'),
-    "no language": ({"source_lang": None}, "two languages"),
     "an unknown language": ({"source_lang": "xx"}, "two languages"),
     "a language by its name": ({"source_lang": "German"}, "two languages"),
-    "a language that is a list": ({"source_lang": [1]}, "two languages"),
     "one language twice": ({"source_lang": "en"}, "two languages"),
     "a rationale that is a number": ({"rationale": 7}, '"rationale" must be text'),
 }
 
 
-@pytest.mark.parametrize("name", BAD_FIELDS)
+@parametrize("name", BAD_FIELDS)
 def test_a_bad_field_of_a_pair_is_refused_by_line(tmp_path, name):
     fields, words = BAD_FIELDS[name]
     rows = [PAIRS[0], PAIRS[1] | fields]
@@ -1798,16 +1966,12 @@ def test_a_bad_field_of_a_pair_is_refused_by_line(tmp_path, name):
 
 BAD_ROWS = {
     "a list": ([1], "a row must be a JSON object"),
-    "a number": (5, "a row must be"),
     "two users": ({"messages": ASKED * 2 + ANSWERED[1:]}, "roles must be user, assistant"),
     "only a system prompt": ({"messages": [said("system", "x")]}, "no answer"),
     "a tool": ({"messages": [*ASKED, said("tool", "x"), *ANSWERED]}, "roles must be"),
-    "a late system prompt": ({"messages": [*ASKED, said("system", "x"), *ANSWERED]}, "roles"),
     "no turn": ({"messages": []}, "no answer"),
     "messages that are text": ({"messages": "Why?"}, '"messages" must be a list'),
-    "messages in a list": ({"messages": [ANSWERED]}, "a message must be an object"),
     "a role that is a list": ({"messages": [said([1], "Why?")]}, '"role" must be text'),
-    "a message without content": ({"messages": [{"role": "user"}]}, '"content" is missing'),
     "content in parts": (
         {"messages": [said("user", [{"type": "text", "text": "Why?"}])]},
         '"content" must be text',
@@ -1815,28 +1979,22 @@ BAD_ROWS = {
     "an answer that is a number": ({"messages": [*ASKED, said("assistant", 7)]}, '"content"'),
     "a blank answer": ({"messages": [*ASKED, said("assistant", " ")]}, '"content" is empty'),
     "turns that are text": ({"turns": "Why?"}, '"turns" must be a list'),
-    "turns that are objects": ({"turns": [{}]}, '"prompt" must be text'),
     "no turns": ({"turns": []}, '"prompt" is missing'),
-    "a response alone": ({"response": "x"}, '"prompt" is missing'),
     "a null prompt": ({"prompt": None, "response": "x"}, '"prompt" is missing'),
-    "a prompt that is a list": ({"prompt": ASKED, "response": "x"}, '"prompt" must be text'),
     "a blank response": ({"prompt": "Why?", "response": " "}, '"response" is empty'),
     "a pair without languages": (BARE[0], "two languages are needed, such as --direction de-en"),
     "a two-way row": (ALMA[0], "choose --direction, such as de-en"),
     "a translation that is text": ({"translation": "Tor"}, '"translation" must be an object'),
-    "an empty object": ({}, "a row needs"),
 }
 FOREIGN_ROWS = {
     "ARC": {"question": "Why?", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "A"},
     "GSM8K": {"question": "Why?", "answer": "So. #### 42"},
-    "AdvBench": {"goal": "Why?", "target": "So."},
     "Alpaca": {"instruction": "Why?", "input": "", "output": "So."},
     "ShareGPT": {"conversations": [{"from": "human", "value": "Why?"}]},
-    "LLaVA's text": {"text": "Why?"},
 }
 
 
-@pytest.mark.parametrize("name", BAD_ROWS)
+@parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_refused_by_line(tmp_path, name):
     fields, words = BAD_ROWS[name]
     file = write(tmp_path / "a.jsonl", json.dumps(fields) + "\n")
@@ -1844,9 +2002,9 @@ def test_a_bad_row_is_refused_by_line(tmp_path, name):
     assert words in fault
 
 
-@pytest.mark.parametrize("name", FOREIGN_ROWS)
-def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name):
-    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, [FOREIGN_ROWS[name]])
+@parametrize("name", FOREIGN_ROWS)
+def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path, name, rows_of):
+    fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, [FOREIGN_ROWS[name]])
     assert fault.startswith("a row needs translation, source and")
     for field in FOREIGN_ROWS[name]:
         assert f'"{field}"' in fault
@@ -1854,25 +2012,22 @@ def test_a_row_of_another_format_is_refused_by_the_names_of_its_fields(tmp_path,
 
 BAD_LEDGERS = {
     "an id that is negative": ({"prompt_ids": [5, -1]}, "-1"),
-    "an id that is a fraction": ({"prompt_ids": [1.0]}, "1.0"),
     "an id that is true": ({"rationale_ids": [True]}, "true"),
     "an id beyond any vocabulary": ({"reference_ids": [2**31]}, "2147483648"),
     "ids that are text": ({"rationale_ids": "5"}, '"rationale_ids" must be a list'),
+    "no prompt": ({"prompt_ids": []}, '"prompt_ids" is empty'),
     "another finish": ({"finish": "stop"}, '"finish" must be eos or length'),
     "another status": ({"status": "copy"}, '"status" must be ok or empty or repetitive'),
-    "a tokenizer that is a number": ({"tokenizer": 5}, '"tokenizer" must be text'),
     "a template that is a list": ({"template": []}, '"template" must be text'),
-    "a chat that is a number": ({"chat": 5}, '"chat" must be text'),
-    "a system prompt that is a number": ({"system": 5}, '"system" must be text'),
 }
 
 
-@pytest.mark.parametrize("name", BAD_LEDGERS)
-def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tokenizer, tmp_path, name):
+@parametrize("name", BAD_LEDGERS)
+def test_a_bad_field_of_a_ledger_row_is_refused_by_line(tmp_path, name, rows_of, ledger_of):
     fields, words = BAD_LEDGERS[name]
-    rows = ledger_of(tmp_path, tokenizer)
+    rows = ledger_of()
     rows[1] |= fields
-    fault = fault_at(f"{tmp_path}/rows.jsonl:2", rows_of, tmp_path, rows)
+    fault = fault_at(f"{tmp_path}/rows.jsonl:2", rows_of, rows)
     assert words in fault
 
 
@@ -1884,12 +2039,10 @@ BAD_FILES = {
     "blank": (" \n \n", "", "the file is empty"),
     "an array of nothing": ("[]", "", "the file holds no rows"),
     "a broken line": (f"{GOOD}\n\n{{1}}", ":3", "not valid JSON"),
-    "half a line": (f"{GOOD}\n{GOOD[:-9]}", ":2", "one JSON object on one line"),
     "a broken array": (f"[{GOOD}\n,{GOOD}\n,{{1}}]", ":3", "not valid JSON"),
     "half an array": (f"[{GOOD}\n,{GOOD}\n,", ":3", "not valid JSON"),
     "no comma": (f"[{GOOD}\n{GOOD}]", ":2", "not valid JSON"),
     "two arrays": (f"[{GOOD}]\n[{GOOD}]", ":2", "not valid JSON"),
-    "an array with a number": (f"[{GOOD}\n,3]", ":2", "a row must be a JSON object"),
     "a pretty-printed object": (PRETTY, ":1", "one JSON object on one line"),
     "one after a good line": (f"{GOOD}\n{PRETTY}", ":2", "one JSON object on one line"),
     "one that begins at once": (PRETTY.replace("{\n", "{"), ":1", "one JSON object on one line"),
@@ -1905,7 +2058,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_FILES)
+@parametrize("name", BAD_FILES)
 def test_a_broken_file_is_refused_by_line(tmp_path, name):
     content, line, words = BAD_FILES[name]
     file = write(tmp_path / "a.json", content)
@@ -1921,9 +2074,8 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(tmp_path):
 DIRECTIONS = {
     # --direction, rows -> what the message names
     "another language": (["fr-en"], ALMA, "a.jsonl:1: --direction fr-en needs both"),
-    "another language of pairs": (["fr-en"], PAIRS, "a.jsonl:1: --direction fr-en needs both"),
+    "another target": (["de-fr"], ALMA, "a.jsonl:1: --direction de-fr needs both"),
     "no language": (["xx-de"], PAIRS, "--direction: two languages"),
-    "a word": (["german"], PAIRS, "--direction: two languages"),
     "three": (["de-en-fr"], PAIRS, "--direction: two languages"),
     "one twice": (["de-de"], PAIRS, "--direction: two languages"),
     "a blank text": (["de-en"], [{"translation": {"de": " ", "en": "x"}}], '"de" is empty'),
@@ -1932,22 +2084,28 @@ DIRECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", DIRECTIONS)
+@parametrize("name", DIRECTIONS)
 def test_a_direction_that_the_rows_do_not_have_is_refused(tmp_path, name):
     directions, rows, words = DIRECTIONS[name]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     assert words in fault_of(read_rows, [str(file)], directions)
 
 
-def test_a_ledger_has_one_direction(tokenizer, tmp_path):
-    ledger = ledger_of(tmp_path, tokenizer)
-    assert rows_of(tmp_path, ledger, ["de-en"]) == rows_of(tmp_path, ledger)
+def test_a_two_way_row_may_have_a_rationale_for_one_direction(rows_of):
+    [row] = rows_of([ALMA[0] | {"rationale": WHY}], ["de-en"])
+    assert row.rationale == WHY
+    assert row.reference == LINES[0]
+
+
+def test_a_ledger_has_one_direction(tmp_path, rows_of, ledger_of):
+    ledger = ledger_of()
+    assert rows_of(ledger, ["de-en"]) == rows_of(ledger)
     for directions in (["en-de"], ["de-en", "en-de"]):
-        fault = fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, tmp_path, ledger, directions)
+        fault_at(f"{tmp_path}/rows.jsonl:1", rows_of, ledger, directions)
 
 
-def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path):
-    [row] = rows_of(tmp_path, PAIRS[:1])
+def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_path, rows_of):
+    [row] = rows_of(PAIRS[:1])
     file = write(tmp_path / "t.txt", "{source_lang}: {source}\n{target_lang}:\n")
     for template in (str(file), "{source_lang}: {source}\\n{target_lang}:"):
         [message] = Encoder(tokenizer, read_template(template)).messages(row)
@@ -1957,9 +2115,9 @@ def test_a_template_names_the_source_and_may_name_the_languages(tokenizer, tmp_p
     assert read_template(None) is None
 
 
-def test_braces_in_a_source_are_text(tokenizer, tmp_path):
+def test_braces_in_a_source_are_text(tokenizer, rows_of):
     source = "{target_lang} {source} {x} {"
-    [row] = rows_of(tmp_path, [PAIRS[0] | {"source": source}])
+    [row] = rows_of([PAIRS[0] | {"source": source}])
     [message] = Encoder(tokenizer, "{source}").messages(row)
     assert message["content"] == source
 
@@ -2010,10 +2168,10 @@ def test_a_run_creates_its_folder_and_knows_it_again(tmp_path):
 
 
 def test_an_empty_folder_may_be_taken(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    with claim_of(folder) as known:
-        assert not known
+    start_processes()
+    for before in (False, True):
+        with claim(tmp_path, "args.json", {"seed": 1}) as known:
+            assert known == before
 
 
 def test_a_folder_is_free_again_after_a_run_that_failed(tmp_path):
@@ -2033,7 +2191,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
         "deep settings": {"args.json": "[" * 10**5},
         "settings of another script": {"settings.json": SETTINGS},
         "a lock with a text": {".lock": "mine"},
-        "a temporary file": {"args.json.tmp": "mine"},
+        "a temporary file": {"args.json.tmp": {"seed": 1}},
         "a lock in our folder": {"args.json": SETTINGS, ".lock": "mine"},
         "a temporary file in our folder": {"args.json": SETTINGS, "args.json.tmp": "mine"},
     }
@@ -2055,21 +2213,22 @@ def test_a_file_is_no_folder_and_nothing_below_a_file_is(tmp_path):
 LINKS = ["args.json", "args.json.tmp", ".lock"]
 
 
-@pytest.mark.parametrize("name", LINKS)
-@pytest.mark.parametrize("own", [False, True], ids=["empty folder", "own folder"])
+@parametrize("name", LINKS)
+@parametrize("own", [False, True])
 def test_nothing_is_opened_through_a_link(tmp_path, name, own):
     folder = tmp_path / "run"
     folder.mkdir()
     write(tmp_path / "victim", SETTINGS)
     if own and name != "args.json":
         write(folder / "args.json", SETTINGS)
-    for target in ("../victim", "../nowhere"):
+    write(tmp_path / "empty", "")
+    for target in ("../victim", "../empty", "../nowhere"):
         (folder / name).symlink_to(target)
         refusal_of(folder)
         (folder / name).unlink()
 
 
-@pytest.mark.parametrize("name", LINKS)
+@parametrize("name", LINKS)
 def test_a_pipe_or_a_folder_of_the_name_is_refused_and_not_waited_for(tmp_path, name):
     for make in (os.mkfifo, os.mkdir):
         folder = tmp_path / make.__name__
@@ -2164,7 +2323,6 @@ OPTIONS = """
 """
 GIVEN = {
     # options -> name and value, of the attribute
-    "a name": (["--name", "x"], ("name", "x")),
     "no file": ([], ("file", [])),
     "repeated": (["--file", "a", "b", "--file", "c"], ("file", ["a", "b", "c"])),
     "a default": ([], ("count", 3)),
@@ -2175,13 +2333,12 @@ GIVEN = {
     "a text of two lines": (["--text", "a\\nb\\tc"], ("text", "a\nb\tc")),
     "no text": ([], ("text", None)),
     "the first choice": ([], ("kind", "plain")),
-    "a choice": (["--kind", "fancy"], ("kind", "fancy")),
-    "a switch": (["--fast"], ("fast", True)),
     "no switch": ([], ("fast", False)),
+    "the type of weights on a CPU": ([], ("dtype", "float32")),
 }
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@parametrize("name", GIVEN)
 def test_options_are_parsed_by_the_table(name):
     words, (attribute, value) = GIVEN[name]
     args = make_parser("What it does.", OPTIONS).parse_args(["--name", "x", *words])
@@ -2190,34 +2347,31 @@ def test_options_are_parsed_by_the_table(name):
 
 
 BAD_OPTIONS = {
-    "required": ([], "--name"),
-    "unknown": (["--name", "x", "--colour"], "--colour"),
-    "no value": (["--name"], "--name"),
-    "not a choice": (["--name", "x", "--kind", "odd"], "--kind"),
-    "a count of zero": (["--name", "x", "--count", "0"], "--count"),
-    "a count that is half": (["--name", "x", "--count", "1.5"], "--count"),
-    "a place before the first": (["--name", "x", "--place", "-1"], "--place"),
-    "an endless place": (["--name", "x", "--place", "1" + "0" * 30], "--place"),
-    "a negative rate": (["--name", "x", "--rate", "-1"], "--rate"),
-    "a rate of nothing": (["--name", "x", "--rate", "nan"], "--rate"),
-    "an infinite rate": (["--name", "x", "--rate", "inf"], "--rate"),
-    "a share above one": (["--name", "x", "--share", "1.1"], "--share"),
-    "a probability of zero": (["--name", "x", "--top-p", "0"], "--top-p"),
-    "a text that is not UTF-8": (["--name", "x", "--text", "\udcff"], "--text"),
-    "a switch with a value": (["--name", "x", "--fast=1"], "--fast"),
-    "files without one": (["--name", "x", "--file"], "--file"),
+    # options -> what the line names
+    "": "--name",
+    "--name x --color": "--color",
+    "--name x --kind odd": "argument --kind: ",
+    "--name x --count 0": "argument --count: 0 is out of range, from 1 to",
+    "--name x --place -1": "argument --place: ",
+    "--name x --place 1000000000000": "argument --place: ",
+    "--name x --place 1e3": "argument --place: invalid int value",
+    "--name x --rate nan": "argument --rate: ",
+    "--name x --rate inf": "argument --rate: ",
+    "--name x --share 1.1": "argument --share: 1.1 is out of range, from 0 to 1",
+    "--name x --top-p 0": "argument --top-p: 0 is out of range, above 0 to 1",
+    "--name x --text \udcff": "argument --text: ",
+    "--name x --file": "argument --file: ",
 }
 
 
-@pytest.mark.parametrize("name", BAD_OPTIONS)
-def test_a_bad_option_is_one_line_that_names_it(capsys, name):
-    words, option = BAD_OPTIONS[name]
+@parametrize("words", BAD_OPTIONS)
+def test_a_bad_option_is_one_line_that_names_it(capsys, words):
     with pytest.raises(SystemExit) as ended:
-        make_parser("What it does.", OPTIONS).parse_args(words)
+        make_parser("What it does.", OPTIONS).parse_args(words.split())
     assert ended.value.code == 2
     [line, end] = capsys.readouterr().err.split("\n")
     assert line.startswith("error: ")
-    assert option in line
+    assert BAD_OPTIONS[words] in line
     assert end == ""
 
 
@@ -2239,7 +2393,7 @@ def test_help_explains_each_option_with_its_default(capsys):
 
 
 def outcome_of(main, **environment) -> tuple[int, str]:
-    """Exit status and stderr of a script in a process of its own."""
+    """Exit status and stderr of a script, which runs in another process."""
 
     def run():
         os.dup2(writing, 2)
@@ -2297,7 +2451,7 @@ LINE = {
 }
 
 
-@pytest.mark.parametrize("name", LINE)
+@parametrize("name", LINE)
 def test_a_mistake_of_the_user_is_one_line_with_status_2(name):
     error, line = LINE[name]
     assert outcome_of(raising(error)) == (2, f"error: {line}\n")
@@ -2309,7 +2463,7 @@ def test_another_rank_says_which_it_is(monkeypatch):
     assert outcome_of(mistake, RANK="3") == (2, "error: rank 3: x: y\n")
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyError, TypeError, RuntimeError, RecursionError])
+@parametrize("kind", [ValueError, KeyError, TypeError, RuntimeError, RecursionError])
 def test_a_bug_keeps_its_traceback(kind):
     status, printed = outcome_of(raising(kind("of our own code")))
     assert status == 1
@@ -2322,7 +2476,7 @@ def test_a_script_that_ends_well_has_status_0():
     assert outcome_of(lambda args: None) == (0, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_script_without_a_word(number):
     def main(args):
         os.kill(os.getpid(), number)
@@ -2331,7 +2485,7 @@ def test_a_signal_ends_a_script_without_a_word(number):
     assert outcome_of(main) == (128 + number, "")
 
 
-@pytest.mark.parametrize("lines", [1, 100_000])
+@parametrize("lines", [1, 100_000])
 def test_a_closed_pipe_ends_a_script_without_a_word(lines):
     def main(args):
         reading, writing = os.pipe()
@@ -2345,7 +2499,7 @@ def test_a_closed_pipe_ends_a_script_without_a_word(lines):
 SENT_SIGINT = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
 
 
-@pytest.mark.parametrize("name", ["data", "generate", "train", "evaluate"])
+@parametrize("name", ["data", "generate", "train", "evaluate"])
 def test_ctrl_c_while_torch_is_imported_ends_a_script_without_a_word(tmp_path, name):
     write(tmp_path / "torch.py", SENT_SIGINT)  # is imported instead of torch
     script = Path(data.__file__).with_name(f"{name}.py")
@@ -2377,9 +2531,9 @@ def output_of(capsys, *words) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_counts_rows_and_tokens(folder, tokenizer, tmp_path, capsys):
+def test_the_command_counts_rows_and_tokens(folder, tmp_path, capsys, examples_of):
     file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
-    examples = examples_of(tmp_path, PAIRS, tokenizer)
+    examples = examples_of(PAIRS)
     longest = max(map(len, examples))
     limit = ["--max-length", longest - 1]
     printed = output_of(capsys, "--model", folder, "--data", file, *limit)
@@ -2392,7 +2546,9 @@ def test_the_command_counts_rows_and_tokens(folder, tokenizer, tmp_path, capsys)
     assert "status" not in printed
 
 
-def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, capsys, monkeypatch):
+def test_the_command_shows_an_example_in_color(
+    folder, tokenizer, tmp_path, capsys, monkeypatch, examples_of
+):
     rows = [pair | {"rationale": WHY, "id": f"row {i}"} for i, pair in enumerate(PAIRS)]
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -2400,7 +2556,7 @@ def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, caps
     printed = output_of(capsys, *given, "--show", 2)
     assert "row row 2" in printed
     [prompt, reference, rationale] = re.findall("\033\\[(?:90|32|34)m(.*)\033\\[0m", printed)
-    example = examples_of(tmp_path, rows, tokenizer)[2]
+    example = examples_of(rows)[2]
     for shown, ids in (
         (prompt, example.prompt),
         (reference, example.reference),
@@ -2412,8 +2568,8 @@ def test_the_command_shows_an_example_in_color(folder, tokenizer, tmp_path, caps
     assert "\033" not in output_of(capsys, *given)
 
 
-def test_the_command_counts_statuses_and_openings_of_a_ledger(folder, tokenizer, tmp_path, capsys):
-    rows = ledger_of(tmp_path, tokenizer)[:3]
+def test_the_command_counts_statuses_and_openings_of_a_ledger(folder, tmp_path, capsys, ledger_of):
+    rows = ledger_of()[:3]
     rows[1] |= REPETITIVE | {"rationale": "A B C D E", "rationale_ids": [5]}
     file = write_jsonl(tmp_path / "a.jsonl", rows)
     printed = output_of(capsys, "--model", folder, "--data", file)
@@ -2465,10 +2621,10 @@ BROKEN_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", BROKEN_FILES)
+@parametrize("name", BROKEN_FILES)
 def test_a_broken_tokenizer_file_is_refused_by_name(tmp_path, name):
     file, content, words = BROKEN_FILES[name]
-    folder = write_files(tmp_path, {})
+    folder = make_folder(tmp_path)
     if content is None:
         (folder / file).unlink()
     else:
@@ -2488,19 +2644,23 @@ ODD_FIELDS = {
     "generation_config.json": ["eos_token_id"],
     "config.json": ["eos_token_id"],
 }
-ODD_SHAPES = ["{}", "[{}]", '{{"content": {}}}', '{{"480": {{"content": {}}}}}', '[{{"id": {}}}]']
+ODD_SHAPES = [
+    *("{}", "[{}]", '{{"content": {}}}', '{{"480": {{"content": {}}}}}', '[{{"id": {}}}]'),
+    *('{{"vocab": {}}}', '{{"vocab": {{"a": {}}}}}'),
+]
 
 
-@pytest.mark.parametrize("file", ODD_FIELDS)
+@parametrize("file", ODD_FIELDS)
 def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
     tmp_path, monkeypatch, capsys, file
 ):
     pairs = write_jsonl(tmp_path / "pairs.jsonl", PAIRS[:1])
-    folder = write_files(tmp_path / "folder", {})
-    write(folder / "chat_template.jinja", CHATML)
+    folder = make_folder(tmp_path / "folder")
+    start = f'"chat_template": {json.dumps(CHATML)}, ' if file == "tokenizer_config.json" else ""
     refused = []
-    for field, shape, odd in itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values()):
-        write(folder / file, f'{{"{field}": {shape.format(odd)}}}')
+    cases = [*itertools.product(ODD_FIELDS[file], ODD_SHAPES, ODD.values())]
+    for field, shape, odd in random.Random(0).sample(cases, min(len(cases), 300)):
+        write(folder / file, f'{{{start}"{field}": {shape.format(odd)}}}')
         given = ["--model", folder, "--data", pairs]
         refused.append(last_line(data, given, monkeypatch, capsys))
     assert len(set(refused)) > 1
@@ -2508,7 +2668,7 @@ def test_an_odd_value_in_a_tokenizer_file_is_one_line_or_does_no_harm(
         assert str(folder) in line
 
 
-@pytest.mark.parametrize("part", range(4))
+@parametrize("part", range(4))
 def test_an_odd_row_is_one_line_with_its_place_or_does_no_harm(
     folder, tokenizer, tmp_path, monkeypatch, capsys, part
 ):

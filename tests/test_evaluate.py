@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -336,8 +336,8 @@ def test_a_score_that_has_changed_is_never_an_old_one(at, tmp_path, monkeypatch)
     assert measures_of(tmp_path)["refusal/harmful"]["value"] == 0
     monkeypatch.setattr(evaluate, "refusal_pattern", lambda: re.compile("."))
     monkeypatch.setattr(Transformer, "from_pretrained", pytest.fail)  # nothing is asked again
-    results = evaluate.read_results(tmp_path)
-    assert results.statistics["refusal/harmful"].values[0] == 1
+    _, statistics = evaluate.read_results(tmp_path)
+    assert statistics["refusal/harmful"].values[0] == 1
     run(*command)
     assert measures_of(tmp_path)["refusal/harmful"]["value"] == 1
     assert column(items_of(tmp_path, "safety/harmful"), "refusal") == [1, 1, 1]
@@ -567,7 +567,7 @@ def test_numbers_are_found_by_the_rules_of_lm_eval(at, tmp_path, line):
     gold = f"Some steps = 3.\n#### {number}"
     row = {"question": "?", "answer": gold}
     file = write_jsonl(tmp_path / "sums.jsonl", [row])
-    subject = evaluate.read_subject(parse("--model", "tuned"))
+    subject = evaluate.Subject(parse("--model", "tuned"))
     [question] = evaluate.read_numeric(str(file), subject)
     scores = evaluate.score_numeric(question.known | {"output": output})
     assert scores == by_lm_eval(output, gold)
@@ -624,6 +624,14 @@ def test_advbench_csv_and_json_lines_are_counted_apart(outs):
     assert column(benign, "prompt") == ["Why?"]
 
 
+def test_a_file_whose_rows_all_name_a_task_has_no_test_of_its_own_name(at, tmp_path):
+    file = write_jsonl(tmp_path / "all.jsonl", [QUESTIONS[1], QUESTIONS[3]])
+    out = tmp_path / "out"
+    run("--model", "tuned", "--out", out, "--choice", file)
+    assert {*files_in(out)} == {"settings.json", "results.json", "items/choice/long.jsonl"}
+    assert column(items_of(out, "choice/long"), "id") == [0, 1]
+
+
 def test_harmful_beside_a_goal_counts(at, tmp_path):
     rows = [
         {"goal": "a", "harmful": False},
@@ -631,10 +639,28 @@ def test_harmful_beside_a_goal_counts(at, tmp_path):
         {"goal": "c"},
     ]
     file = write_jsonl(tmp_path / "x.jsonl", rows)
-    subject = evaluate.read_subject(parse("--model", "tuned"))
+    subject = evaluate.Subject(parse("--model", "tuned"))
     questions = evaluate.read_safety(str(file), subject)
     tests = [question.test for question in questions]
     assert tests == ["benign", "harmful", "harmful"]
+
+
+def test_csv_is_known_by_its_ending_in_capitals_too(at, tmp_path):
+    file = shutil.copyfile("adv.csv", tmp_path / "ADV.CSV")
+    subject = evaluate.Subject(parse("--model", "tuned"))
+    questions = evaluate.read_safety(str(file), subject)
+    assert [question.test for question in questions] == ["harmful"] * 3
+
+
+def test_scores_of_one_name_are_never_mixed(at, tmp_path, refused):
+    answers = write_jsonl(tmp_path / "harmful.jsonl", [{"prompt": "Why?"}])
+    out = tmp_path / "out"
+    common = ["--model", "tuned", "--out", out, "--max-new-tokens", 4]
+    run(*common, "--answers", answers)
+    before = results_of(out)
+    error = refused([*common, "--safety", "adv.csv"])
+    assert "two tests have the score empty/harmful" in error
+    assert results_of(out) == before
 
 
 def test_translations_are_the_first_line_that_is_not_empty(outs):
@@ -668,7 +694,7 @@ def test_a_two_way_file_has_a_direction_and_a_limit(at, tmp_path):
         *("--translation", file),
         *("--direction", "en-de"),
     )
-    subject = evaluate.read_subject(args)
+    subject = evaluate.Subject(args)
     tests = evaluate.read_tests(vars(args), subject, limit=3)
     [questions] = tests.values()
     references = [question.known["reference"] for question in questions]
@@ -761,6 +787,24 @@ def test_rows_of_a_ledger_may_be_moved_and_edited(at, outs, tmp_path):
     moved, edited = items_of(out, "drift/part")
     assert moved == items_of(outs["tuned"], "drift/ledger")[5]
     assert edited["tokens"] > len(rows[3]["rationale_ids"]) + 10
+
+
+def test_a_sampling_setting_that_is_added_later_does_not_change_a_drift_item(outs, monkeypatch):
+    @dataclass(frozen=True)
+    class Later(generate.Sampling):
+        min_p: float = 0.0
+
+    def hashes():
+        args = parse("--model", "tuned", "--drift", "ledger.jsonl", "--base", "base")
+        tests = evaluate.read_tests(vars(args), evaluate.Subject(args))
+        return [question.input_hash for question in tests["drift", "ledger"]]
+
+    before = hashes()
+    assert before == column(items_of(outs["tuned"], "drift/ledger"), "input_hash")
+    monkeypatch.setattr(evaluate, "Sampling", Later)
+    for module in (generate, evaluate):
+        monkeypatch.setattr(module, "DEFAULTS", asdict(Later()))
+    assert hashes() == before
 
 
 @pytest.fixture
@@ -1044,6 +1088,8 @@ choice      | {"choices": {"text": ["c", "d"], "label": ["A", "B"]}} | "choices"
 choice      | {"prompt": null, "question": "a", "answerKey": "A"} | the README converts ARC's format
 choice      | {"task": "../y"}           | can't name a file
 choice      | {"task": "a\\u0000"}       | can't name a file
+choice      | {"task": ".."}             | x.jsonl:1: the task '..' can't name a file
+choice      | {"task": ""}               | x.jsonl:1: the task '' can't name a file
 choice      | {"id": [1]}                | "id"
 numeric     | {"answer": "5"}            | "#### NUMBER"
 numeric     | {"answer": "#### 1/2"}     | "#### NUMBER"
@@ -1072,7 +1118,7 @@ nowhere    | --model base --out x --choice nowhere.jsonl
 error: .:  | --model base --out x --numeric .
 empty      | --model base --out x --numeric empty.jsonl
 twice:2    | --model base --out x --numeric twice
-harmful    | --model base --out x --answers harmful.jsonl
+two tests  | --model base --out x --safety adv.csv --answers harmful.jsonl
 --base     | --model base --out x --drift ledger.jsonl
 --drift    | --model base --out x --choice quiz.jsonl --base base
 two tests  | --model base --out x --choice quiz.jsonl other/quiz.jsonl
@@ -1137,7 +1183,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing_behind(refused, without_weight
 def test_an_odd_field_is_one_line_with_its_place_or_does_no_harm(at, tmp_path, option):
     file = tmp_path / "odd.jsonl"
     args = parse("--model", "tuned", f"--{option}", file)
-    subject = evaluate.read_subject(args)
+    subject = evaluate.Subject(args)
     row = {"id": "1", "task": '"t"', "another": "1"}
     for name, value in ROWS[option].items():
         row[name] = json.dumps(value)

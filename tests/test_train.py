@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -699,7 +700,8 @@ def do_jobs(file: str):
     import ranks
 
     rank = int(os.environ["RANK"])
-    data.time = Namespace(sleep=lambda _: None)  # rank 1 need not wait for torchrun to end it
+    # rank 1 need not wait for torchrun to end it
+    data.time = Namespace(sleep=lambda _: None, strftime=time.strftime)
     statuses = {}
     for name, job in json.loads(Path(file).read_text()).items():
         sys.argv = ["train.py", *job["command"].split()]
