@@ -534,6 +534,8 @@ def run(args, out, tokenizer, examples, valid, noted):
         if stop:
             say(f"stopped by a signal after step {step}; continue it with --resume")
             sys.exit(128 + stop.item())
+    if is_first_rank():
+        flush_to_disk(out / "metrics.jsonl")
     export(model, tokenizer, out, dtype)
     say(f"wrote {out}")
 

@@ -391,8 +391,8 @@ def is_close(a, b) -> bool:
 def numbers(content) -> np.ndarray:
     """All weights of a file, or step and loss of each line of metrics.jsonl."""
     if isinstance(content, bytes):
-        weights = safetensors.numpy.load(content).values()
-        return np.concatenate([w.ravel() for w in weights])
+        weights = safetensors.numpy.load(content)
+        return np.concatenate([weights[name].ravel() for name in sorted(weights)])
     pairs = []
     for line in content:
         loss = "valid_loss" if "valid" in line else "loss"
@@ -421,7 +421,8 @@ def put_foreign(case: Case, folder: Path) -> dict:
         for file in folder.rglob(settings):
             for inner, _, _ in os.walk(file.parent):
                 name = os.path.relpath(f"{inner}/.DS_Store", folder)
-                if "checkpoint/step-" not in name:
+                within = inner.removeprefix(str(file.parent))
+                if "checkpoint/step-" not in name and ".parts" not in within:
                     names.append(name)
     found = {}
     for name in names:
