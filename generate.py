@@ -496,7 +496,9 @@ def claim_parts(parts, settings):
             try:
                 yield
             finally:
-                if dist.get_rank() == 0 and not any(parts.glob("rank*.jsonl")):
+                # what somebody else has put there keeps the folder, and the folder stays ours
+                ours = {"settings.json", data.LOCK}
+                if dist.get_rank() == 0 and set(os.listdir(parts)) <= ours:
                     (parts / "settings.json").unlink(missing_ok=True)
     finally:
         with contextlib.suppress(OSError):  # it has rows, or another run holds it
