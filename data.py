@@ -16,7 +16,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import argparse
-import bisect
 import fcntl
 import functools
 import hashlib
@@ -40,13 +39,14 @@ from model import (
     ModelConfig,
     Shared,
     UserError,
+    flush_to_disk,
     parse_json,
     quote,
     read_field,
     read_object,
     read_text,
     require,
-    write_text,
+    writing,
 )
 
 # ALMA's wording (Xu et al. 2024), as its code has it; the RaDis paper's wording is not known
@@ -77,26 +77,23 @@ class Row:
     id: int | str
     where: str  # FILE:LINE
     reference: str  # y: the translation, or the last answer of a conversation
-    source: str | None = None  # x, of a pair
-    source_lang: str | None = None
-    target_lang: str | None = None
-    messages: list[dict] | None = None  # the conversation before the answer, in place of x
+    source: str = None  # x, of a pair
+    source_lang: str = None
+    target_lang: str = None
+    messages: list[dict] = None  # the conversation before the answer, in place of x
     rationale: str = ""
     # of a ledger: the prompt to train on, and the very ids that were prefilled and sampled
-    prompt_ids: list[int] | None = None
-    reference_ids: list[int] | None = None
-    rationale_ids: list[int] | None = None
-    tokenizer: str | None = None  # hash of the tokenizer that the ids belong to
+    prompt_ids: list = None
+    reference_ids: list = None
+    rationale_ids: list = None
+    tokenizer: str = None  # hash of the tokenizer that the ids belong to
     finish: str = "eos"  # "length" for a truncated rationale
     status: str = "ok"
+    prompt_hash: str = None  # hash of the conversation that prompt_ids were made from
     # the options that shaped the prompt, where they were given
-    chat: str | None = None
-    system: str | None = None
-    template: str | None = None
-
-
-ID_FIELDS = ("prompt_ids", "reference_ids", "rationale_ids")  # of a ledger
-LEDGER_VALUES = {"finish": ("eos", "length"), "status": ("ok", "empty", "repetitive")}
+    chat: str = None
+    system: str = None
+    template: str = None
 
 
 @dataclass
@@ -153,9 +150,9 @@ class Encoder:
     def answer_ids(self, row):
         """Ids of reference and rationale: a ledger's own, where they decode to its text."""
         tokenizer = self.tokenizer
-        own = row.tokenizer == tokenizer.hash  # not those of another tokenizer, nor a plain pair
         reference = row.reference_ids
         rationale = row.rationale_ids
+        own = row.tokenizer == tokenizer.hash
         if own:
             ids = row.prompt_ids + reference + rationale
             check_ids(ids, tokenizer.vocab_size, row.where)
@@ -170,37 +167,27 @@ class Encoder:
 
         Raises UserError if the options given now would make another prompt.
         """
+        tokenizer = self.tokenizer
         messages = self.messages(row)
+        if row.prompt_ids is None:
+            return tokenizer.chat(messages, where=row.where)
         require(
-            row.prompt_ids is None or messages == Encoder(self.tokenizer).messages(row),
+            messages == Encoder(tokenizer).messages(row),
             row.where,
             "its prompt was made with another --template or --system; give that, or none",
         )
-        own = row.prompt_ids is not None and row.tokenizer == self.tokenizer.hash
-        unedited = own and self.holds_text(row)
-        same_chat = row.chat == self.tokenizer.chat_option
-        if unedited and same_chat:
+        own = row.tokenizer == tokenizer.hash
+        same_chat = row.chat == tokenizer.chat_option
+        unedited = row.prompt_hash == short_hash(messages)
+        if own and same_chat and unedited:
             return row.prompt_ids
-        prompt = self.tokenizer.chat(messages, where=row.where)
+        prompt = tokenizer.chat(messages, where=row.where)
         require(
-            not own or (prompt == row.prompt_ids if unedited else same_chat),
+            not own or same_chat or prompt == row.prompt_ids,
             row.where,
             f"its prompt was made with --chat {row.chat or 'auto'}; give that",
         )
         return prompt
-
-    def holds_text(self, row):
-        """Whether a ledger's prompt ids still hold the row's text, and nothing instead of it."""
-        tokenizer = self.tokenizer
-        messages = self.messages(row)
-        prompt = tokenizer.decode(row.prompt_ids)
-        for message in messages:
-            if tokenizer.decode(tokenizer.encode(message["content"])).strip() not in prompt:
-                return False
-        if row.messages is None or tokenizer.template is None:
-            return True
-        # a message may be a part of what it was
-        return len(tokenizer.decode(tokenizer.chat(messages, where=row.where))) == len(prompt)
 
     def settings(self) -> dict:
         """What a prompt depends on, besides the row."""
@@ -217,8 +204,8 @@ class Encoder:
         messages = row.messages
         if messages is None:
             text = self.template or row.template or TEMPLATE
-            text = text.replace("{source_lang}", LANGUAGES.get(row.source_lang, ""))
-            text = text.replace("{target_lang}", LANGUAGES.get(row.target_lang, ""))
+            text = text.replace("{source_lang}", LANGUAGES[row.source_lang])
+            text = text.replace("{target_lang}", LANGUAGES[row.target_lang])
             text = text.replace("{source}", row.source)  # last: braces in it are text
             messages = [{"role": "user", "content": text}]
         return with_system(messages, row.system if self.system is None else self.system)
@@ -280,11 +267,8 @@ def collate(examples: list[Example], device="cpu") -> Batch:
 
 
 def to_device(numbers, device):
-    """A tensor of whole numbers; a GPU copies it without waiting."""
-    tensor = torch.tensor(numbers, dtype=torch.long)
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    """A tensor of whole numbers. A GPU need not be done with its work before they are copied."""
+    return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 # 2. The tokenizer and the chat template
@@ -873,25 +857,17 @@ def check_ids(ids, limit, where):
 
 
 def read_json(path) -> list[tuple[str, dict]]:
-    """Objects of a JSON array or of JSON lines, each after its place, `FILE:LINE`."""
+    """Objects of JSON lines or of an array, each after its place: `FILE:LINE` or `FILE: row N`."""
     text = read_text(path)
-    rows = []
-    fault = "a row must be a JSON object; write one JSON object on one line, or a JSON array"
     if text.lstrip().startswith("["):
-        line_ends = [match.start() for match in re.finditer("\n", text)]
-        end = text.index("[") + 1
-        for row in parse_json(text, path):  # each is decoded once more, to know its line
-            start = re.compile(r"[\s,]*").match(text, end).end()
-            end = json.JSONDecoder().raw_decode(text, start)[1]
-            where = f"{path}:{bisect.bisect(line_ends, start) + 1}"
-            require(isinstance(row, dict), where, f"{fault}; found {quote(row)}")
-            rows.append((where, row))
+        content = enumerate(parse_json(text, path), 1)
+        rows = [(f"{path}: row {n}", row) for n, row in content]
     else:
-        for line, content in enumerate(text.split("\n"), 1):
-            if content.strip():
-                where = f"{path}:{line}"
-                require(content.rstrip().endswith("}"), where, f"{fault}; found {content[:60]}")
-                rows.append((where, parse_json(content, path, line)))
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(f"{path}:{n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
+    for where, row in rows:
+        fault = f"a row must be a JSON object, found {quote(row)}"
+        require(isinstance(row, dict), where, fault)
     require(rows, path, "the file holds no rows")
     return rows
 
@@ -899,7 +875,7 @@ def read_json(path) -> list[tuple[str, dict]]:
 def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Row]:
     """Reads pairs, conversations and ledgers; `prompts`: also prompts without an answer.
 
-    Several directions read each two-way pair once for each. Raises UserError naming file and line.
+    Several directions read each pair once for each. Raises UserError naming file and line.
     """
     ways = [tuple(direction.split("-")) for direction in dict.fromkeys(directions)]
     for way in ways:
@@ -909,16 +885,19 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
         content = read_json(file)
         ids = set()
         for way in ways or [None]:
+            again = way in ways[1:]
             for where, fields in content:
                 fields = {name: value for name, value in fields.items() if value is not None}
-                again = way in ways[1:]
-                if not is_conversation(fields):
+                one = {"source", "reference"} <= fields.keys()
+                if one or "translation" in fields:
                     row = read_pair(fields, where, way, ways)
                 elif again:  # a conversation has no direction
                     continue
                 else:
                     row = read_conversation(fields, where, prompts)
-                read_ledger_fields(row, fields)
+                row.rationale = read_field(fields, "rationale", str, where, "")
+                if "rationale_ids" in fields:
+                    read_ledger_fields(row, fields)
                 row.id = read_id(fields, where, len(rows))
                 if again and "id" in fields:
                     row.id = f"{row.id} {'-'.join(way)}"
@@ -926,13 +905,6 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
                 ids.add(row.id)
                 rows.append(row)
     return rows
-
-
-def is_conversation(fields):
-    """Whether a row has messages or a prompt; a `source` of its own may be beside them."""
-    if not fields.keys().isdisjoint(("messages", "response", "turns")):
-        return "translation" not in fields
-    return "prompt" in fields and "reference" not in fields
 
 
 def check_languages(way, where):
@@ -946,9 +918,7 @@ def check_languages(way, where):
 
 def read_id(fields, where, place):
     """The row's own id, or its place in the data."""
-    id = fields.get("id", fields.get("question_id"))
-    if id is None:
-        return place
+    id = fields.get("id", fields.get("question_id", place))
     require(type(id) in (int, str), where, '"id" must be a whole number or a text')
     return id
 
@@ -964,66 +934,55 @@ def text_field(fields, name, where, may_be_blank=False) -> str:
 
 def read_pair(fields, where, way, ways):
     """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
-    texts = fields
     own = way
     if "translation" in fields:
-        texts = read_field(fields, "translation", dict, where)
         require(way, where, "the row has both languages; choose --direction, such as de-en")
-        names = dict(zip(texts, texts))  # language -> field
+        texts = read_field(fields, "translation", dict, where)
     else:
-        require(
-            "source" in fields,
-            where,
-            "a row needs translation, source and reference, prompt, messages or turns; "
-            f"see the README; found {quote([*fields])}",
-        )
         own = (fields.get("source_lang"), fields.get("target_lang"))
-        if own == (None, None) and ways:  # of the first direction
+        if own == (None, None) and ways:
             own = ways[0]
-        check_languages(own, f"{where}: source_lang, target_lang")
-        names = {own[0]: "source", own[1]: "reference"}
+        check_languages(own, where)
+        texts = {own[0]: fields["source"], own[1]: fields["reference"]}
         way = way or own
-    both = names.keys() >= {*way}
-    found = quote([*names])
-    require(both, where, f"--direction {'-'.join(way)} needs both; the row has {found}")
-    one_way = "rationale" not in fields or (way == own and len(ways) < 2)
+    one_way = "rationale" not in fields or ways in ([], [own])
     require(one_way, where, "the row has a rationale, so it can't be read in another direction")
-    source = text_field(texts, names[way[0]], where)
-    reference = text_field(texts, names[way[1]], where, is_ledger(fields))
+    source = text_field(texts, way[0], where)
+    reference = text_field(texts, way[1], where, "rationale_ids" in fields)
     return Row(0, where, reference, source, *way)
 
 
 def read_conversation(fields, where, prompts):
     """A conversation: `messages`, or a prompt (of FastChat: the first turn) and its response."""
-    ledger = is_ledger(fields)
-    if "messages" in fields:
-        messages = read_field(fields, "messages", list, where)
-    else:
-        if "turns" in fields and "prompt" not in fields:
-            first = [*read_field(fields, "turns", list, where), None][0]
-            fields = fields | {"prompt": first}
-        messages = [{"role": "user", "content": text_field(fields, "prompt", where)}]
+    if "messages" not in fields:
+        for turn in read_field(fields, "turns", list, where, [])[:1]:
+            fields.setdefault("prompt", turn)
+        require(
+            "prompt" in fields,
+            where,
+            "a row needs translation, source and reference, prompt, messages or turns; "
+            f"see the README; found {quote([*fields])}",
+        )
+        fields["messages"] = [{"role": "user", "content": fields["prompt"]}]
         if "response" in fields:
-            answer = text_field(fields, "response", where, ledger)
-            messages.append({"role": "assistant", "content": answer})
-    turns = []
-    for message in messages:
+            fields["messages"].append({"role": "assistant", "content": fields["response"]})
+    ledger = "rationale_ids" in fields
+    messages = []
+    for message in read_field(fields, "messages", list, where):
         require(isinstance(message, dict), where, "a message must be an object")
         role = read_field(message, "role", str, where)
         # a system prompt may be empty, and in a ledger an answer: the model said nothing
-        blank = role == "system" or (ledger and role == "assistant")
-        turns.append({"role": role, "content": text_field(message, "content", where, blank)})
-    reference = ""
-    if turns and turns[-1]["role"] == "assistant":
-        reference = turns.pop()["content"]
-    elif not ledger:
-        require(
-            prompts,
-            where,
-            "the row has no answer; prompts alone are for --task answer and --answers",
-        )
-    check_turns(turns, where)
-    return Row(0, where, reference, messages=turns)
+        blank = role == "system" or (role == "assistant" and ledger)
+        content = text_field(message, "content", f"{where}: {role}", blank)
+        messages.append({"role": role, "content": content})
+    answer = ""
+    if messages and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
+    else:
+        fault = "the row has no answer; prompts alone are for --task answer and --answers"
+        require(prompts or ledger, where, fault)
+    check_turns(messages, where)
+    return Row(0, where, answer, messages=messages)
 
 
 def check_turns(messages, where):
@@ -1033,32 +992,16 @@ def check_turns(messages, where):
     require(alternate, where, f"roles must be user, assistant, ..., user; found {roles[:60]}")
 
 
-def is_ledger(fields):
-    return not fields.keys().isdisjoint(ID_FIELDS)
-
-
 def read_ledger_fields(row, fields):
-    """Fills in the rationale, and what generate.py adds to a row."""
-    where = row.where
-    row.rationale = read_field(fields, "rationale", str, where, "")
-    if not is_ledger(fields):
-        return
-    for name in ("rationale", *ID_FIELDS, "tokenizer", "finish", "status"):
-        require(
-            name in fields,
-            where,
-            f'a ledger row without "{name}", of an older version; write it again by generate.py',
-        )
-        kind = list if name in ID_FIELDS else str
-        setattr(row, name, read_field(fields, name, kind, where))
-    for name in ("chat", "system", "template"):
-        setattr(row, name, read_field(fields, name, str, where, None))
-    for name in ID_FIELDS:
-        check_ids(getattr(row, name), 2**31, f'{where}: "{name}"')
-    require(row.prompt_ids, where, '"prompt_ids" is empty; write the row again by generate.py')
-    for name, values in LEDGER_VALUES.items():
-        known = getattr(row, name) in values
-        require(known, where, f'"{name}" must be {" or ".join(values)}')
+    """Fills in what generate.py adds to a row."""
+    ids = ("prompt_ids", "reference_ids", "rationale_ids")
+    optional = ("prompt_hash", "chat", "system", "template")
+    for name in (*ids, "tokenizer", "finish", "status", *optional):
+        kind = Row.__annotations__[name]
+        default = None if name in optional else ...
+        setattr(row, name, read_field(fields, name, kind, row.where, default))
+    known = row.finish in ("eos", "length")
+    require(known, row.where, f'"finish" must be eos or length, found {quote(row.finish)}')
 
 
 def read_template(value: str | None) -> str | None:
@@ -1066,7 +1009,7 @@ def read_template(value: str | None) -> str | None:
     if value is None:
         return None
     text = utf8_text(value)
-    if "{source}" not in value and Path(value).is_file():
+    if "{source}" not in text and Path(value).is_file():
         text = read_text(value).removesuffix("\n")
     names = {*re.findall(r"\{([\w ]+)\}", text)}
     require(
@@ -1087,14 +1030,12 @@ def utf8_text(text):
 
 MARK = {"program": "RaDis"}  # first in a settings file: by it a folder or a ledger is known as ours
 NOT_COMPARED = ("model", "versions", "program")  # recorded only
-LOCK = ".lock"
 
 
 def is_own(file):
     """Whether a settings file was written by these scripts."""
     try:
-        regular = file.is_file() and not file.is_symlink()
-        return regular and read_object(file).items() >= MARK.items()
+        return file.is_file() and read_object(file).items() >= MARK.items()
     except UserError:
         return False
 
@@ -1103,67 +1044,52 @@ def is_own(file):
 def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPARED):
     """Holds `folder` for this run alone within the block -> whether it was there before.
 
-    The folder is created with its settings file `name`, or recognized by it; any other folder that
-    is not empty is refused. All ranks call it; rank 0 looks and writes. defaults: the values of
-    settings that an older file lacks. Raises UserError for a setting (except the `free` ones) that
-    was another, and if another process holds the folder.
+    The folder is created with its settings file `name`, or recognized by it, and this file is
+    locked; any other folder that is not empty is refused. All ranks call it; rank 0 looks and
+    writes. defaults: the values of settings that an older file lacks. Raises UserError for a
+    setting (except the `free` ones) that was another, and if another process holds the folder.
     """
+    file = folder / name
+    text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
     known = [False]
     lock = None
     try:
         if dist.get_rank() == 0:
-            require_own_or_empty(folder, name)
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = take_lock(folder)
-            require_own_or_empty(folder, name)  # nothing was put there meanwhile
-            file = folder / name
-            known[0] = file.exists()
+            lock = lock_folder(file, text)
+            known[0] = is_own(file)
             if known[0]:
                 require_same(file, (defaults or {}) | read_object(file), settings, free)
             else:
-                write_text(file, json.dumps(MARK | settings, indent=2, ensure_ascii=False))
+                with writing(file):
+                    file.write_bytes(text)
+                flush_to_disk(file)
         dist.broadcast_object_list(known)
         yield known[0]
     finally:
         if lock is not None:
-            (folder / LOCK).unlink(missing_ok=True)
             os.close(lock)
 
 
-def require_own_or_empty(folder, name):
-    """Raises UserError unless the folder is empty, missing or written by these scripts."""
-    if not folder.exists():
-        return
-    require(folder.is_dir(), folder, "is not a folder; choose another --out")
-    begun = [LOCK, f"{name}.tmp"]  # a run may have been killed before its settings were complete
-    require(
-        is_own(folder / name) or {*os.listdir(folder)} <= {*begun},
-        folder,
-        "is not empty and not written by this script; choose another --out",
-    )
-    start = json.dumps(MARK, indent=2)[:-2].encode()
-    for file in map(folder.joinpath, begun):
-        if os.path.lexists(file):
-            plain = file.is_file() and not file.is_symlink()
-            ours = plain and start.startswith(file.read_bytes()[: len(start)])
-            require(ours, file, "is not a file of this script; choose another --out")
+def lock_folder(file, text):
+    """Locks the folder of a settings file, which is created if it is missing -> the open file.
 
-
-def take_lock(folder):
-    """Locks a folder -> the open file that holds the lock."""
-    file = folder / LOCK
+    Raises UserError for a folder that others have written, and if another process has locked it.
+    """
+    folder = file.parent
+    names = os.listdir(folder) if folder.exists() else []
+    begun = False
+    if names == [file.name] and file.is_file():  # a run was killed while it wrote its settings
+        begun = text.startswith(file.read_bytes())
+    fault = "is not empty and not written by this script; choose another --out"
+    require(begun or not names or is_own(file), folder, fault)
+    folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # a file that the other process has just removed protects nothing
-        held = file.exists() and os.path.samestat(file.stat(), os.fstat(lock))
+        with writing(file):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.fstat(lock).st_nlink > 0  # a file that was just removed protects nothing
     except BlockingIOError:
         held = False
-    except OSError as e:
-        file.unlink()
-        raise UserError(
-            f"{folder}: its file system has no locks (flock: {e.strerror}); choose another --out"
-        ) from None
     require(held, folder, "another process is writing it; wait for it, or choose another --out")
     return lock
 
@@ -1197,18 +1123,16 @@ class Arguments(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
-def number_type(kind, low, high, above=None):
-    """An argparse type: a number from `low` to `high`, and larger than `above` if that is given."""
+def number_type(kind, low, high):
+    """An argparse type: a number from `low` to `high`."""
 
     def parse(text):
         value = kind(text)
-        inside = low <= value <= high and (above is None or value > above)
-        if not inside:
-            start = f"from {low}" if above is None else f"above {above}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range, {start} to {high}")
+        if not low <= value <= high:
+            raise ValueError
         return value
 
-    parse.__name__ = kind.__name__  # as argparse calls it in a message
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"  # as argparse calls it in a message
     return parse
 
 
@@ -1217,7 +1141,6 @@ VALUES = {
     "N": number_type(int, 0, 2**31),
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
-    "P": number_type(float, 0, 1, above=0),
     "TEXT": utf8_text,
 }
 PROMPT_OPTIONS = f"""
@@ -1228,6 +1151,9 @@ PROMPT_OPTIONS = f"""
 """
 
 
+OPTION = re.compile(r"(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(\S*)  +(.*)")  # a line of such a table
+
+
 def make_parser(description, options):
     """The parser of a table of options: name, value, two spaces, help.
 
@@ -1235,27 +1161,39 @@ def make_parser(description, options):
     choice whose default is the first, and without a value it is a switch.
     """
     p = Arguments(description=description)
-    for line in filter(None, options.split("\n")):
-        option, help = line.split("  ", 1)
-        name, _, value = option.partition(" ")
-        value, _, default = value.partition("=")
-        settings = {"help": help.strip().replace("%", "%%")}
+    for name, required, value, several, default, help in OPTION.findall(options):
+        settings = {"required": bool(required), "help": help.replace("%", "%%")}
         if "|" in value:
             settings["choices"] = value.split("|")
             default = settings["choices"][0]
         elif value:
-            settings["metavar"] = value.removesuffix("...")
-            settings["type"] = VALUES.get(settings["metavar"], str)
+            settings["metavar"] = value
+            settings["type"] = VALUES.get(value, str)
         else:
             settings["action"] = "store_true"
-        if value.endswith("..."):  # given again, it adds to what was given
+        if several:  # given again, it adds to what was given
             settings |= {"nargs": "+", "default": [], "action": "extend"}
         if default:
             settings["default"] = default
             settings["help"] += " (default %(default)s)"
-        p.add_argument(name.removesuffix("!"), required=name.endswith("!"), **settings)
+        p.add_argument(name, **settings)
     p.set_defaults(dtype="bfloat16" if torch.cuda.is_available() else "float32")
     return p
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The type that --dtype names. Rank 0 warns of bfloat16 on a CPU that emulates it."""
+    emulates = torch.backends.cpu.get_cpu_capability() == "AVX2" and not torch.cuda.is_available()
+    if emulates and name == "bfloat16" and dist.get_rank() == 0:
+        sys.stderr.write("warning: bfloat16 is very slow on this CPU; give --dtype float32\n")
+    return getattr(torch, name)
+
+
+# what an error that isn't ours has in its class or text -> the message about it
+FAILURES = {
+    "MemoryError|t allocate memory": "out of memory ({}); lower --micro-batch-size or --batch-size",
+    "^Dist|gloo": "lost another rank; its own message says why ({})",
+}
 
 
 def cli(main, parser):
@@ -1266,8 +1204,7 @@ def cli(main, parser):
     """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as Python does for stderr
     rank = int(os.environ.get("RANK", 0))
     try:
         main(parser.parse_args())
@@ -1280,13 +1217,10 @@ def cli(main, parser):
     except (UserError, OSError) as e:
         message = str(e)
     except (MemoryError, RuntimeError) as e:
-        first_line = str(e).split("\n")[0]
-        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "t allocate memory" in str(e):
-            message = f"out of memory ({first_line}); lower --micro-batch-size or --batch-size"
-        elif isinstance(e, dist.DistError) or "gloo" in str(e):
-            message = f"lost another rank; its own message says why ({first_line})"
-        else:
+        hints = [hint for sign, hint in FAILURES.items() if re.search(sign, repr(e))]
+        if not hints:
             raise
+        message = hints[0].format(str(e).split("\n")[0])
     if rank:
         time.sleep(3)  # torchrun ends this rank before that, if rank 0 has found the same
         message = f"rank {rank}: {message}"
@@ -1295,30 +1229,7 @@ def cli(main, parser):
     sys.exit(2)
 
 
-def print_statistics(rows, examples, max_length):
-    """Counts of rows and tokens; of a ledger also how its rationales ended and began."""
-    long = sum(len(example) > max_length for example in examples)
-    print(f"{len(rows)} rows, {long} of them longer than {max_length} tokens")
-    for name in ("prompt", "reference", "rationale"):
-        n = sorted(len(getattr(example, name)) for example in examples)
-        print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
-    ledger = [row for row in rows if row.rationale_ids is not None]
-    for status, n in Counter(row.status for row in ledger).most_common():
-        print(f"{n:6} rationales of status {status}")
-    openings = Counter(" ".join(row.rationale.split()[:4]) for row in ledger)
-    for text, n in openings.most_common(5):
-        print(f"{n:6} rationales begin: {text}")
-
-
-def print_example(example, tokenizer):
-    """One example, piece by piece, in the colors of its segments."""
-    print(f"row {example.id}: the prompt carries no loss, reference and rationale do")
-    tokens = tokenizer.list_tokens()
-    for name, color in {"prompt": 90, "reference": 32, "rationale": 34}.items():
-        ids = getattr(example, name)
-        pieces = "".join(tokens.get(id, "?") for id in ids)
-        text = f"\033[{color}m{pieces}\033[0m" if sys.stdout.isatty() else pieces
-        print(f"{name}, {len(ids)} tokens: {text}")
+COLORS = {"prompt": 90, "reference": 32, "rationale": 34}  # of a terminal
 
 
 def main(args):
@@ -1326,14 +1237,24 @@ def main(args):
     tokenizer = Tokenizer(args.model, args.chat).with_chat_of(rows)
     encoder = Encoder(tokenizer, read_template(args.template), args.system)
     examples = [encoder.example(row) for row in rows]
-    print_statistics(rows, examples, args.max_length)
-    print_example(examples[: args.show + 1][-1], tokenizer)
+    shown = examples[: args.show + 1][-1]
+    print(f"{len(rows)} rows; below, row {shown.id}: its reference and rationale carry loss")
+    pieces = tokenizer.list_tokens()
+    for name, color in COLORS.items():
+        n = sorted(len(getattr(example, name)) for example in examples)
+        print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
+        text = "".join(pieces.get(id, "?") for id in getattr(shown, name))
+        print(f"\033[{color}m{text}\033[0m" if sys.stdout.isatty() else text)
+    ledger = [row for row in rows if row.rationale_ids is not None]
+    statuses = Counter(f"of status {row.status}" for row in ledger)
+    openings = Counter("begin: " + " ".join(row.rationale.split()[:4]) for row in ledger)
+    for text, n in statuses.most_common() + openings.most_common(5):
+        print(f"{n:6} rationales {text}")
 
 
 OPTIONS = """
 --model! DIR         model folder (only its tokenizer is read)
 --data! FILE...      pairs, conversations or ledgers
---max-length COUNT=1024   tokens of a row; train.py drops longer ones
 --show N=0          the row to show, or the last
 """
 

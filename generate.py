@@ -139,6 +139,7 @@ def make_sequence(row, encoder, task, cue):
         template=encoder.template,
     )
     row.prompt_ids = encoder.prompt(row)
+    row.prompt_hash = data.short_hash(encoder.messages(row))
     if task in REWRITES:
         prompt = ask_for_rewrite(row, encoder, task)
     else:
@@ -497,7 +498,7 @@ def claim_parts(parts, settings):
                 yield
             finally:
                 # what somebody else has put there keeps the folder, and the folder stays ours
-                ours = {"settings.json", data.LOCK}
+                ours = {"settings.json"}
                 if dist.get_rank() == 0 and set(os.listdir(parts)) <= ours:
                     (parts / "settings.json").unlink(missing_ok=True)
     finally:
@@ -623,7 +624,7 @@ OPTIONS = """
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
---top-p P=1.0           nucleus sampling: cumulative probability; 1 is the whole vocabulary
+--top-p SHARE=1.0       nucleus sampling: cumulative probability; 1 is the whole vocabulary
 --seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
