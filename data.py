@@ -169,10 +169,8 @@ class Encoder:
         """
         tokenizer = self.tokenizer
         messages = self.messages(row)
-        if row.prompt_ids is None:
-            return tokenizer.chat(messages, where=row.where)
         require(
-            messages == Encoder(tokenizer).messages(row),
+            row.prompt_ids is None or messages == Encoder(tokenizer).messages(row),
             row.where,
             "its prompt was made with another --template or --system; give that, or none",
         )
@@ -945,8 +943,9 @@ def read_pair(fields, where, way, ways):
         check_languages(own, where)
         texts = {own[0]: fields["source"], own[1]: fields["reference"]}
         way = way or own
-    one_way = "rationale" not in fields or ways in ([], [own])
-    require(one_way, where, "the row has a rationale, so it can't be read in another direction")
+    if "rationale" in fields:
+        fault = "the row has a rationale, so it can't be read in another direction"
+        require(ways in ([], [own]), where, fault)
     source = text_field(texts, way[0], where)
     reference = text_field(texts, way[1], where, "rationale_ids" in fields)
     return Row(0, where, reference, source, *way)
@@ -1000,6 +999,7 @@ def read_ledger_fields(row, fields):
         kind = Row.__annotations__[name]
         default = None if name in optional else ...
         setattr(row, name, read_field(fields, name, kind, row.where, default))
+    require(row.prompt_ids, row.where, '"prompt_ids" is empty; write the row by generate.py again')
     known = row.finish in ("eos", "length")
     require(known, row.where, f'"finish" must be eos or length, found {quote(row.finish)}')
 
@@ -1076,14 +1076,14 @@ def lock_folder(file, text):
     Raises UserError for a folder that others have written, and if another process has locked it.
     """
     folder = file.parent
-    names = os.listdir(folder) if folder.exists() else []
+    folder.mkdir(parents=True, exist_ok=True)
+    names = os.listdir(folder)
     begun = False
     if names == [file.name] and file.is_file():  # a run was killed while it wrote its settings
         begun = text.startswith(file.read_bytes())
     fault = "is not empty and not written by this script; choose another --out"
     require(begun or not names or is_own(file), folder, fault)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with writing(file):  # some file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1143,15 +1143,13 @@ VALUES = {
     "SHARE": number_type(float, 0, 1),
     "TEXT": utf8_text,
 }
+OPTION = re.compile(r"(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(\S*)  +(.*)")  # a line of a table below
 PROMPT_OPTIONS = f"""
 --direction DE-EN...   direction of two-way pairs; several read each pair in each of them
 --chat CHAT=auto       auto: the folder's own chat template; {", ".join(NAMES)}, or a Jinja file
 --system TEXT          system prompt (default: the chat template's own)
 --template TEXT        instruction with {{source}} {{source_lang}} {{target_lang}}, or its file
 """
-
-
-OPTION = re.compile(r"(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(\S*)  +(.*)")  # a line of such a table
 
 
 def make_parser(description, options):
@@ -1189,7 +1187,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-# what an error that isn't ours has in its class or text -> the message about it
+# what an error of Python or torch has in its class or text -> the message about it
 FAILURES = {
     "MemoryError|t allocate memory": "out of memory ({}); lower --micro-batch-size or --batch-size",
     "^Dist|gloo": "lost another rank; its own message says why ({})",

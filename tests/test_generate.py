@@ -27,6 +27,7 @@ from conftest import (
     write_tokenizer,
 )
 
+import data
 import generate as script
 from data import Encoder, Tokenizer, read_rows
 from generate import (
@@ -37,7 +38,7 @@ from generate import (
     noise_key,
     status_of,
 )
-from model import KVCache, Transformer, UserError
+from model import KVCache, Transformer, UserError, start_processes
 
 TEMPLATE = "Put this from {source_lang} into {target_lang}: {source}"
 
@@ -1145,3 +1146,18 @@ def test_weights_of_another_tokenizer_blame_the_model(place):
     place.model = place.path / "model"
     write_tokenizer(write_model(place.model, vocab_size=300))
     assert place.error().startswith(f"error: {place.model}: ")
+
+
+# (capability, type, a warning is printed)
+DTYPES = [("AVX2", "bfloat16", True), ("AVX2", "float32", False), ("AVX512", "bfloat16", False)]
+
+
+@pytest.mark.parametrize("capability, name, warned", DTYPES)
+def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(
+    monkeypatch, capsys, capability, name, warned
+):
+    start_processes()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert data.torch_dtype(name) is getattr(torch, name)
+    assert ("--dtype float32" in capsys.readouterr().err) == warned
