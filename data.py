@@ -855,11 +855,11 @@ def check_ids(ids, limit, where):
 
 
 def read_json(path) -> list[tuple[str, dict]]:
-    """Objects of JSON lines or of an array, each after its place: `FILE:LINE` or `FILE: row N`."""
+    """Objects of JSON lines or of an array, each after its place: `FILE:LINE` or `FILE row N`."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         content = enumerate(parse_json(text, path), 1)
-        rows = [(f"{path}: row {n}", row) for n, row in content]
+        rows = [(f"{path} row {n}", row) for n, row in content]
     else:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"{path}:{n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
