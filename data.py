@@ -1143,7 +1143,8 @@ VALUES = {
     "SHARE": number_type(float, 0, 1),
     "TEXT": utf8_text,
 }
-OPTION = re.compile(r"(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(\S*)  +(.*)")  # a line of a table below
+# a line of a table of options: name, !, value, ..., default, help
+OPTION = re.compile(r"^(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(.*?)  +(.*)", re.MULTILINE)
 PROMPT_OPTIONS = f"""
 --direction DE-EN...   direction of two-way pairs; several read each pair in each of them
 --chat CHAT=auto       auto: the folder's own chat template; {", ".join(NAMES)}, or a Jinja file
