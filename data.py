@@ -335,27 +335,6 @@ REFUSED = ("split_special_tokens", "sp_model_kwargs", "model_specific_special_to
 CUT = "\ud800"  # half a surrogate pair, which no text of a file holds
 
 
-@dataclass
-class AddedToken:
-    """A text that is one id, as in tokenizer_config.json."""
-
-    id: int
-    special: bool = False
-    lstrip: bool = False  # takes the white space on its left with it
-    rstrip: bool = False
-    single_word: bool = False  # only where no letter or digit touches it
-
-    def pattern(self, text):
-        pattern = f"({re.escape(text)})(?!{CUT})"
-        if self.single_word:
-            pattern = rf"(?<!\w){pattern}(?!\w)"
-        if self.lstrip:
-            pattern = r"\s*" + pattern
-        if self.rstrip:
-            pattern += r"\s*"
-        return pattern
-
-
 class Tokenizer:
     """SentencePiece, with the added tokens and the chat template of a folder, as in transformers.
 
@@ -385,21 +364,21 @@ class Tokenizer:
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
         self.size = len(self.sp)
         self.tokens = {id: self.sp.id_to_piece(id) for id in range(self.size)}  # id -> text
-        self.added = {}  # text -> AddedToken
+        self.added = {}  # text -> id, of the tokens that a text is split at
+        self.special = set()  # those of them that are not text
         fast = self.read_json("tokenizer.json")
         self.read_vocabulary(fast)
         self.read_added_tokens(config, fast)
         self.variables = self.read_named_tokens(config, where)  # of a template
         self.vocab_size = 1 + max(self.tokens)
-        ids = {text: token.id for text, token in self.added.items()}
-        self.bos_id = ids.get(self.variables.get("bos_token"))
-        self.eos_id = ids.get(self.variables.get("eos_token"))
+        self.bos_id = self.added.get(self.variables.get("bos_token"))
+        self.eos_id = self.added.get(self.variables.get("eos_token"))
         # transformers puts BOS before plain text if tokenizer.json says so, else the setting
-        self.adds_bos = read_field(config, "add_bos_token", bool, where, False)
+        adds_bos = read_field(config, "add_bos_token", bool, where, False)
         if fast:
             bos = json.dumps(self.variables.get("bos_token"))
-            self.adds_bos = bos in json.dumps(fast.get("post_processor"))
-        self.adds_bos = self.adds_bos and self.bos_id is not None
+            adds_bos = bos in json.dumps(fast.get("post_processor"))
+        self.adds_bos = adds_bos and self.bos_id is not None
         self.template = self.read_template(chat, config, where)
         self.template_hash = short_hash(self.template)
         self.chat_option = None  # of --chat: a name, or the hash of a file's template
@@ -407,7 +386,10 @@ class Tokenizer:
             self.chat_option = chat if chat in NAMES else self.template_hash
             self.files["chat_template.jinja"] = self.template.encode()
         self.compile_patterns()
-        tokens = [[text, *vars(token).values()] for text, token in sorted(self.added.items())]
+        tokens = [  # no lstrip, rstrip and single_word, which older versions had
+            [text, id, text in self.special, False, False, False]
+            for text, id in sorted(self.added.items())
+        ]
         proto = self.files["tokenizer.model"].hex()
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
 
@@ -442,21 +424,23 @@ class Tokenizer:
     def read_vocabulary(self, fast):
         """Adds the control, unknown and user-defined pieces of tokenizer.model."""
         proto = self.files["tokenizer.model"]
+        vocabulary = fast.get("model", {}).get("vocab")
         end = 0
         for id, piece in self.tokens.items():
+            if isinstance(vocabulary, dict):
+                require(
+                    vocabulary.get(piece) == id,
+                    self.folder / "tokenizer.json",
+                    f"has another id than tokenizer.model for {piece!r}; download both again",
+                )
             # in the file a tag and a score, 5 bytes, follow the piece, then its type: 4 is
             # user-defined, for which SentencePiece has no call
             text = piece.encode() + b"\x15"
             end = proto.index(text, end) + len(text) + 4
-            special = self.sp.is_control(id) or self.sp.is_unknown(id)
-            if special or proto[end : end + 2] == b"\x18\x04":
-                self.added[piece] = AddedToken(id, special)
-        vocabulary = fast.get("model", {}).get("vocab")
-        if isinstance(vocabulary, dict):
-            pieces = {piece: id for id, piece in self.tokens.items()}
-            file = self.folder / "tokenizer.json"
-            same = pieces.items() <= vocabulary.items()
-            require(same, file, "has other ids than tokenizer.model; download both again")
+            if self.sp.is_control(id) or self.sp.is_unknown(id):
+                self.special.add(piece)
+            if piece in self.special or proto[end : end + 2] == b"\x18\x04":
+                self.added[piece] = id
 
     def read_added_tokens(self, config, fast):
         """Adds the tokens of tokenizer_config.json; without any, those of other files."""
@@ -473,42 +457,43 @@ class Tokenizer:
     def add_tokens(self, file, listed):
         for fields in listed:
             where = f"{self.folder / file}: added token {quote(fields)}"
+            for name in ("lstrip", "rstrip", "single_word"):
+                require(not fields.get(name), where, f"{name} is not supported")
             id = read_field(fields, "id", int, where)
             text = read_field(fields, "content", str, where)
             known = self.tokens.setdefault(id, text)
-            require(id >= 0 and known == text, where, f"{known!r} has this id")
+            require(text and id >= 0 and known == text, where, f"{known!r} has this id")
             if id < self.size and text not in self.added:
                 continue  # a piece like any other: it is text, whatever a file says
-            token = self.added.setdefault(text, AddedToken(id))
-            require(text and token.id == id, where, "is empty, or has two ids")
-            for name in ("special", "lstrip", "rstrip", "single_word"):
-                if read_field(fields, name, bool, where, False):
-                    setattr(token, name, True)
+            require(self.added.setdefault(text, id) == id, where, "has two ids")
+            if fields.get("special"):
+                self.special.add(text)
 
     def read_named_tokens(self, config, where):
         """Marks the tokens that fields name as special -> bos_token and others, by field."""
         sp = self.sp
         named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         named = {name: self.tokens.get(id) for name, id in named.items()}
-        for name, value in config.items():
-            if name.endswith("_token") and not name.startswith("add_"):
-                named[name] = value
+        named |= {name: value for name, value in config.items() if name.endswith("_token")}
         for name in ("additional_special_tokens", "extra_special_tokens"):
             for i, value in enumerate(read_field(config, name, list, where, [])):
                 named[f"{name} {i}"] = value
         texts = {}
         for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if text is None:
+            if not isinstance(text, str):  # null; also a switch such as add_bos_token
                 continue
             texts[name] = text
-            if text in self.added:
-                self.added[text].special = True
-            elif name not in ("pad_token", "sep_token", "cls_token", "mask_token"):
-                id = sp.piece_to_id(text)
-                fault = f"{name} is {text!r}, which the vocabulary lacks"
-                require(id != sp.unk_id(), where, fault)
-                self.added[text] = AddedToken(id, special=True)
+            id = self.added.get(text, sp.piece_to_id(text))
+            if text in self.added or id != sp.unk_id():
+                self.added[text] = id
+                self.special.add(text)
+            else:
+                require(
+                    name == "pad_token",
+                    where,
+                    f"{name} is {text!r}, which the vocabulary lacks",
+                )
         return texts
 
     def compile_patterns(self):
@@ -517,17 +502,17 @@ class Tokenizer:
         # ones that end an answer or that the template writes (words, digits and white space aside)
         self.stop_ids = {*self.read_stop_ids(), self.eos_id} - {None}
         control = []
-        for text, token in self.added.items():
+        for text, id in self.added.items():
             mark = len(text) > 2 and re.search(r"[^\w\s]", text)
             written = mark and text in (self.template or "")
-            if token.special or written or token.id in self.stop_ids:
+            if text in self.special or written or id in self.stop_ids:
                 control.append(text)
-        self.control = {self.added[text].id for text in control} - {self.sp.unk_id()}
+        self.control = {self.added[text] for text in control} - {self.sp.unk_id()}
         control = "|".join(map(re.escape, control))
         self.control_pattern = re.compile(f"(?={control}).", re.DOTALL)
         longest_first = sorted(self.added, key=len, reverse=True)
-        patterns = [self.added[text].pattern(text) for text in longest_first]
-        self.split_pattern = re.compile("|".join(patterns))
+        tokens = "|".join(map(re.escape, longest_first))
+        self.split_pattern = re.compile(f"({tokens})(?!{CUT})")
 
     def read_stop_ids(self):
         """EOS ids of generation_config.json; where it has none, those of config.json."""
@@ -541,6 +526,8 @@ class Tokenizer:
 
     def read_template(self, chat, config, where):
         """The Jinja text of --chat; None where the folder has no template."""
+        second = "additional_chat_templates/default.jinja"
+        require(second not in self.files, self.folder, f"{second} is not supported; remove it")
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
@@ -548,8 +535,11 @@ class Tokenizer:
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
         if chat != "auto":
-            formats = f"no such file, and no format; the formats are {', '.join(NAMES)}"
-            require(Path(chat).is_file(), f"--chat {chat}", formats)
+            require(
+                Path(chat).is_file(),
+                f"--chat {chat}",
+                f"no such file, and no format; the formats are {', '.join(NAMES)}",
+            )
             return read_text(chat)
         if "chat_template.jinja" in self.files:
             return read_text(self.folder / "chat_template.jinja")
@@ -566,8 +556,8 @@ class Tokenizer:
         for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
             with suppress(UserError):
                 text = text or self.render(messages, self.folder, False)
-        after = self.split(text.partition(CUT)[2])
-        ends = [part for part in after if isinstance(part, int)]
+        after = self.split_pattern.split(text.partition(CUT)[2])
+        ends = [self.added[part] for part in after if part in self.added]
         end = [*ends, self.eos_id][0]
         require(
             end is not None,
@@ -589,21 +579,12 @@ class Tokenizer:
         """The text, cut after the first character of each control token in it."""
         return self.control_pattern.sub(rf"\g<0>{CUT}", text)
 
-    def split(self, text):
-        """The ids of the added tokens in a text, and the texts between them."""
-        start = 0
-        for match in self.split_pattern.finditer(text):
-            yield text[start : match.start()]
-            yield self.added[match[match.lastindex]].id
-            start = match.end()
-        yield text[start:]
-
     def encode_parts(self, text, within=False):
         ids = []
         sp = self.sp_within if within else self.sp
-        for part in self.split(text):
-            if isinstance(part, int):
-                ids.append(part)
+        for part in self.split_pattern.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
                 sp = self.sp if self.legacy else self.sp_within
                 continue
             for piece in part.split(CUT):
@@ -624,10 +605,8 @@ class Tokenizer:
         sp = self.sp
         kept = [id for id in ids if id in self.tokens and id not in self.control]
         for added, group in itertools.groupby(kept, lambda id: id >= self.size):
-            if added:
-                text += "".join(self.tokens[id] for id in group)
-            else:
-                text += sp.decode(list(group))
+            run = list(group)
+            text += "".join(map(self.tokens.get, run)) if added else sp.decode(run)
             sp = self.sp_within  # only the first text loses the space before it
         return text
 
@@ -655,8 +634,7 @@ class Tokenizer:
     def prompt_end(self):
         """The last character of a prompt; empty where a control token ends it."""
         text = self.render([{"role": "user", "content": "x"}], "chat template")
-        *_, last = self.split(text)
-        return text[-1] if text[-1:].isspace() else last[-1:]
+        return text[-1] if text[-1:].isspace() else self.split_pattern.split(text)[-1][-1:]
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
         """Ids of `text` after an answer's beginning `before`, whose ids stay as they are."""
@@ -691,12 +669,19 @@ class Tokenizer:
 
     def render(self, messages, where, add_generation_prompt=True):
         """The conversation as text, by the template."""
-        fault = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
-        require(self.template, self.folder, fault)
-        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        require(
+            self.template,
+            self.folder,
+            f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file",
+        )
         try:
-            template = compile_template(self.template)
-            return template.render(values | self.variables, tools=None, documents=None)
+            return compile_template(self.template).render(
+                self.variables,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+            )
         except Exception as e:  # whatever a template does wrong
             raise UserError(
                 f"{where}: the chat template refuses this ({type(e).__name__}: {e})"
