@@ -26,7 +26,7 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -311,40 +311,19 @@ FORMATS = {
     r"{{ '\n\n' if not loop.last }}{% endfor %}",
 }
 NAMES = [name for name in FORMATS if " " not in name]
-PRIVATE_USE = "".join(map(chr, range(0xF0000, 0xFFFFE)))
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
-REFUSED = ("split_special_tokens", "sp_model_kwargs")  # settings that change an encoding
-NO_TEMPLATE = f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file"
-
-
-@dataclass
-class AddedToken:
-    """A text that is one id, as in tokenizer_config.json."""
-
-    id: int
-    special: bool = True
-    lstrip: bool = False  # takes the white space on its left with it
-    rstrip: bool = False
-    single_word: bool = False  # only where no letter or digit touches it
-
-    def pattern(self, text):
-        pattern = f"({re.escape(text)})"
-        if self.single_word:
-            pattern = rf"(?<!\w){pattern}(?!\w)"
-        if self.lstrip:
-            pattern = r"\s*" + pattern
-        if self.rstrip:
-            pattern += r"\s*"
-        return pattern
+REFUSED = ("split_special_tokens", "sp_model_kwargs", "model_specific_special_tokens")
+CUT = "\ud800"  # half a surrogate pair, which no text of a file holds
 
 
 class Tokenizer:
     """SentencePiece, with the added tokens and the chat template of a folder, as in transformers.
 
-    Text of a message never becomes a control token. Encoding follows LlamaTokenizer: the text is
-    split at added tokens, and SentencePiece encodes the texts between; with `legacy` each of these
-    gets the space before it, else only the first.
+    Encoding follows LlamaTokenizer: the text is split at added tokens, and SentencePiece encodes
+    the texts between; with `legacy` each of these gets the space before it, else only the first.
+    Text of a message never becomes a control token: it is cut within each, before the template is
+    rendered, and the two sides of a cut are encoded separately.
 
     chat: "auto" for the folder's own template, one of NAMES, or a Jinja file. Raises UserError
     naming the file that is missing, malformed or not supported.
@@ -354,53 +333,58 @@ class Tokenizer:
         self.folder = Path(folder)
         self.files = {}  # name -> bytes, as they were read: what an export must hold
         templates = self.folder.glob("additional_chat_templates/*.jinja")
-        for file in [*map(self.folder.joinpath, TOKENIZER_FILES), *sorted(templates)]:
+        for file in [*map(self.folder.joinpath, TOKENIZER_FILES), *templates]:
             if os.path.lexists(file):
                 self.files[str(file.relative_to(self.folder))] = file.read_bytes()
         where = self.folder / "tokenizer_config.json"
-        config = self.read_json("tokenizer_config.json")
+        config = self.read_json(where.name)
         if "added_tokens_decoder" not in config:  # as transformers: older files count only then
             config |= self.read_json("special_tokens_map.json")
         for name in REFUSED:
-            require(
-                not config.get(name), where, f"{name} is not supported: it changes the encoding"
-            )
+            require(not config.get(name), where, f"{name} is not supported; remove it")
         self.legacy = read_field(config, "legacy", bool, where, False)
         self.load_sentencepiece(read_field(config, "add_prefix_space", bool, where, True))
-        self.check_vocabulary()
-        self.added = self.read_added_tokens(config, where)  # text -> AddedToken
+        self.size = len(self.sp)
+        self.tokens = {id: self.sp.id_to_piece(id) for id in range(self.size)}  # id -> text
+        self.added = {}  # text -> id, of the tokens that a text is split at
+        self.special = set()  # those of them that are not text
+        fast = self.read_json("tokenizer.json")
+        self.read_vocabulary(fast)
+        self.read_added_tokens(config, fast)
         self.variables = self.read_named_tokens(config, where)  # of a template
-        ids = {text: token.id for text, token in self.added.items()}
-        self.bos_id = ids.get(self.variables.get("bos_token"))
-        self.eos_id = ids.get(self.variables.get("eos_token"))
-        self.adds_bos = self.bos_id is not None and self.read_adds_bos(config, where)
-        self.stop_ids = self.read_stop_ids()
-        self.template = self.read_template(chat, config)
+        self.vocab_size = 1 + max(self.tokens)
+        self.bos_id = self.added.get(self.variables.get("bos_token"))
+        self.eos_id = self.added.get(self.variables.get("eos_token"))
+        # transformers puts BOS before plain text if tokenizer.json says so, else the setting
+        adds_bos = read_field(config, "add_bos_token", bool, where, False)
+        if fast:
+            bos = json.dumps(self.variables.get("bos_token"))
+            adds_bos = bos in json.dumps(fast.get("post_processor"))
+        self.adds_bos = adds_bos and self.bos_id is not None
+        self.template = self.read_template(chat, config, where)
         self.template_hash = short_hash(self.template)
         self.chat_option = None  # of --chat: a name, or the hash of a file's template
         if chat != "auto":
             self.chat_option = chat if chat in NAMES else self.template_hash
-            self.files.pop("additional_chat_templates/default.jinja", None)
             self.files["chat_template.jinja"] = self.template.encode()
-        self.words = {id: text for text, id in ids.items() if id >= self.size}
-        self.vocab_size = 1 + max([self.size - 1, *self.words])
-        tokens = [[text, *vars(token).values()] for text, token in sorted(self.added.items())]
+        self.compile_patterns()
+        tokens = [  # no lstrip, rstrip and single_word, which older versions had
+            [text, id, text in self.special, False, False, False]
+            for text, id in sorted(self.added.items())
+        ]
         proto = self.files["tokenizer.model"].hex()
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
-        self.compile_patterns()
 
     def with_chat_of(self, rows: list[Row]) -> "Tokenizer":
         """With the --chat NAME that ledger rows were written with, unless another was given."""
-        chats = {row.chat: row.where for row in rows if row.tokenizer == self.hash}
-        if self.chat_option is not None or not any(chats):
-            return self
-        chat, where = chats.popitem()
-        one = chat in NAMES and not chats
-        require(one, where, "its prompt was made with a --chat FILE, or others; give that")
-        return Tokenizer(self.folder, chat)
+        chats = {row.chat for row in rows if row.tokenizer == self.hash}
+        if self.chat_option is None and len(chats) == 1 and chats <= {*NAMES}:
+            return Tokenizer(self.folder, chats.pop())
+        return self
 
     def read_json(self, name):
-        return read_object(self.folder / name) if name in self.files else {}
+        file = self.folder / name
+        return read_object(file) if file.exists() else {}
 
     def load_sentencepiece(self, add_prefix_space):
         file = self.folder / "tokenizer.model"
@@ -417,274 +401,194 @@ class Tokenizer:
             ) from None
         if not add_prefix_space:
             self.sp = self.sp_within
-        self.size = len(self.sp)
         self.adds_space = self.sp.encode("a") != self.sp_within.encode("a")
 
-    def read_added_tokens(self, config, where):
-        """Control and user-defined pieces of the vocabulary, and the tokens that files add."""
-        sp = self.sp
-        added = {}
-        defined = user_defined_pieces(self.files["tokenizer.model"], self.size)
-        for id in range(self.size):
-            piece = sp.id_to_piece(id)
-            special = sp.is_control(id) or sp.is_unknown(id)
-            # SentencePiece itself finds user-defined pieces with a space
-            if special or (id in defined and "▁" not in piece):
-                added[piece] = AddedToken(id, special)
-        decoder = read_field(config, "added_tokens_decoder", dict, where, None)
-        if decoder is not None:
-            listed = {number: (where, fields) for number, fields in decoder.items()}
-        else:
-            listed = self.list_older_tokens()
-        for number, (file, fields) in listed.items():
-            place = f"{file}: added token {number[:20]}"
-            number = re.fullmatch(r"[0-9]{1,9}", number)
-            require(number and isinstance(fields, dict), place, "must be an object with an id")
-            id = int(number[0])
-            text = read_field(fields, "content", str, place)
-            if id < self.size:
-                piece = sp.id_to_piece(id)
-                require(text == piece, place, f"is {text!r}, but {piece!r} in tokenizer.model")
-                text = text.replace("▁", " ")
-                if text not in added and id not in defined:
-                    continue  # a piece like any other: it is text, whatever a file says
-            token = added.setdefault(text, AddedToken(id, special=False))
-            require(text and token.id == id, place, f"{text!r} has two ids, or is empty")
-            for name in ("special", "lstrip", "rstrip", "single_word"):
-                if read_field(fields, name, bool, place, False):
-                    setattr(token, name, True)
-        return added
+    def read_vocabulary(self, fast):
+        """Adds the control, unknown and user-defined pieces of tokenizer.model."""
+        proto = self.files["tokenizer.model"]
+        vocabulary = fast.get("model", {}).get("vocab")
+        end = 0
+        for id, piece in self.tokens.items():
+            if isinstance(vocabulary, dict):
+                require(
+                    vocabulary.get(piece) == id,
+                    self.folder / "tokenizer.json",
+                    f"has another id than tokenizer.model for {piece!r}; download both again",
+                )
+            # in the file a tag and a score, 5 bytes, follow the piece, then its type: 4 is
+            # user-defined, for which SentencePiece has no call
+            text = piece.encode() + b"\x15"
+            end = proto.index(text, end) + len(text) + 4
+            if self.sp.is_control(id) or self.sp.is_unknown(id):
+                self.special.add(piece)
+            if piece in self.special or proto[end : end + 2] == b"\x18\x04":
+                self.added[piece] = id
 
-    def check_vocabulary(self):
-        """Raises UserError where tokenizer.json has other pieces than tokenizer.model."""
-        file = self.folder / "tokenizer.json"
-        vocab = read_field(self.read_json(file.name), "model", dict, file, {}).get("vocab")
-        for piece, id in vocab.items() if isinstance(vocab, dict) else ():
-            check_ids([id], 2**31, file)
-            same = id >= self.size or self.sp.id_to_piece(id) == piece
-            fault = f"{piece[:20]!r} has the id {id}, and another in tokenizer.model"
-            require(same, file, fault)
+    def read_added_tokens(self, config, fast):
+        """Adds the tokens of tokenizer_config.json; without any, those of other files."""
+        decoder = config.get("added_tokens_decoder")
+        if decoder is not None:
+            listed = [fields | {"id": int(id)} for id, fields in decoder.items()]
+            self.add_tokens("tokenizer_config.json", listed)
+        else:
+            older = self.read_json("added_tokens.json").items()
+            listed = [{"id": id, "content": text} for text, id in older]
+            self.add_tokens("added_tokens.json", listed)
+            self.add_tokens("tokenizer.json", fast.get("added_tokens", []))
+
+    def add_tokens(self, file, listed):
+        for fields in listed:
+            where = f"{self.folder / file}: added token {quote(fields)}"
+            for name in ("lstrip", "rstrip", "single_word"):
+                require(not fields.get(name), where, f"{name} is not supported")
+            id = read_field(fields, "id", int, where)
+            text = read_field(fields, "content", str, where)
+            known = self.tokens.setdefault(id, text)
+            require(text and id >= 0 and known == text, where, f"{known!r} has this id")
+            if id < self.size and text not in self.added:
+                continue  # a piece like any other: it is text, whatever a file says
+            require(self.added.setdefault(text, id) == id, where, "has two ids")
+            if fields.get("special"):
+                self.special.add(text)
 
     def read_named_tokens(self, config, where):
-        """Special tokens by name (bos_token ...), a template's variables; `added` has them."""
+        """Marks the tokens that fields name as special -> bos_token and others, by field."""
         sp = self.sp
-        defaults = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
-        named = {name: sp.id_to_piece(id) for name, id in defaults.items() if id >= 0}
-        for name, value in config.items():
-            if name.endswith("_token") and not name.startswith("add_"):
-                named[name] = value
-        for start in ("additional", "extra", "model_specific"):
-            kind = f"{start}_special_tokens"
-            extra = config.get(kind) or {}
-            if isinstance(extra, list):
-                extra = {f"{kind} {i}": value for i, value in enumerate(extra)}
-            require(isinstance(extra, dict), where, f"{kind} must be a list or an object")
-            named |= extra
+        named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
+        named = {name: self.tokens.get(id) for name, id in named.items()}
+        named |= {name: value for name, value in config.items() if name.endswith("_token")}
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            for i, value in enumerate(read_field(config, name, list, where, [])):
+                named[f"{name} {i}"] = value
         texts = {}
         for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
-            if text is None:
+            if not isinstance(text, str):  # null; also a switch such as add_bos_token
                 continue
-            require(isinstance(text, str), where, f"{name} must be text")
             texts[name] = text
-            if text in self.added:
-                self.added[text].special = True
-            elif name not in ("pad_token", "sep_token", "cls_token", "mask_token"):
-                id = sp.piece_to_id(text)
-                known = id != sp.unk_id()
-                require(known, where, f"{name} is {text!r}, which the vocabulary lacks")
-                self.added[text] = AddedToken(id)
+            id = self.added.get(text, sp.piece_to_id(text))
+            if text in self.added or id != sp.unk_id():
+                self.added[text] = id
+                self.special.add(text)
+            else:
+                require(
+                    name == "pad_token",
+                    where,
+                    f"{name} is {text!r}, which the vocabulary lacks",
+                )
         return texts
 
     def compile_patterns(self):
         """The patterns that find added tokens, and the ids that are not decoded."""
         # ids that text never becomes, and that are not decoded: special tokens, and other added
         # ones that end an answer or that the template writes (words, digits and white space aside)
-        self.control = set()
-        ends = {self.eos_id, *self.stop_ids}
-        for text, token in self.added.items():
+        self.stop_ids = {*self.read_stop_ids(), self.eos_id} - {None}
+        control = []
+        for text, id in self.added.items():
             mark = len(text) > 2 and re.search(r"[^\w\s]", text)
             written = mark and text in (self.template or "")
-            if token.special or written or token.id in ends:
-                self.control.add(token.id)
+            if text in self.special or written or id in self.stop_ids:
+                control.append(text)
+        self.control = {self.added[text] for text in control} - {self.sp.unk_id()}
+        control = "|".join(map(re.escape, control))
+        self.control_pattern = re.compile(f"(?={control}).", re.DOTALL)
         longest_first = sorted(self.added, key=len, reverse=True)
-        patterns = [self.added[text].pattern(text) for text in longest_first]
-        self.split_pattern = re.compile("|".join(patterns))
-        special = [re.escape(x) for x in longest_first if self.added[x].id in self.control]
-        special = "|".join(special) or "(?!)"
-        self.marked_pattern = re.compile(rf"((?<=\S)\s+)?({special})(\s+(?=\S))?")
-        self.control.discard(self.sp.unk_id())  # it is decoded
-
-    def list_older_tokens(self):
-        """Added tokens of files that count without added_tokens_decoder: id -> file, fields."""
-        listed = {}
-        file = self.folder / "added_tokens.json"
-        for text, id in self.read_json(file.name).items():
-            require(str(id) not in listed, file, f"two tokens have the id {id}")
-            listed[str(id)] = (file, {"content": text})
-        file = self.folder / "tokenizer.json"
-        for fields in read_field(self.read_json(file.name), "added_tokens", list, file, []):
-            require(isinstance(fields, dict), file, "an added token must be an object")
-            listed[str(fields.get("id"))] = (file, fields)
-        return listed
-
-    def read_adds_bos(self, config, where):
-        """Whether transformers puts BOS before plain text: tokenizer.json says, or the settings."""
-        if "tokenizer.json" not in self.files:
-            return read_field(config, "add_bos_token", bool, where, False)
-        text = json.dumps(self.read_json("tokenizer.json").get("post_processor"))
-        single = text.partition('"single": ')[2].partition('"pair": ')[0]
-        return f'"id": {json.dumps(self.variables["bos_token"])}' in single
+        tokens = "|".join(map(re.escape, longest_first))
+        self.split_pattern = re.compile(f"({tokens})(?!{CUT})")
 
     def read_stop_ids(self):
         """EOS ids of generation_config.json; where it has none, those of config.json."""
         for name in ("generation_config.json", "config.json"):
-            file = self.folder / name
-            ids = read_object(file).get("eos_token_id") if file.exists() else None
+            ids = self.read_json(name).get("eos_token_id")
             if ids is not None:
                 ids = ids if isinstance(ids, list) else [ids]
-                check_ids(ids, 2**31, f"{file}: eos_token_id")
+                check_ids(ids, 2**31, f"{self.folder / name}: eos_token_id")
                 return ids
         return []
 
-    def read_template(self, chat, config):
+    def read_template(self, chat, config, where):
         """The Jinja text of --chat; None where the folder has no template."""
+        second = "additional_chat_templates/default.jinja"
+        require(second not in self.files, self.folder, f"{second} is not supported; remove it")
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
-            tags = {*re.findall(r"<\|im_\w+\|>", FORMATS[chat])}
-            lacks = f"the vocabulary lacks {' '.join(sorted(tags))}; choose another"
-            require(tags <= self.added.keys(), f"--chat {chat}", lacks)
             space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
         if chat != "auto":
-            formats = f"no such file, and no format; the formats are {', '.join(NAMES)}"
-            require(Path(chat).is_file(), f"--chat {chat}", formats)
-            return read_text(chat)
-        template = {}
-        for name in self.files:
-            if name.endswith(".jinja"):
-                key = Path(name).stem.replace("chat_template", "default")
-                template[key] = read_text(self.folder / name)
-        if not template:  # files come before the settings, as in transformers
-            template = config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            named = [x for x in template if isinstance(x, dict)]
-            template = {str(x.get("name")): x.get("template") for x in named}
-        if isinstance(template, dict):
             require(
-                "default" in template,
-                self.folder,
-                "none of its chat templates is the default; give one by --chat FILE",
+                Path(chat).is_file(),
+                f"--chat {chat}",
+                f"no such file, and no format; the formats are {', '.join(NAMES)}",
             )
-            template = template["default"]
-        require(isinstance(template, str | None), self.folder, "chat_template must be text")
-        return template or None
+            return read_text(chat)
+        if "chat_template.jinja" in self.files:
+            return read_text(self.folder / "chat_template.jinja")
+        template = config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {x["name"]: x["template"] for x in template}.get("default")
+        return read_field({"chat_template": template}, "chat_template", str, where, None)
 
     @functools.cached_property
     def end_id(self) -> int:
         """The token that ends an answer: what the template writes after one, else EOS."""
-        mark = PRIVATE_USE[0]
-        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CUT}]
+        text = ""
         for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
-            try:
-                text = self.render(messages, self.folder, False)
-            except UserError:
-                continue
-            for part in self.split(text.partition(mark)[2], {}):
-                if isinstance(part, int):
-                    return part
-            break
+            with suppress(UserError):
+                text = text or self.render(messages, self.folder, False)
+        after = self.split_pattern.split(text.partition(CUT)[2])
+        ends = [self.added[part] for part in after if part in self.added]
+        end = [*ends, self.eos_id][0]
         require(
-            self.eos_id is not None,
+            end is not None,
             self.folder / "tokenizer_config.json",
             "has no eos_token, and the chat template ends no answer; name one",
         )
-        return self.eos_id
+        return end
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:
         """Where generation stops."""
-        return sorted({self.end_id, *self.stop_ids} | ({self.eos_id} - {None}))
+        return sorted({self.end_id, *self.stop_ids})
 
     def encode(self, text: str, within: bool = False) -> list[int]:
         """Text to ids, without BOS or EOS. within: it continues a text before it."""
-        guards = self.make_guards([text])
-        return self.encode_parts(self.mark(text, guards), guards, within)
+        return self.encode_parts(self.cut(text), within)
 
-    def make_guards(self, texts):
-        """Two characters for each control token in the texts, which the texts do not hold."""
-        held = set("".join(texts))
-        unused = (character for character in PRIVATE_USE if character not in held)
-        guards = {}
-        for text in texts:
-            for match in self.marked_pattern.finditer(text):
-                if match[2] not in guards:
-                    guards[match[2]] = next(unused) + next(unused)
-        return guards
+    def cut(self, text):
+        """The text, cut after the first character of each control token in it."""
+        return self.control_pattern.sub(rf"\g<0>{CUT}", text)
 
-    def mark(self, text, guards):
-        """The text with guards around each control token in it, by which it is known as text.
-
-        The white space next to the token is within them, so that a template can still split and
-        strip.
-        """
-        return self.marked_pattern.sub(lambda match: match[0].join(guards[match[2]]), text)
-
-    def split(self, text, guards):
-        """The ids of the added tokens in a text, and the texts between them."""
-        start = 0
-        for match in self.split_pattern.finditer(text):
-            token = match[match.lastindex]
-            before, after = match.span(match.lastindex)
-            around = text[:before].rstrip()[-1:] + text[after:].lstrip()[:1]
-            if around != guards.get(token):
-                yield text[start : match.start()]
-                yield self.added[token].id
-                start = match.end()
-        yield text[start:]
-
-    def encode_parts(self, text, guards, within=False):
+    def encode_parts(self, text, within=False):
         ids = []
         sp = self.sp_within if within else self.sp
-        remove = str.maketrans("", "", "".join(guards.values()))
-        for part in self.split(text, guards):
-            if isinstance(part, int):
-                ids.append(part)
+        for part in self.split_pattern.split(text):
+            if part in self.added:
+                ids.append(self.added[part])
                 sp = self.sp if self.legacy else self.sp_within
                 continue
-            part = part.translate(remove)
-            encoded = sp.encode(part)
-            if not self.control.isdisjoint(encoded):
-                # SentencePiece itself finds control tokens: cut each after its first character
-                cuts = [match.start(2) + 1 for match in self.marked_pattern.finditer(part)]
-                encoded = []
-                for start, end in itertools.pairwise([0, *cuts, len(part)]):
-                    encoded += sp.encode(part[start:end])
-                    sp = self.sp_within
-            for id in encoded:
-                if id in self.control:  # of one character, which can't be cut: its bytes
-                    piece = sp.id_to_piece(id).encode()
-                    ids += [sp.piece_to_id(f"<0x{byte:02X}>") for byte in piece]
-                else:
-                    ids.append(id)
+            for piece in part.split(CUT):
+                encoded = sp.encode(piece)
+                control = self.control.intersection(encoded)
+                require(not control, quote(piece), f"holds control tokens {control}; remove them")
+                ids += encoded
+                sp = self.sp_within
         return ids
 
     def list_tokens(self) -> dict[int, str]:
         """The text of each id."""
-        return {id: self.sp.id_to_piece(id) for id in range(self.size)} | self.words
+        return self.tokens
 
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control tokens are left out."""
         text = ""
         sp = self.sp
-        kept = [i for i in ids if i not in self.control]
-        for added, group in itertools.groupby(kept, self.words.__contains__):
-            if added:
-                text += "".join(self.words[i] for i in group)
-            else:
-                text += sp.decode([i for i in group if i < self.size])
+        kept = [id for id in ids if id in self.tokens and id not in self.control]
+        for added, group in itertools.groupby(kept, lambda id: id >= self.size):
+            run = list(group)
+            text += "".join(map(self.tokens.get, run)) if added else sp.decode(run)
             sp = self.sp_within  # only the first text loses the space before it
         return text
 
@@ -703,10 +607,8 @@ class Tokenizer:
 
         The answer continues a prompt that ends in white space, and is encoded on its own otherwise.
         """
-        if not text:
-            return []
         end = self.prompt_end
-        if end and not end.isspace() and not self.adds_space:
+        if text and end and not end.isspace() and not self.adds_space:
             text = " " + text
         return self.encode(text, within=end.isspace())
 
@@ -714,10 +616,7 @@ class Tokenizer:
     def prompt_end(self):
         """The last character of a prompt; empty where a control token ends it."""
         text = self.render([{"role": "user", "content": "x"}], "chat template")
-        if text[-1:].isspace():
-            return text[-1]
-        *_, last = self.split(text, {})
-        return last[-1:]
+        return text[-1] if text[-1:].isspace() else self.split_pattern.split(text)[-1][-1:]
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
         """Ids of `text` after an answer's beginning `before`, whose ids stay as they are."""
@@ -734,97 +633,59 @@ class Tokenizer:
         """
         check_turns(messages, where)
         messages = with_system(messages, system)
-        guards = self.make_guards([self.template or "", *(x["content"] for x in messages)])
-        marked = [x | {"content": self.mark(x["content"], guards)} for x in messages]
-        text = self.render(marked, where)
+        cut = [x | {"content": self.cut(x["content"])} for x in messages]
+        text = self.render(cut, where)
+        require(
+            cut == messages or text.replace(CUT, "") == self.render(messages, where),
+            where,
+            "the chat template changes a control token that a message holds; remove that",
+        )
         if messages[0]["role"] == "system":
-            other = self.render([marked[0] | {"content": PRIVATE_USE[-1]}, *marked[1:]], where)
+            other = self.render([cut[0] | {"content": CUT}, *cut[1:]], where)
             require(
                 other != text,
                 where,
                 "the chat template drops the system prompt; leave it out, or give --chat",
             )
-        return self.encode_parts(text, guards)
+        return self.encode_parts(text)
 
     def render(self, messages, where, add_generation_prompt=True):
         """The conversation as text, by the template."""
-        require(self.template is not None, self.folder, NO_TEMPLATE)
-        values = {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        text = ""
+        require(
+            self.template,
+            self.folder,
+            f"has no chat template; give --chat {'|'.join(NAMES)}, or a Jinja file",
+        )
         try:
-            template = compile_template(self.template)
-            for piece in template.generate(values | self.variables, tools=None, documents=None):
-                text += piece
-                require(len(text) <= 10**6, where, "its prompt has more than 1,000,000 characters")
-        except UserError:
-            raise
+            return compile_template(self.template).render(
+                self.variables,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+            )
         except Exception as e:  # whatever a template does wrong
             raise UserError(
                 f"{where}: the chat template refuses this ({type(e).__name__}: {e})"
             ) from None
-        return text
-
-
-def user_defined_pieces(proto, size):
-    """Ids of the pieces of type USER_DEFINED, for which SentencePiece has no call.
-
-    Read from the protobuf of sentencepiece_model.proto: pieces are field 1, their type comes last.
-    """
-    ids = set()
-    start = 0
-    for id in range(size):
-        length = proto[start + 1]
-        start += 2
-        if length > 127:
-            length += (proto[start] - 1) << 7
-            start += 1
-        start += length
-        if proto[start - 2 : start] == b"\x18\x04":
-            ids.add(id)
-    return ids
 
 
 @functools.cache
 def compile_template(source):
     """A Jinja template with the sandbox, the globals and the tags that transformers gives it."""
-    import jinja2.ext  # torch installs it
+    from jinja2.exceptions import TemplateError  # torch installs it
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    version = tuple(map(int, jinja2.__version__.split(".")[:3]))
-    require(
-        version >= (3, 1, 6),
-        "jinja2",
-        "older than 3.1.6 its sandbox is not safe; pip install -U jinja2",
-    )
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %}, which only marks the assistant's text."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    class Namespace(jinja2.utils.Namespace):
-        def __setitem__(self, name, value):
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"{name} can't be set")
-            super().__setitem__(name, value)
-
     def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
+        raise TemplateError(message)
 
     sandbox = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    sandbox.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": time.strftime,
-        "namespace": Namespace,
-    }
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+    # {% generation %} only marks the assistant's text: a block without effect
+    source = re.sub(r"(\{%[-+]?\s*(end)?)generation\b", r"\1with", source)
     return sandbox.from_string(source)
 
 
