@@ -173,7 +173,6 @@ def validate(compute_loss, valid, step, out):
         line = compute_loss(examples)
         loss = line.pop("loss")
         record({"step": step, "valid": name, "valid_loss": loss} | line, out)
-        say(f"{step:6}  valid {name}  loss {loss:.4f}")
 
 
 # 2. The order of the examples, and the learning rate
@@ -196,10 +195,11 @@ def micro_batches(examples, size):
     rank = dist.get_rank()
     world_size = dist.get_world_size()
     back = 2 * world_size - 1 - rank
+    count = size * world_size
     rows = sorted(examples, key=len, reverse=True)
     parts = []
-    for start in range(0, len(rows), size * world_size):
-        part = rows[start : start + size * world_size]
+    for start in range(0, len(rows), count):
+        part = rows[start : start + count]
         # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
         parts.append(part[rank :: 2 * world_size] + part[back :: 2 * world_size])
     return parts
@@ -223,12 +223,6 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     return peak * factors[schedule]
 
 
-def count_steps(examples, args):
-    """Returns the optimizer steps of a run on so many examples."""
-    in_epoch = math.ceil(examples / args.batch_size)
-    return args.max_steps or math.ceil(args.epochs * in_epoch)
-
-
 def is_due(step, every):
     """Returns whether what is done every `every` steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
@@ -236,25 +230,24 @@ def is_due(step, every):
 
 def read_data(args, config):
     """Returns the tokenizer, the examples of --data, and those of each set of --valid."""
-    rows = data.read_rows(args.data, args.direction)
-    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
-    # at weight 0 the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    max_length = min(args.max_length, config.max_position_embeddings)
-    examples = make_examples(rows, "--data", encoder, config, max_length)
-    valid = {}
+    files = {"--data": args.data}
     for item in args.valid:
         name, named, file = item.partition("=")
         if not named:
             name = Path(item).stem
             file = item
         fault = f"two sets are called {name}; give one another name, as in NAME={file}"
-        require(name not in valid, "--valid", fault)
-        rows = data.read_rows([file], args.direction)
-        valid[name] = make_examples(rows, file, encoder, config, max_length)
-    return tokenizer, examples, valid
+        require(name not in files, "--valid", fault)
+        files[name] = [file]
+    rows = {name: data.read_rows(files[name], args.direction) for name in files}
+    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows["--data"])
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    length = min(args.max_length, config.max_position_embeddings)
+    sets = {name: make_examples(rows[name], name, encoder, config, length) for name in rows}
+    return tokenizer, sets.pop("--data"), sets
 
 
 def make_examples(rows, name, encoder, config, max_length):
@@ -281,8 +274,8 @@ def make_examples(rows, name, encoder, config, max_length):
 # 3. The model, in shards
 
 
-def make_sharded(source, dtype, frozen=False):
-    """Returns a model without values; each rank holds a shard of every parameter.
+def load_sharded(source, dtype, seed=None, frozen=False):
+    """Returns the model of a folder, or with `seed` one of random weights, in shards.
 
     It computes in `dtype`. Parameters and gradients are float32, those of a frozen model `dtype`.
     """
@@ -296,16 +289,21 @@ def make_sharded(source, dtype, frozen=False):
     mesh = dist.init_device_mesh(device.type, (world_size,))
     for module in [*model.model["layers"], model]:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.to_empty(device=device)
+    model.to_empty(device=device)
+    if seed is None:
+        load_weights(dict(model.named_parameters()), source)
+    else:
+        model.initialize(seed)
+    return model
 
 
 def make_optimizer(model, weight_decay):
     """Returns AdamW without weight decay for the norms."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    groups = []
+    for p in model.parameters():
+        decay = weight_decay if p.dim() > 1 else 0.0
+        groups.append({"params": [p], "weight_decay": decay})
+    return torch.optim.AdamW(groups, fused=True)
 
 
 # 4. What a run writes
@@ -313,6 +311,8 @@ def make_optimizer(model, weight_decay):
 # settings that change speed, memory or what is written; of files, hashes are compared
 FREE = """resume out micro_batch_size save_every export_every valid valid_every
     activation_checkpointing model teacher config tokenizer data""".split()
+SHOWN = """step loss valid_loss reference_loss rationale_loss learning_rate grad_norm tokens seconds
+    memory_gib""".split()
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -330,10 +330,13 @@ def from_first_rank(value):
 
 
 def record(line, out):
-    """Appends a line to metrics.jsonl."""
+    """Appends a line to metrics.jsonl, and prints its main numbers."""
     if is_first_rank():
+        text = data.finite_json(line, f"step {line['step']}")
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(data.finite_json(line, f"step {line['step']}") + "\n")
+            f.write(text + "\n")
+        shown = [f"{name} {line[name]:<9.4g}" for name in SHOWN if line.get(name) is not None]
+        print(line.get("valid", ""), "  ".join(shown), flush=True)
 
 
 def checkpoint_tensors(model, optimizer):
@@ -372,19 +375,22 @@ def remove_checkpoints(out, kept=None):
 
 def load_checkpoint(model, optimizer, out):
     """Loads the newest complete checkpoint and returns its step, 0 if there is none."""
-    names = [folder.name.removeprefix("step-") for folder in out.glob("checkpoint/step-*")]
-    step = from_first_rank(max((int(name) for name in names if name.isdecimal()), default=0))
+    steps = [0]
+    for folder in out.glob("checkpoint/step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdecimal():
+            steps.append(int(number))
+    step = from_first_rank(max(steps))
     folder = out / "checkpoint" / f"step-{step}"
-    metrics = out / "metrics.jsonl"
-    if is_first_rank():
-        metrics.unlink(missing_ok=True)
-        if step:
-            shutil.copyfile(folder / "metrics.jsonl", metrics)
+    metrics = b""
     if step:
+        metrics = (folder / "metrics.jsonl").read_bytes()
         for p in model.parameters():
             state = {moment: torch.zeros_like(p) for moment in MOMENTS}
             optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
         load_weights(checkpoint_tensors(model, optimizer), folder)
+    if is_first_rank():
+        (out / "metrics.jsonl").write_bytes(metrics)
     return step
 
 
@@ -404,16 +410,12 @@ def export(model, tokenizer, folder, dtype):
 
 
 def note_signals():
-    """Returns a list of the signals so far: SIGTERM or Ctrl-C end the run after its step.
-
-    A second Ctrl-C ends it at once.
-    """
+    """Returns a list of the signals so far: SIGTERM or Ctrl-C end the run after its step."""
     noted = []
 
     def note(number, _):
-        if number == signal.SIGINT and number in noted:
-            os._exit(128 + number)
         noted.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends it at once
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
@@ -428,37 +430,26 @@ def memory_gib():
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
 
 
-def print_step(line, steps):
-    losses = ["loss", "reference_loss", "rationale_loss"]
-    losses = [f"{name} {line[name]:.4f}" for name in losses if line[name] is not None]
-    rate = f"lr {line['learning_rate']:.2e}  norm {line['grad_norm']:6.2f}"
-    speed = line["tokens"] / line["seconds"]
-    cost = f"{speed:7,.0f} tokens/s  {line['memory_gib']:5.2f} GiB"
-    say(f"{line['step']:6}/{steps}  {'  '.join(losses)}  {rate}  {cost}")
-
-
 def run(args, out, tokenizer, examples, valid):
     """Trains from the newest checkpoint in `out` to the last step, or until a signal comes."""
     # 1. model, teacher and optimizer
     dtype = getattr(torch, args.dtype)
-    model = make_sharded(args.model or args.config, dtype)
-    model.activation_checkpointing = args.activation_checkpointing
     if args.model:
-        load_weights(dict(model.named_parameters()), args.model)
+        model = load_sharded(args.model, dtype)
     else:
-        model.initialize(args.seed)
+        model = load_sharded(args.config, dtype, args.seed)
+    model.activation_checkpointing = args.activation_checkpointing
     teacher = None
     if args.teacher:
-        teacher = make_sharded(args.teacher, dtype, frozen=True)
-        load_weights(dict(teacher.named_parameters()), args.teacher)
+        teacher = load_sharded(args.teacher, dtype, frozen=True)
     optimizer = make_optimizer(model, args.weight_decay)
     settings = (args.micro_batch_size, args.rationale_weight)
     compute_loss = partial(joint_loss, model, teacher, *settings)
 
     # 2. the steps
     noted = note_signals()
-    steps = count_steps(len(examples), args)
-    say(f"{steps} steps on {dist.get_world_size()} x {model.device.type}")
+    in_epoch = math.ceil(len(examples) / args.batch_size)
+    steps = args.max_steps or math.ceil(args.epochs * in_epoch)
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
         validate(compute_loss, valid, 0, out)
@@ -468,7 +459,6 @@ def run(args, out, tokenizer, examples, valid):
         rate = learning_rate(step - 1, *schedule)
         line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
         record({"step": step} | line, out)
-        print_step({"step": step} | line, steps)
         if step == steps or is_due(step, args.valid_every):
             validate(compute_loss, valid, step, out)
         if is_due(step, args.export_every):
@@ -494,8 +484,7 @@ def main(args):
     # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
-    fault = "give --model, or --config and --tokenizer"
-    require(one and args.tokenizer, "train.py", fault)
+    require(one and args.tokenizer, "train.py", "give --model, or --config and --tokenizer")
     config = ModelConfig.from_file(args.model or args.config)
     tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
@@ -512,8 +501,7 @@ def main(args):
         "start_hash": hash_model(args.model or args.config),
         "teacher_hash": args.teacher and hash_model(args.teacher),
     }
-    defaults = vars(parser().parse_args(["--data=", "--out="]))
-    with data.claim(out, "args.json", settings, defaults, FREE) as known:
+    with data.claim(out, "args.json", settings, free=FREE) as known:
         fault = "holds a run; continue it with --resume, or choose another --out"
         require(args.resume or not known, out, fault)
         if from_first_rank((out / "config.json").exists()):
