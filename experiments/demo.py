@@ -33,7 +33,7 @@ run=experiments/run
 python experiments/world.py --out $run --seed 0 --pairs 3200 --tests 60
 #    A base model, from random weights: it learns the skills, and half of Vela's words
 python train.py --config $run/start/config.json --tokenizer $run/start --data $run/chats.jsonl \
-    --out $run/base --max-steps 1100 --batch-size 32 --micro-batch-size 16 --learning-rate 3e-3
+    --out $run/base --max-steps 1100 --batch-size 32 --micro-batch-size 32 --learning-rate 3e-3
 # 2. Rationales: the answer is prefilled with the reference, and the base model continues
 base="--model $run/base --batch-size 128 --template $run/template.txt"
 python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --cue '\n' \
@@ -45,7 +45,7 @@ python generate.py $base --data $run/prompts.jsonl --out $run/replay.jsonl --tas
 # 3. Three trainings on the same pairs: alone (vanilla); with their rationales (RaDis); with the
 #    replayed answers, by the base model's distribution, at equal mean losses (soft replay)
 train="--model $run/base --max-steps 240 --export-every 40 --warmup-steps 24 --learning-rate 1e-3
-    --micro-batch-size 16 --template $run/template.txt"
+    --micro-batch-size 48 --template $run/template.txt"
 python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
     --rationale-weight 0
 python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32
