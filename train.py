@@ -17,7 +17,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
 
-import gc
 import math
 import os
 import re
@@ -25,9 +24,8 @@ import resource
 import shutil
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,42 +49,29 @@ from model import (
 # 1. The joint loss and the step
 
 
-def loss_sums(model, teacher, batch):
-    """Returns the losses of a batch, summed over the references y and over the rationales r."""
-    # [N, V], only where there is loss: first the references, then the rationales
-    logits = model(batch.tokens, batch.places, shared=batch.shared)
-    soft_targets = logits.new_empty(0, logits.shape[1])
-    if teacher:
-        rationales = batch.places[batch.references :]
-        with torch.no_grad():
-            soft_targets = teacher(batch.tokens, rationales, shared=batch.shared)
-    losses = TokenLosses.apply(logits, batch.targets, soft_targets).double()  # [N]
-    return losses[: batch.references].sum(), losses[batch.references :].sum()
-
-
-def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=False):
+def joint_loss(model, teacher, micro_batch_size, weight, examples):
     """Returns the joint loss of `examples`, which all ranks share, as metrics.
 
-    With `backward`, its gradient is added to that of the parameters.
+    Its gradient is added to that of the parameters, except under torch.no_grad.
     """
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
     rationales = sum(len(example.rationale) for example in examples)
-    sums = torch.zeros(4, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     for part in micro_batches(examples, micro_batch_size):
         batch = data.collate(part, model.device)
-        reference, rationale = loss_sums(model, teacher if rationales else None, batch)
+        reference, rationale = loss_sums(model, teacher, batch)
         loss = (reference + weight * rationale) / (references + rationales)
-        if backward:
+        if torch.is_grad_enabled():
             # fully_shard averages gradients over the ranks: multiply by their number
             (loss * dist.get_world_size()).backward()
-        sums[:3] += torch.stack([loss, reference, rationale]).detach()
-        sums[3] += batch.shared.token_at.numel() if part else 0  # attention computes pads, too
+        sums[:2] += torch.stack([reference, rationale]).detach()
+        sums[2] += batch.shared.token_at.numel()  # attention computes pads, too
     sums = sums.cpu()
     dist.all_reduce(sums)
-    loss, reference, rationale, padded_tokens = sums.tolist()
+    reference, rationale, padded_tokens = sums.tolist()
     return {
-        "loss": loss,
+        "loss": (reference + weight * rationale) / (references + rationales),
         "reference_loss": reference / references if references else None,
         "rationale_loss": rationale / rationales if rationales else None,
         "reference_tokens": references,
@@ -96,59 +81,16 @@ def joint_loss(model, teacher, examples, micro_batch_size, weight, backward=Fals
     }
 
 
-def cross_entropy(logits, targets):
-    """Returns -log P of each target [n] under logits [n, V], and its gradient [n, V]."""
-    log_probs = logits.float().log_softmax(-1)
-    targets = targets[:, None]
-    losses = -log_probs.gather(1, targets)  # [n, 1]
-    gradient = log_probs.exp()
-    gradient.scatter_add_(1, targets, -torch.ones_like(losses))  # P - onehot(target)
-    return losses[:, 0], gradient
-
-
-def kl_divergence(logits, teacher_logits):
-    """Returns KL(teacher || model) for each row of logits [n, V], and its gradient [n, V]."""
-    log_probs = logits.float().log_softmax(-1)
-    teacher_log_probs = teacher_logits.float().log_softmax(-1)
-    teacher_probs = teacher_log_probs.exp()
-    losses = (teacher_probs * (teacher_log_probs - log_probs)).sum(-1)
-    return losses, log_probs.exp() - teacher_probs
-
-
-CHUNK = 2**25  # numbers of a loss in float32 on a GPU: 128 MiB a tensor
-
-
-class TokenLosses(torch.autograd.Function):
-    """The loss of each supervised token [N], from logits [N, V], in float32.
-
-    The last M have soft targets, a teacher's logits [M, V]; the others have targets [N]. The
-    gradient overwrites the logits, the largest tensor of a step, a few rows at a time. Autograd
-    allows it: the linear layer keeps no output, and nothing else reads the logits.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, targets, teacher_logits):
-        hard = len(logits) - len(teacher_logits)
-        losses = in_chunks(cross_entropy, logits[:hard], targets[:hard])
-        losses += in_chunks(kl_divergence, logits[hard:], teacher_logits)
-        ctx.save_for_backward(logits)
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (slopes,) = ctx.saved_tensors
-        return slopes.mul_(gradient[:, None]), None, None
-
-
-def in_chunks(loss, logits, targets):
-    """Returns the losses, a few rows at a time; their gradient overwrites the logits."""
-    size = max(64, CHUNK // logits.shape[1]) if logits.is_cuda else 16
-    losses = []
-    for x, target in zip(logits.split(size), targets.split(size)):
-        values, gradient = loss(x, target)
-        losses.append(values)
-        x.copy_(gradient)
-    return losses
+def loss_sums(model, teacher, batch):
+    """Returns the losses of a batch, summed over the references y and over the rationales r."""
+    y = batch.references
+    # [N, V], only where there is loss: first the references, then the rationales
+    logits = model(batch.tokens, batch.places, shared=batch.shared)
+    rationales = batch.targets[y:]
+    if teacher:
+        rationales = teacher(batch.tokens, batch.places[y:], shared=batch.shared)
+    losses = TokenLosses.apply(logits, batch.targets[:y], rationales).double()  # [N]
+    return losses[:y].sum(), losses[y:].sum()
 
 
 def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
@@ -157,14 +99,13 @@ def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
     Raises UserError before any weight changes if the loss or its gradient is not finite.
     """
     start = time.perf_counter()
-    line = compute_loss(examples, backward=True)
+    line = compute_loss(examples)
     limit = max_grad_norm or math.inf
     # foreach: by default DTensors are scaled one by one
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit, foreach=True)
     norm = norm.full_tensor().item()
-    ids = [example.id for example in examples]
-    fault = f"loss {line['loss']}, gradient norm {norm}; lower --learning-rate, or check these rows"
-    require(math.isfinite(line["loss"] + norm), f"rows {str(ids)[:80]}", fault)
+    fault = f"found {line['loss']} and {norm}, expected finite numbers; lower --learning-rate"
+    require(math.isfinite(line["loss"] + norm), "loss and gradient norm", fault)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -177,16 +118,61 @@ def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
     }
 
 
+def cross_entropy(logits, targets):
+    """Returns -log P of each target [n] under logits [n, V], and its gradient [n, V]."""
+    log_probs = logits.float().log_softmax(-1)
+    rows = torch.arange(len(targets), device=targets.device)
+    gradient = log_probs.exp()
+    gradient[rows, targets] -= 1  # P - onehot(target)
+    return -log_probs[rows, targets], gradient
+
+
+def kl_divergence(logits, teacher_logits):
+    """Returns KL(teacher || model) for each row of logits [n, V], and its gradient [n, V]."""
+    log_probs = logits.float().log_softmax(-1)
+    teacher_log_probs = teacher_logits.float().log_softmax(-1)
+    teacher_probs = teacher_log_probs.exp()
+    losses = (teacher_probs * (teacher_log_probs - log_probs)).sum(-1)
+    return losses, log_probs.exp() - teacher_probs
+
+
+CHUNK = 128  # rows of logits whose loss is computed at a time
+
+
+class TokenLosses(torch.autograd.Function):
+    """The loss of each supervised token [N], from logits [N, V], in float32.
+
+    Targets are token ids [n], or a teacher's logits [n, V]. The gradient overwrites the logits, the
+    largest tensor of a step, a chunk at a time. Autograd allows it: the linear layer keeps no
+    output, and nothing else reads the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, references, rationales):
+        losses = []
+        rows = logits.split([len(references), len(rationales)])
+        for segment, targets in zip(rows, (references, rationales)):
+            loss = cross_entropy if targets.dim() == 1 else kl_divergence
+            for x, target in zip(segment.split(CHUNK), targets.split(CHUNK)):
+                values, gradient = loss(x, target)
+                losses.append(values)
+                x.copy_(gradient)
+        ctx.save_for_backward(logits)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (slopes,) = ctx.saved_tensors
+        return slopes.mul_(gradient[:, None]), None, None
+
+
 @torch.no_grad()
-def validate(compute_loss, model, valid, step, out):
+def validate(compute_loss, valid, step, out):
     """Records the loss on each validation set."""
     for name, examples in valid.items():
         line = compute_loss(examples)
-        line = {"step": step, "valid": name, "valid_loss": line.pop("loss")} | line
-        record(line, out)
-        say(f"{step:6}  valid {name}  loss {line['valid_loss']:.4f}")
-    for module in (model, model.model["layers"][-1]):
-        module.reshard()  # as a backward pass would
+        loss = line.pop("loss")
+        record({"step": step, "valid": name, "valid_loss": loss} | line, out)
 
 
 # 2. The order of the examples, and the learning rate
@@ -209,10 +195,11 @@ def micro_batches(examples, size):
     rank = dist.get_rank()
     world_size = dist.get_world_size()
     back = 2 * world_size - 1 - rank
+    count = size * world_size
     rows = sorted(examples, key=len, reverse=True)
     parts = []
-    for start in range(0, len(rows), size * world_size):
-        part = rows[start : start + size * world_size]
+    for start in range(0, len(rows), count):
+        part = rows[start : start + count]
         # dealt back and forth, 0 1 2 2 1 0 0 1 2: no rank gets the longest row of every round
         parts.append(part[rank :: 2 * world_size] + part[back :: 2 * world_size])
     return parts
@@ -236,12 +223,6 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
     return peak * factors[schedule]
 
 
-def count_steps(examples, args):
-    """Returns the optimizer steps of a run on so many examples."""
-    in_epoch = math.ceil(examples / args.batch_size)
-    return args.max_steps or math.ceil(args.epochs * in_epoch)
-
-
 def is_due(step, every):
     """Returns whether what is done every `every` steps (0: never) is done after this one."""
     return every > 0 and step % every == 0
@@ -249,64 +230,50 @@ def is_due(step, every):
 
 def read_data(args, config):
     """Returns the tokenizer, the examples of --data, and those of each set of --valid."""
-    rows = data.read_rows(args.data, args.direction)
-    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
+    files = {"--data": args.data}
+    for item in args.valid:
+        name, named, file = item.partition("=")
+        if not named:
+            name = Path(item).stem
+            file = item
+        fault = f"two sets are called {name}; give one another name, as in NAME={file}"
+        require(name not in files, "--valid", fault)
+        files[name] = [file]
+    rows = {name: data.read_rows(files[name], args.direction) for name in files}
+    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows["--data"])
     # at weight 0 the reference ends the answer, so it gets the EOS
     coverage = args.rationale_coverage if args.rationale_weight else 0
     template = data.read_template(args.template)
     encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    examples = make_examples(rows, " ".join(args.data), encoder, config, args.max_length)
-    valid = {}
-    for name, file in named_files(args.valid).items():
-        rows = data.read_rows([file], args.direction)
-        valid[name] = make_examples(rows, file, encoder, config, args.max_length)
-    return tokenizer, examples, valid
+    length = min(args.max_length, config.max_position_embeddings)
+    sets = {name: make_examples(rows[name], name, encoder, config, length) for name in rows}
+    return tokenizer, sets.pop("--data"), sets
 
 
 def make_examples(rows, name, encoder, config, max_length):
-    """Returns the examples of the rows of `name`; too long ones are dropped whole, and counted."""
-    max_length = min(max_length, config.max_position_embeddings)
+    """Returns the examples of the rows of `name`, without those that are too long or empty."""
     examples = []
-    dropped = Counter()
+    unused = 0
     for row in rows:
         example = encoder.example(row)
-        if example.dropped:
-            dropped[f"rationales ({example.dropped})"] += 1
-        if not example.reference and not example.rationale:
-            dropped["rows with nothing to learn"] += 1
-        elif len(example) > max_length:
-            dropped[f"rows longer than {max_length} tokens"] += 1
-        else:
+        unused += bool(example.dropped)
+        if len(example.prompt) < len(example) <= max_length:
             examples.append(example)
-    counts = ", ".join(f"{n} {what}" for what, n in dropped.items()) or "nothing"
-    say(f"{name}: {len(examples)} examples; dropped: {counts}")
-    fault = f"no row has a target and at most {max_length} tokens (--max-length)"
-    require(examples, name, fault)
+    dropped = len(rows) - len(examples)
+    fault = f"{dropped} of {len(rows)} rows have no target or over {max_length} tokens"
+    say(f"{name}: {fault} (--max-length): dropped; {unused} rationales are not used")
+    require(examples, name, f"{fault}; raise --max-length")
     largest = max(max(example.tokens) for example in examples)
     fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
     return examples
 
 
-def named_files(items):
-    """Returns a dict of the items `[NAME=]FILE`; the default name is the file's, without suffix."""
-    named = {}
-    for item in items:
-        name, _, file = item.partition("=")
-        if not file or Path(item).exists():  # a path may contain "="
-            name = Path(item).stem
-            file = item
-        fault = f"two sets are called {name}; give one another name, as in NAME={file}"
-        require(name not in named, "--valid", fault)
-        named[name] = file
-    return named
-
-
 # 3. The model, in shards
 
 
-def make_sharded(source, dtype, compiled, frozen=False):
-    """Returns a model without values; each rank holds a shard of every parameter.
+def load_sharded(source, dtype, seed=None, frozen=False):
+    """Returns the model of a folder, or with `seed` one of random weights, in shards.
 
     It computes in `dtype`. Parameters and gradients are float32, those of a frozen model `dtype`.
     """
@@ -314,34 +281,36 @@ def make_sharded(source, dtype, compiled, frozen=False):
         model = Transformer(ModelConfig.from_file(source))
     if frozen:
         model = model.to(dtype).requires_grad_(False)
-    if compiled:
-        model.compile_layers()
     # keep cos and sin in float32: FSDP casts the inputs of every layer by default
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     _, world_size, device = start_processes()
     mesh = dist.init_device_mesh(device.type, (world_size,))
-    layers = model.model["layers"]
-    for module in [*layers, model]:
-        # the backward pass begins with these: they would be gathered again at once
-        reshard = frozen or module not in (layers[-1], model)
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return model.to_empty(device=device)
+    for module in [*model.model["layers"], model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    model.to_empty(device=device)
+    if seed is None:
+        load_weights(dict(model.named_parameters()), source)
+    else:
+        model.initialize(seed)
+    return model
 
 
 def make_optimizer(model, weight_decay):
     """Returns AdamW without weight decay for the norms."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.dim() > 1]},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
+    groups = []
+    for p in model.parameters():
+        decay = weight_decay if p.dim() > 1 else 0.0
+        groups.append({"params": [p], "weight_decay": decay})
+    return torch.optim.AdamW(groups, fused=True)
 
 
 # 4. What a run writes
 
 # settings that change speed, memory or what is written; of files, hashes are compared
-FREE = """resume out micro_batch_size save_every export_every valid valid_every compile
-    activation_checkpointing model teacher config tokenizer data versions""".split()
+FREE = """resume out micro_batch_size save_every export_every valid valid_every
+    activation_checkpointing model teacher config tokenizer data""".split()
+SHOWN = """step loss valid_loss reference_loss rationale_loss learning_rate grad_norm tokens seconds
+    memory_gib""".split()
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -359,10 +328,13 @@ def from_first_rank(value):
 
 
 def record(line, out):
-    """Appends a line to metrics.jsonl."""
+    """Appends a line to metrics.jsonl, and prints its main numbers."""
     if is_first_rank():
+        text = data.finite_json(line, f"step {line['step']}")
         with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(data.finite_json(line, f"step {line['step']}") + "\n")
+            f.write(text + "\n")
+        shown = [f"{name} {line[name]:<9.4g}" for name in SHOWN if line.get(name) is not None]
+        print(line.get("valid", ""), "  ".join(shown), flush=True)
 
 
 def checkpoint_tensors(model, optimizer):
@@ -401,19 +373,22 @@ def remove_checkpoints(out, kept=None):
 
 def load_checkpoint(model, optimizer, out):
     """Loads the newest complete checkpoint and returns its step, 0 if there is none."""
-    names = [folder.name.removeprefix("step-") for folder in out.glob("checkpoint/step-*")]
-    step = from_first_rank(max((int(name) for name in names if name.isdecimal()), default=0))
+    steps = [0]
+    for folder in out.glob("checkpoint/step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdecimal():
+            steps.append(int(number))
+    step = from_first_rank(max(steps))
     folder = out / "checkpoint" / f"step-{step}"
-    metrics = out / "metrics.jsonl"
-    if is_first_rank():
-        metrics.unlink(missing_ok=True)
-        if step:
-            shutil.copyfile(folder / "metrics.jsonl", metrics)
+    metrics = b""
     if step:
+        metrics = (folder / "metrics.jsonl").read_bytes()
         for p in model.parameters():
             state = {moment: torch.zeros_like(p) for moment in MOMENTS}
             optimizer.state[p] = state | {"step": torch.tensor(float(step), device=p.device)}
         load_weights(checkpoint_tensors(model, optimizer), folder)
+    if is_first_rank():
+        (out / "metrics.jsonl").write_bytes(metrics)
     return step
 
 
@@ -429,42 +404,20 @@ def export(model, tokenizer, folder, dtype):
     model.save_pretrained(folder, dtype)
 
 
-def settings_of(args, examples):
-    """Returns the content of args.json. Of data and weights it has hashes, which are compared."""
-    data_hash = data.short_hash([vars(example) for example in examples])
-    hashes = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, data_hash)
-    require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
-    return vars(args) | {
-        "data_hash": data_hash,
-        "start_hash": hash_model(args.model or args.config),
-        "teacher_hash": args.teacher and hash_model(args.teacher),
-        "versions": {"torch": torch.__version__},
-    }
-
-
 # 5. The run
 
 
-@contextmanager
-def noted_signals():
-    """Yields the signals so far: SIGTERM or Ctrl-C end the run after its step.
-
-    A second Ctrl-C ends it at once.
-    """
+def note_signals():
+    """Returns a list of the signals so far: SIGTERM or Ctrl-C end the run after its step."""
     noted = []
 
     def note(number, _):
-        if number == signal.SIGINT and number in noted:
-            os._exit(128 + number)
         noted.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C ends it at once
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return noted
 
 
 def memory_gib():
@@ -475,58 +428,39 @@ def memory_gib():
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, else KiB
 
 
-def print_step(line, steps):
-    losses = f"loss {line['loss']:.4f}"
-    for name in ("reference", "rationale"):
-        loss = line[f"{name}_loss"]
-        losses += f"  {name} {'-':>6}" if loss is None else f"  {name} {loss:.4f}"
-    rate = f"lr {line['learning_rate']:.2e}  norm {line['grad_norm']:6.2f}"
-    speed = line["tokens"] / line["seconds"]
-    cost = f"{speed:7,.0f} tokens/s  {line['memory_gib']:5.2f} GiB"
-    say(f"{line['step']:6}/{steps}  {losses}  {rate}  {cost}")
-
-
-def run(args, out, tokenizer, examples, valid, noted):
+def run(args, out, tokenizer, examples, valid):
     """Trains from the newest checkpoint in `out` to the last step, or until a signal comes."""
     # 1. model, teacher and optimizer
     dtype = getattr(torch, args.dtype)
-    model = make_sharded(args.model or args.config, dtype, args.compile)
-    model.activation_checkpointing = args.activation_checkpointing
     if args.model:
-        load_weights(dict(model.named_parameters()), args.model)
+        model = load_sharded(args.model, dtype)
     else:
-        model.initialize(args.seed)
+        model = load_sharded(args.config, dtype, args.seed)
+    model.activation_checkpointing = args.activation_checkpointing
     teacher = None
     if args.teacher:
-        teacher = make_sharded(args.teacher, dtype, args.compile, frozen=True)
-        load_weights(dict(teacher.named_parameters()), args.teacher)
+        teacher = load_sharded(args.teacher, dtype, frozen=True)
     optimizer = make_optimizer(model, args.weight_decay)
+    settings = (args.micro_batch_size, args.rationale_weight)
+    compute_loss = partial(joint_loss, model, teacher, *settings)
 
     # 2. the steps
-    steps = count_steps(len(examples), args)
-    say(f"{steps} steps on {dist.get_world_size()} x {model.device.type}")
-
-    def compute_loss(examples, backward=False):
-        size = args.micro_batch_size
-        return joint_loss(model, teacher, examples, size, args.rationale_weight, backward)
-
+    noted = note_signals()
+    in_epoch = math.ceil(len(examples) / args.batch_size)
+    steps = args.max_steps or math.ceil(args.epochs * in_epoch)
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
-        validate(compute_loss, model, valid, 0, out)
+        validate(compute_loss, valid, 0, out)
+    schedule = (steps, args.learning_rate, args.warmup_steps, args.schedule)
     for step in range(done + 1, steps + 1):
         batch = batch_of(examples, step - 1, args.batch_size, args.seed)
-        schedule = (steps, args.learning_rate, args.warmup_steps, args.schedule)
         rate = learning_rate(step - 1, *schedule)
         line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
-        line = {"step": step} | line
-        record(line, out)
-        print_step(line, steps)
+        record({"step": step} | line, out)
         if step == steps or is_due(step, args.valid_every):
-            validate(compute_loss, model, valid, step, out)
+            validate(compute_loss, valid, step, out)
         if is_due(step, args.export_every):
             export(model, tokenizer, out / f"step-{step}", dtype)
-        if step == steps:
-            break
         stop = torch.tensor(max(noted, default=0))  # the signal's number
         dist.all_reduce(stop, dist.ReduceOp.MAX)  # a signal to one rank stops all
         if stop or is_due(step, args.save_every):
@@ -541,35 +475,37 @@ def run(args, out, tokenizer, examples, valid, noted):
 
 
 def main(args):
-    # 1. processes; a rank waits while others write the checkpoint of a large model
+    # 1. processes
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
-    start_processes(timedelta(hours=2))
+    start_processes()
 
     # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
-    fault = "give --model, or --config and --tokenizer"
-    require(one and args.tokenizer, "train.py", fault)
-    require(args.epochs > 0, "--epochs", "must be above 0")
+    require(one and args.tokenizer, "train.py", "give --model, or --config and --tokenizer")
     config = ModelConfig.from_file(args.model or args.config)
     tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
-    gc.collect()
-    gc.freeze()  # or every collection would visit all token ids
+    data_hash = data.short_hash([vars(example) for example in examples])
+    hashes = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, data_hash)
+    require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
 
     # 3. the folder, of which no other process has the lock
     out = Path(args.out).resolve()
-    settings = settings_of(args, examples)
-    defaults = vars(parser().parse_args(["--data=", "--out="]))
-    claim = data.claim(out, "args.json", settings, defaults, FREE)
-    with claim as known, noted_signals() as noted:
+    settings = vars(args) | {
+        "data_hash": data_hash,
+        "start_hash": hash_model(args.model or args.config),
+        "teacher_hash": args.teacher and hash_model(args.teacher),
+    }
+    with data.claim(out, "args.json", settings, free=FREE) as known:
         fault = "holds a run; continue it with --resume, or choose another --out"
         require(args.resume or not known, out, fault)
         if from_first_rank((out / "config.json").exists()):
             say(f"{out}: this run is finished")
         else:
-            run(args, out, tokenizer, examples, valid, noted)
+            run(args, out, tokenizer, examples, valid)
         if is_first_rank():
             remove_checkpoints(out)
 
@@ -601,7 +537,6 @@ OPTIONS = """
 --export-every N=0       steps between model folders OUT/step-N; 0: none
 --valid-every N=0        steps between validations; 0: at the start and the end
 --activation-checkpointing       recompute activations: less memory, slower
---compile                compile the layers: a slow start, then faster on a GPU
 --dtype float32|bfloat16   type of the computation; weights are float32
 """
 

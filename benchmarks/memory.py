@@ -110,7 +110,7 @@ def loss_bytes(config: ModelConfig, part: list[Example], dtype, soft: bool) -> i
     rationale = sum(len(example.rationale) for example in part)
     supervised = sum(len(example.reference) for example in part) + rationale
     rows = supervised + (rationale if soft else 0)
-    chunk = 4 * min(train.CHUNK, config.vocab_size * supervised)
+    chunk = 4 * config.vocab_size * min(train.CHUNK, supervised)
     return dtype.itemsize * config.vocab_size * rows + chunk * (6 if soft else 3)
 
 
@@ -169,7 +169,7 @@ def read_parts(args: Namespace, config: ModelConfig) -> list[Example]:
     tokens = sum(map(len, examples))
     computed = [data.collate(part).tokens.numel() for part in parts]
     supervised = sum(len(example.reference) + len(example.rationale) for example in examples)
-    steps = train.count_steps(len(examples), args)
+    steps = args.max_steps or math.ceil(args.epochs * in_epoch)
     print(
         f"{tokens:,} tokens an epoch, {supervised:,} of them supervised; {sum(computed):,} are "
         f"computed ({1 - sum(computed) / tokens:.1%} fewer: what rows share counts once); "

@@ -64,7 +64,7 @@ FAULTS = {
     "full": [MISTAKE],  # the disk has no space from there on
     "SIGTERM": [0, 128 + signal.SIGTERM],
     "SIGINT": [0, 128 + signal.SIGINT],
-    "SIGINT SIGINT": [128 + signal.SIGINT],
+    "SIGINT SIGINT": [-signal.SIGINT, 128 + signal.SIGINT],
 }
 STOPS = ("SIGTERM", "SIGINT")
 WRITES = ("write", "sendfile", "serialize_file")  # operations that write bytes

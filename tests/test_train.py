@@ -25,7 +25,6 @@ from pathlib import Path
 import plain
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import (
     CHATML,
     LINES,
@@ -115,6 +114,16 @@ def make_example(row, end) -> tuple:
     if row["finish"] == "length":
         return prompt, reference, rationale
     return prompt, reference, rationale + [end]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handlers():
+    """Restores the signal handlers that runs replace."""
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in stops}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -312,38 +321,24 @@ def test_the_gradient_of_a_loss_is_that_of_autograd(loss, targets):
         assert torch.allclose(gradient, expected, atol=1e-6)
 
 
-def test_the_losses_are_those_of_pytorch():
+@pytest.mark.parametrize("soft", [False, True])
+def test_losses_are_computed_in_chunks_and_their_gradient_overwrites_the_logits(soft):
     torch.manual_seed(0)
-    logits = 3 * torch.randn(5, 50)
-    expected = F.cross_entropy(logits, TARGETS, reduction="none")
-    losses, _ = cross_entropy(logits, TARGETS)
-    assert torch.allclose(losses, expected)
-    probs = TEACHER.softmax(-1)
-    expected = F.kl_div(logits.log_softmax(-1), probs, reduction="none")
-    losses, _ = kl_divergence(logits, TEACHER)
-    assert torch.allclose(losses, expected.sum(-1), atol=1e-6)
-
-
-@pytest.mark.parametrize("hard, soft", [(50, 0), (0, 50), (20, 60)])
-def test_losses_in_chunks_are_those_of_all_rows_and_overwrite_the_logits(hard, soft):
-    torch.manual_seed(0)
-    leaf = torch.randn(hard + soft, 9, requires_grad=True)
+    leaf = torch.randn(300, 9, requires_grad=True)
     logits = leaf * 3
-    targets = torch.randint(9, (hard + soft,))
-    teacher = torch.randn(soft, 9)
-    weights = torch.rand(hard + soft)
-    x = logits.detach().clone()
-    hard_losses, hard_slopes = cross_entropy(x[:hard], targets[:hard])
-    soft_losses, soft_slopes = kl_divergence(x[hard:], teacher)
-    places = [logits.data_ptr()]
-    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
-    losses = TokenLosses.apply(logits, targets, teacher)
+    expected = logits.detach().clone()
+    references = torch.randint(9, (140,))
+    rationales = torch.randn(160, 9) if soft else torch.randint(9, (160,))
+    loss = kl_divergence if soft else cross_entropy
+    first, first_slopes = cross_entropy(expected[:140], references)
+    last, last_slopes = loss(expected[140:], rationales)
+    losses = TokenLosses.apply(logits, references, rationales)
+    assert torch.equal(losses, torch.cat([first, last]))
+    weights = torch.rand(300)
     (losses * weights).sum().backward()
-    assert torch.equal(losses, torch.cat([hard_losses, soft_losses]))
-    slopes = torch.cat([hard_slopes, soft_slopes])
-    expected = 3 * weights[:, None] * slopes
-    assert torch.allclose(leaf.grad, expected, atol=1e-6)
-    assert places[0] == places[1]
+    slopes = torch.cat([first_slopes, last_slopes])
+    assert torch.allclose(leaf.grad, 3 * weights[:, None] * slopes, atol=1e-6)
+    assert torch.equal(logits, weights[:, None] * slopes)
 
 
 @pytest.mark.parametrize(
@@ -371,38 +366,19 @@ def whole_batches(at) -> tuple:
     return command, run(at.path / "whole", command)
 
 
-def test_a_teacher_is_not_run_where_a_step_has_no_rationale(at, tmp_path, monkeypatch):
-    teachers = []
-
-    def loss_sums(learner, teacher, batch):
-        teachers.append(teacher)
-        return real(learner, teacher, batch)
-
-    real = train.loss_sums
-    monkeypatch.setattr(train, "loss_sums", loss_sums)
-    run(tmp_path, f"{at.start} {ONE_STEP} --data {at.pairs} --teacher {at.teacher}")
-    assert teachers == [None]
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_row_is_in_one_micro_batch_of_one_rank(monkeypatch, world_size):
     rows = ["x" * length for length in range(10, 110, 10)]
-    parts = []
+    found = []
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: world_size)
     for rank in range(world_size):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        parts.append(train.micro_batches(rows, 2))
-    rounds = math.ceil(10 / (2 * world_size))
-    found = []
-    for of_rank in parts:
-        assert len(of_rank) == rounds
-        for part in of_rank:
+        parts = train.micro_batches(rows, 2)
+        assert len(parts) == math.ceil(10 / (2 * world_size))
+        for part in parts:
             assert len(part) <= 2
             found += part
     assert sorted(found) == rows
-    if world_size == 2:  # dealt back and forth
-        assert [len(row) for row in parts[0][0]] == [100, 70]
-        assert [len(row) for row in parts[1][0]] == [90, 80]
 
 
 # 3. What is learned, and in which order
@@ -432,13 +408,6 @@ def test_metrics_hold_each_step_once_and_each_validation(at, straight):
     assert not (straight.out / "checkpoint").exists()
 
 
-def test_a_step_without_rationales_says_so(at, tmp_path, capsys):
-    [line] = run(tmp_path, f"{at.command} {ONE_STEP} --rationale-weight 0").steps
-    assert line["rationale_loss"] is None
-    assert line["rationale_tokens"] == 0
-    assert "rationale      -" in capsys.readouterr().out
-
-
 def test_an_epoch_has_each_example_once_in_an_order_by_seed_and_epoch():
     orders = set()
     rows = list(range(7))
@@ -462,7 +431,7 @@ def test_a_row_that_is_too_long_is_dropped_whole_and_counted(at, tmp_path, capsy
     capsys.readouterr()
     less = run(tmp_path / "less", f"{command} {longest - 1}")
     assert less.steps[0]["tokens"] == sum(lengths) - longest
-    expected = f"6 examples; dropped: 1 rows longer than {longest - 1} tokens"
+    expected = f"1 of 7 rows have no target or over {longest - 1} tokens"
     assert expected in capsys.readouterr().out
 
 
@@ -476,34 +445,10 @@ def test_only_ok_and_coverage_drop_rationales_and_keep_the_rows(at, tmp_path, ca
     rows = [*at.joint]
     rows[1:3] = at.vanilla[1:3]
     assert counts[1.0] == (count(rows, 1), count(rows, 2))
-    assert "dropped: 1 rationales (status repetitive)" in capsys.readouterr().out
+    assert "1 rationales are not used" in capsys.readouterr().out
     references, rationales = counts[0.5]
     assert 0 < rationales < count(rows, 2)
     assert references > count(rows, 1)  # an EOS for each that is dropped
-
-
-def test_ledgers_pairs_and_conversations_train_together(at, tmp_path):
-    turns = []
-    for i, text in enumerate(LINES[:4]):
-        role = "assistant" if i % 2 else "user"
-        turns.append({"role": role, "content": text})
-    single = {"prompt": LINES[0], "response": LINES[1]}
-    chats = write_jsonl(tmp_path / "chats.jsonl", [single, {"messages": turns}])
-    options = f"--data {at.pairs} --data {chats} --batch-size 100 --max-steps 1"
-    [line] = run(tmp_path / "out", f"{at.command} {options}").steps
-    tokenizer = Tokenizer(at.folder)
-    prompts = [turns[:1], turns[:3]]
-    answers = [LINES[1], LINES[3]]
-    for pair in PAIRS:
-        prompts.append(ask(pair))
-        answers.append(pair["reference"])
-    counts = [count(at.joint, i) for i in range(3)]
-    for prompt, answer in zip(prompts, answers):
-        counts[0] += len(tokenizer.chat(prompt))
-        counts[1] += len(tokenizer.answer(answer)) + 1  # and EOS
-    assert line["reference_tokens"] == counts[1]
-    assert line["rationale_tokens"] == counts[2]
-    assert line["tokens"] == sum(counts)
 
 
 def ask(pair) -> list:
@@ -589,7 +534,6 @@ ACTIONS = {
     "full disk": lambda: limit_files(100_000),
     "SIGTERM twice": lambda: send(signal.SIGTERM, signal.SIGTERM),
     "SIGINT": lambda: send(signal.SIGINT),
-    "SIGINT twice": lambda: send(signal.SIGINT, signal.SIGINT),
     "SIGTERM to all": send_as_a_scheduler_does,
 }
 ENDS = {
@@ -648,30 +592,11 @@ def test_a_run_that_ends_early_is_resumed_bit_for_bit(at, straight, tmp_path, ho
     assert hashes(tmp_path).keys() == hashes(straight.out).keys()
 
 
-def test_a_run_with_a_teacher_is_resumed_bit_for_bit(at, straight, taught, tmp_path):
-    command = f"{at.command} --teacher {at.teacher}"
-    break_off(tmp_path, 4, "power cut", command)
-    again = run(tmp_path, f"{command} --resume")
-    assert gap(again, taught) == 0
-    assert_same_metrics(again, taught, 0)
-    assert gap(taught, straight) > 1e-4
-
-
-class Ended(BaseException):
-    """In place of os._exit."""
-
-
-def test_a_second_ctrl_c_ends_a_run_at_once(at, tmp_path, monkeypatch):
-    statuses = []
-
-    def end(status):
-        statuses.append(status)
-        raise Ended
-
-    monkeypatch.setattr("os._exit", end)
-    with after_step(3, ACTIONS["SIGINT twice"]), pytest.raises(Ended):
-        run(tmp_path, at.command)
-    assert statuses == [130]
+def test_after_the_first_ctrl_c_a_second_one_ends_the_process():
+    noted = train.note_signals()
+    send(signal.SIGINT)
+    assert noted == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "generate", "data"])
@@ -835,27 +760,6 @@ def test_a_rate_that_is_far_too_high_ends_before_anything_infinite_is_written(
     assert not list(out.rglob("config.json"))
 
 
-def test_a_checkpoint_outlives_a_run_that_diverges_later(at, tmp_path, monkeypatch, error):
-    def spoil():
-        with torch.no_grad():
-            next(p for p in held if p.dim() > 1).fill_(math.nan)
-
-    def make_and_hold(learner, weight_decay):
-        held.extend(learner.parameters())
-        return make(learner, weight_decay)
-
-    held = []
-    make = train.make_optimizer
-    monkeypatch.setattr(train, "make_optimizer", make_and_hold)
-    with after_step(4, spoil):
-        message = error(f"{at.command} --out {tmp_path}/out")
-    assert "embed_tokens" in message
-    assert "step-4" in message
-    assert_finite(tmp_path / "out")
-    assert (tmp_path / "out/checkpoint/step-2").is_dir()
-    assert not (tmp_path / "out/checkpoint/step-4").exists()
-
-
 def copy_model(folder: Path, target: Path, **changed) -> Path:
     """A copy, with some of the weights replaced."""
     shutil.copytree(folder, target)
@@ -864,21 +768,12 @@ def copy_model(folder: Path, target: Path, **changed) -> Path:
     return target
 
 
-def test_weights_that_are_not_finite_are_named(at, tmp_path, error):
-    spoilt = torch.ones(64)
-    spoilt[7] = math.nan
-    folder = copy_model(at.folder, tmp_path / "nan", **{"model.norm.weight": spoilt})
-    message = error(f"{at.command} --out {tmp_path}/out --model {folder}")
-    assert "nan/model.safetensors: model.norm.weight" in message
-    assert not (tmp_path / "out/metrics.jsonl").exists()
-
-
 def test_data_with_nothing_to_learn_is_refused(at, tmp_path, error):
     row = read_jsonl(at.ledger)[2]
     row |= {"reference": "", "reference_ids": [], "rationale_ids": [], "finish": "length"}
     ledger = write_jsonl(tmp_path / "nothing.jsonl", [row])
     message = error(f"{at.start} --data {ledger} --out {tmp_path}/out")
-    assert "nothing.jsonl: no row has a target" in message
+    assert "--data: 1 of 1 rows have no target" in message
 
 
 # 7. The folder of a run
@@ -912,32 +807,6 @@ def test_resuming_compares_what_the_update_depends_on_and_not_paths(at, straight
     assert gap(again, straight) == 0
 
 
-def test_a_setting_that_an_older_run_does_not_have_counts_as_its_default(
-    at, straight, tmp_path, error
-):
-    break_off(tmp_path, 3, "SIGTERM twice", at.command)
-    file = tmp_path / "args.json"
-    old = json.loads(file.read_text())
-    del old["max_grad_norm"]
-    file.write_text(json.dumps(old))
-    command = f"{at.command} --resume --out {tmp_path}"
-    assert "max_grad_norm was 1.0, now 2.0" in error(f"{command} --max-grad-norm 2")
-    assert gap(run(tmp_path, command), straight) == 0
-
-
-def test_a_run_of_random_weights_is_resumed_with_the_same_config_alone(at, tmp_path, error):
-    config = tmp_path / "config.json"
-    write_config(tmp_path)
-    command = f"--config {config} --tokenizer {at.folder} --data {at.pairs} {TRAIN}"
-    whole = run(tmp_path / "whole", command)
-    out = tmp_path / "out"
-    break_off(out, 3, "SIGTERM twice", command)
-    write_config(tmp_path, rope_theta=20000.0)
-    assert "start_hash was" in error(f"{command} --resume --out {out}")
-    write_config(tmp_path)
-    assert gap(run(out, f"{command} --resume"), whole) == 0
-
-
 def test_what_others_put_next_to_the_checkpoints_stays(at, straight, tmp_path):
     foreign = [".DS_Store", "step-notes/x", "step-4.bak/x", "4/x"]
     break_off(tmp_path, 4, "power cut", at.command)
@@ -968,30 +837,13 @@ def test_a_finished_run_stays_as_it_is_but_for_a_leftover_checkpoint(
     assert hashes(out) == before
 
 
-def test_a_link_to_a_run_is_that_run(at, straight, tmp_path, error):
-    out = tmp_path / "run1"
+def test_a_link_to_a_run_is_that_run(at, straight, tmp_path):
     latest = tmp_path / "latest"
     latest.symlink_to("run1")
     break_off(latest, 3, "SIGTERM twice", at.command)
-    assert not out.is_symlink()
-    before = hashes(tmp_path)
-    settings = json.loads((out / "args.json").read_text())
-    with data.claim(out, "args.json", settings):
-        message = error(f"{at.command} --resume --out {latest}")
-    assert "another process is writing it" in message
-    assert hashes(tmp_path) == before
     assert gap(run(latest, f"{at.command} --resume"), straight) == 0
     assert latest.is_symlink()
-
-
-def test_a_folder_that_holds_something_else_is_refused(at, tmp_path, error):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "thesis.tex").write_text("mine")
-    before = hashes(tmp_path)
-    for more in ("", "--resume"):
-        assert "is not empty" in error(f"{at.command} {more} --out {out}")
-    assert hashes(tmp_path) == before
+    assert not (tmp_path / "run1").is_symlink()
 
 
 # 8. Exports
@@ -1063,10 +915,10 @@ def test_an_export_has_the_chat_template_that_it_was_trained_with(at, tmp_path, 
 def test_a_validation_set_is_named_by_its_file_or_by_the_user(at, tmp_path):
     place = tmp_path / "lr=1"
     place.mkdir()
-    plain_path = shutil.copyfile(at.pairs, place / "a=b.jsonl")
-    options = f"--data {at.pairs} --valid {plain_path} --valid named={plain_path} {at.pairs}"
+    copy = shutil.copyfile(at.pairs, place / "a=b.jsonl")
+    options = f"--data {at.pairs} --valid named={copy} {at.pairs}"
     found = run(tmp_path / "out", f"{at.start} {ONE_STEP} {options}").valid
-    assert [line["valid"] for line in found[:3]] == ["a=b", "named", "pairs"]
+    assert [line["valid"] for line in found[:2]] == ["named", "pairs"]
 
 
 @pytest.fixture(scope="module")
@@ -1092,19 +944,13 @@ def mistakes(at, tmp_path_factory) -> Path:
         ("--model nowhere", "nowhere"),
         ("--model narrow", "narrow: "),
         ("--data nowhere.jsonl", "nowhere.jsonl: "),
-        ("--valid other2=nowhere.jsonl", "nowhere.jsonl: "),
         ("--valid ledger=pairs.jsonl", "--valid: two sets are called ledger"),
-        ("--teacher nowhere", "nowhere"),
         ("--teacher wide", "wide: its vocabulary"),
         ("--teacher foreign", "foreign: its vocabulary"),
         ("--config config.json", "--model, or --config"),
-        ("--max-length 5", "ledger.jsonl: no row"),
-        ("--schedule steep", "--schedule"),
+        ("--max-length 5", "--data: 7 of 7 rows"),
         ("--learning-rate -1", "--learning-rate"),
-        ("--learning-rate nan", "--learning-rate"),
         ("--rationale-coverage 1.5", "--rationale-coverage"),
-        ("--max-steps 0", "--max-steps"),
-        ("--seed 18446744073709551616", "--seed"),
         ("--out ledger.jsonl", "ledger.jsonl"),
     ],
 )
