@@ -44,6 +44,8 @@ SUPPORTED = {
     "attention_dropout": 0,
     "is_causal": True,
     "partial_rotary_factor": 1,
+    "rope_type": "default",
+    "type": "default",  # of rope_scaling
     "per_layer_config": {},
     "quantization_config": None,
     "configuration_files": None,  # names a file to read in place of config.json
@@ -66,8 +68,8 @@ class ModelConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int = None  # null: num_attention_heads
-    head_dim: int = None  # null: hidden_size / num_attention_heads
+    num_key_value_heads: int  # null: num_attention_heads
+    head_dim: int  # null: hidden_size / num_attention_heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -89,9 +91,19 @@ class ModelConfig:
         family = read_field(raw, "model_type", str, path)
         fault = f'"model_type": {quote(family)} is not supported (only {", ".join(FAMILIES)})'
         require(family in FAMILIES, path, fault)
-        given = FAMILIES[family] | raw | read_rope(raw, path) | {"raw": raw}
+        given = FAMILIES[family] | raw | {"raw": raw}
+        for place in ("rope_scaling", "rope_parameters"):  # the name since transformers 5
+            for name, value in read_field(raw, place, dict, path, {}).items():
+                fault = f'"{name}": {quote(value)} in "{place}" contradicts the value outside it'
+                require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+                given[name] = value
         if family == "llama":
             given["sliding_window"] = None  # LlamaForCausalLM ignores it
+        heads = read_field(given, "num_attention_heads", int, path)
+        if given.get("num_key_value_heads") is None:
+            given["num_key_value_heads"] = heads
+        if given.get("head_dim") is None:
+            given["head_dim"] = read_field(given, "hidden_size", int, path) // max(heads, 1)
         values = {}
         for name, kind in cls.__annotations__.items():
             value = read_field(given, name, kind, path, getattr(cls, name, ...))
@@ -100,16 +112,10 @@ class ModelConfig:
                 fault = f'"{name}" must be above 0 and at most {limit}, found {quote(value)}'
                 require(0 < value <= limit, path, fault)
             values[name] = value
-        heads = values["num_attention_heads"]
-        if values["num_key_value_heads"] is None:
-            values["num_key_value_heads"] = heads
-        if values["head_dim"] is None:
-            values["head_dim"] = values["hidden_size"] // heads
         config = cls(**values)
         divides = heads % config.num_key_value_heads == 0
         require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
-        even = config.head_dim > 0 and config.head_dim % 2 == 0
-        require(even, path, f"head_dim must be even, found {config.head_dim}")
+        require(config.head_dim % 2 == 0, path, f"head_dim must be even, found {config.head_dim}")
         attention = "full_attention" if config.sliding_window is None else "sliding_attention"
         supported = SUPPORTED | {
             "architectures": [f"{family.title()}ForCausalLM"],
@@ -119,22 +125,6 @@ class ModelConfig:
             fault = f'"{name}": {quote(given.get(name))} is not supported (only {quote(value)})'
             require(given.get(name) in (None, value), path, fault)
         return config
-
-
-def read_rope(raw, path):
-    """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
-    scaling = read_field(raw, "rope_scaling", dict, path, {})
-    rope = read_field(raw, "rope_parameters", dict, path, scaling)
-    require(scaling in ({}, rope), path, '"rope_scaling" contradicts "rope_parameters"; remove one')
-    place = "rope_scaling" if scaling else "rope_parameters"
-    for name, value in rope.items():
-        if name in ("rope_theta", "partial_rotary_factor"):
-            fault = f'"{name}": {quote(raw.get(name))} contradicts {quote(value)} in "{place}"'
-            require(raw.get(name) in (None, value), path, f"{fault}; remove the wrong one")
-        else:
-            fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
-            require(name in ("rope_type", "type") and value == "default", path, fault)
-    return rope
 
 
 class KVCache(NamedTuple):
@@ -221,14 +211,8 @@ def attend(q, k, v, mask):
         # heads that share a key/value head become more queries of it: no copy of the cache
         y = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask)
         return y.reshape(q.shape)
-    group = q.shape[1] // K
-    if group > 1 and q.is_cuda and q.dtype == torch.float32:
-        # the fast float32 kernels need as many key/value heads as heads
-        k = k.repeat_interleave(group, dim=1)
-        v = v.repeat_interleave(group, dim=1)
-        group = 1
     # padding is on the right of every real token: causal attention alone hides it
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > K)
 
 
 # no weight matrix of these models has a bias
@@ -342,7 +326,6 @@ class Transformer(nn.Module):
         masked = positions is not None or T > window
         if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
-        positions = positions.contiguous()  # a compiled layer has a program for every stride
         mask = self.attention_mask(positions, S, window) if masked else None
         inputs = Inputs(*rotary(self.config, positions), positions, mask, shared)
         x = self.model.embed_tokens(tokens)  # [B, T, C], or [1, U, C]
@@ -371,17 +354,6 @@ class Transformer(nn.Module):
         # once for each of the heads that share a key/value head, so that no layer has to do it
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         return mask.repeat(1, 1, group, 1)
-
-    def compile_layers(self, backend="inductor", **options):
-        """Compiles one program for all layers and lengths, with `options` of the backend."""
-        # constant head sizes: a symbolic one would break the graph at the attention
-        torch._dynamo.config.specialize_int = True
-        # a teacher, validation and empty micro-batches need their own programs; the rest is eager
-        torch._dynamo.config.recompile_limit = 64
-        for layer in self.model.layers:
-            layer.forward = torch.compile(
-                layer.forward, backend=backend, dynamic=True, options=options
-            )
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
@@ -418,11 +390,8 @@ class Transformer(nn.Module):
 # Processes
 
 
-def start_processes(timeout=timedelta(days=1)):
-    """Returns rank, world size and device. One process is a group of one: there is one code path.
-
-    timeout: how long a rank waits for the others, such as for rank 0 to hash a model.
-    """
+def start_processes():
+    """Returns rank, world size and device. One process is a group of one: one code path."""
     backend = "gloo"
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -434,7 +403,8 @@ def start_processes(timeout=timedelta(days=1)):
         alone = {}
         if "RANK" not in os.environ:  # not started by torchrun
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timeout, **alone)
+        # a rank may wait for others, such as for rank 0 to hash a model
+        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -465,7 +435,7 @@ def hash_model(path) -> str:
     if start_processes()[0] == 0:
         files = [path]
         if path.is_dir():
-            files = [path / "config.json", *sorted(list_weights(path))]
+            files = [path / "config.json", *list_weights(path)]
         digests = b""
         for file in files:
             with open(file, "rb") as f:
@@ -479,36 +449,29 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def list_weights(folder):
-    """Returns the safetensors files of a folder, each with the tensors that its index puts there.
+    """Returns the safetensors files of a folder.
 
-    Raises UserError if a file is missing, or if two contradict each other.
+    Raises UserError if one is missing, or if two contradict each other.
     """
-    for file in sorted(folder.glob("adapter_*")):
+    for file in folder.glob("adapter_*"):
         fault = "an adapter is not supported; merge it into the weights or remove it"
         raise UserError(f"{file}: {fault}")
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
-        fault = f"is missing, and so is {INDEX}; download them"
-        others = sorted(file.name for file in folder.glob("*.bin"))
-        if others:
-            fault = (
-                f"is missing; found {', '.join(others)[:100]}; convert it: "
-                f"model = transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r}); "
-                f"model.save_pretrained({str(folder)!r})"
-            )
+        fault = f"is missing, and so is {INDEX}; download them, or convert *.bin by transformers"
         require(single.exists(), single, fault)
-        return {single: []}
-    files = {}
-    for tensor, name in read_field(read_object(index), "weight_map", dict, index).items():
+        return [single]
+    files = set()
+    for name in read_field(read_object(index), "weight_map", dict, index).values():
         beside = type(name) is str and name.endswith(".safetensors") and "/" not in name
         require(beside, index, f"expected the name of a safetensors file, found {quote(name)}")
         file = folder / name
         require(file.exists(), file, f"is missing, but {INDEX} names it; download it")
-        files.setdefault(file, []).append(tensor)
-    fault = f"is not one of the files that {index} names; remove the outdated one"
+        files.add(file)
+    fault = f"is not one of the files that {INDEX} names; remove the outdated one"
     require(single in files or not single.exists(), single, fault)
-    return files
+    return sorted(files)
 
 
 def load_weights(parameters, folder):
@@ -520,14 +483,12 @@ def load_weights(parameters, folder):
     """
     stored = {}  # by name: the file, and the tensor, which is not read yet
     faults = []
-    for file, promised in list_weights(Path(folder)).items():
+    for file in list_weights(Path(folder)):
         try:
             content = safe_open(file, "pt")
         except (SafetensorError, OSError) as e:
             fault = f"is not a complete safetensors file ({e}); download it again"
             raise UserError(f"{file}: {fault}") from None
-        absent = set(promised).difference(content.keys())
-        faults += [f"{name}: not in {file.name}, where {INDEX} puts it" for name in absent]
         for name in content.keys():
             if name in stored:
                 faults.append(f"{name}: in {file.name} and {stored[name][0].name}")
