@@ -267,7 +267,8 @@ def read_drift(file, subject):
     encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
     data.require_vocabulary(subject.base, encoder.tokenizer, subject.config)
     # without defaults: a setting that is added later does not change the hash
-    sampling = dict(sorted(vars(Sampling.from_record(meta, file)).items() - DEFAULTS.items()))
+    given = sorted(DEFAULTS.keys() & meta.keys())
+    sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)

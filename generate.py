@@ -19,7 +19,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,6 @@ from model import (
     UserError,
     hash_model,
     parse_json,
-    read_field,
     read_object,
     read_text,
     require,
@@ -53,7 +51,6 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 # give away that the answer was written with one
 GUIDE = "{}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{}"
 LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
-REWRITES = ("translation", "paraphrase")  # tasks that replace the reference
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
 
@@ -95,17 +92,6 @@ def status_of(text: str) -> str:
 # The paper's baselines: the model's own text takes the place of the reference
 
 
-def ask_for_rewrite(row, encoder, task):
-    """SeqKD asks for a translation; SDFT for a paraphrase of the reference, which it shows."""
-    messages = encoder.messages(row)
-    if task == "paraphrase":
-        text = GUIDE.format(messages[-1]["content"], row.reference)
-        messages = [*messages[:-1], {"role": "user", "content": text}]
-    else:
-        require(row.messages is None, row.where, "--task translation needs rows with a source")
-    return encoder.tokenizer.chat(messages, where=row.where)
-
-
 def write_rewrite(sequence, tokenizer, task):
     """The model's own text replaces the reference, which is kept if that text is unusable."""
     text = tokenizer.decode(sequence.ids)
@@ -123,25 +109,30 @@ def make_sequence(row, encoder, task, cue):
     """What the model reads for a row. Of a ledger only the pair counts."""
     tokenizer = encoder.tokenizer
     reference = "" if task == "answer" else row.reference  # an answer is all rationale
-    row = Row(
-        row.id,
-        row.where,
-        reference,
-        row.source,
-        row.source_lang,
-        row.target_lang,
-        row.messages,
+    row = replace(
+        row,
+        reference=reference,
+        rationale="",
+        prompt_ids=None,
+        prompt_hash=None,
         reference_ids=tokenizer.answer(reference),
         rationale_ids=[],
         tokenizer=tokenizer.hash,
+        finish="eos",
+        status="ok",
         chat=tokenizer.chat_option,
         system=encoder.system,
         template=encoder.template,
     )
     row.prompt_ids = encoder.prompt(row)
     row.prompt_hash = data.short_hash(encoder.messages(row))
-    if task in REWRITES:
-        prompt = ask_for_rewrite(row, encoder, task)
+    if task == "translation":  # SeqKD
+        require(row.messages is None, row.where, "--task translation needs rows with a source")
+        prompt = row.prompt_ids
+    elif task == "paraphrase":  # SDFT
+        *before, turn = encoder.messages(row)
+        text = GUIDE.format(turn["content"], reference)
+        prompt = tokenizer.chat([*before, {"role": "user", "content": text}], where=row.where)
     else:
         prompt = prefill_reference(row, tokenizer, cue)
     return Sequence(row.id, prompt, row.where, row=row)
@@ -149,19 +140,19 @@ def make_sequence(row, encoder, task, cue):
 
 def ledger_row(sequence, tokenizer, task):
     """All that training needs to know. `logprob` is of what was sampled, whether used or not."""
-    if task in REWRITES:
+    if task in ("translation", "paraphrase"):
         row = write_rewrite(sequence, tokenizer, task)
     else:
         row = write_rationale(sequence, tokenizer)
     fields = {name: value for name, value in vars(row).items() if value is not None}
     del fields["where"]
     if row.messages is not None:
+        messages = fields.pop("messages")
         answer = fields.pop("reference")
-        *before, turn = fields.pop("messages")
-        if before:
-            fields["messages"] = [*before, turn, {"role": "assistant", "content": answer}]
+        if len(messages) == 1:
+            fields |= {"prompt": messages[0]["content"], "response": answer}
         else:
-            fields |= {"prompt": turn["content"], "response": answer}
+            fields["messages"] = [*messages, {"role": "assistant", "content": answer}]
     logprob = sum(sequence.logprobs) / len(sequence.logprobs)
     # further digits depend on the batch in which the row was computed
     return fields | {"logprob": round(logprob, 3)}
@@ -184,15 +175,6 @@ class Sampling:
     def __post_init__(self):
         valid = self.max_new_tokens > 0 and 0 <= self.temperature < math.inf
         require(valid and 0 < self.top_p <= 1, "sampling", f"a setting is out of range in {self}")
-
-    @classmethod
-    def from_record(cls, record: dict, where) -> "Sampling":
-        """The settings that a ledger was written with, from its meta file."""
-        values = {
-            name: read_field(record, name, type(default), where, default)
-            for name, default in DEFAULTS.items()
-        }
-        return cls(**values)
 
 
 DEFAULTS = vars(Sampling())
@@ -218,8 +200,9 @@ class Sequence:
         return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
 
     def add(self, token, logprob, eos_ids, max_new_tokens, stop):
-        finite = math.isfinite(logprob)
-        require(finite, self.where, "the model's logits are NaN or infinite; check its weights")
+        require(
+            math.isfinite(logprob), self.where, "the logits are NaN or infinite; check the weights"
+        )
         self.logprobs.append(logprob)
         if token in eos_ids:
             self.finish = "eos"
@@ -232,15 +215,7 @@ class Sequence:
 
 
 @torch.inference_mode()
-def sample(
-    model: Transformer,
-    sequences: list[Sequence],
-    sampling: Sampling,
-    eos_ids: Collection[int] = (),
-    vocab_size: int | None = None,
-    batch_size: int = 32,
-    stop: Callable | None = None,
-) -> Iterator[Sequence]:
+def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=32, stop=None):
     """Continues each of the sequences, and yields them as they end.
 
     The batch stays full: a sequence that ends leaves its row of the cache to the next one.
@@ -254,7 +229,7 @@ def sample(
     for sequence in waiting:
         sequence.key = noise_key(sampling.seed, sequence.id)
     rows = min(batch_size, len(waiting))
-    cache = allocate_cache(model, rows, waiting[-1], sampling.max_new_tokens)
+    cache = KVCache.empty(model, rows, len(waiting[-1].prompt) + sampling.max_new_tokens)
     # how many tokens of prompts are read at once, with padding
     budget = 2**15 if model.device.type == "cuda" else 2**12
     pick = partial(choose, sampling=sampling, vocab_size=vocab_size)
@@ -262,7 +237,7 @@ def sample(
     running = []  # running[b] has row b of the cache
     while waiting or running:
         free = rows - len(running)
-        if waiting and free >= min(len(waiting), rows / 8):  # several are read faster than one
+        if waiting and free >= rows / 8:  # several are read faster than one
             batch = waiting[:free]
             batch = batch[: max(budget // len(batch[-1].prompt), 1)]
             del waiting[: len(batch)]
@@ -292,24 +267,9 @@ def require_room(sequences, max_new_tokens, config, folder="the model"):
             f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit; "
             "lower --max-new-tokens, or remove the row",
         )
-        known = 0 <= min(sequence.prompt) <= max(sequence.prompt) < config.vocab_size
+        known = max(sequence.prompt) < config.vocab_size
         fault = f"has no embedding for an id of {sequence.where}: its tokenizer is another model's"
         require(known, folder, fault)
-
-
-def allocate_cache(model, rows, longest, max_new_tokens):
-    """A cache in which every row has room for the longest prompt and its continuation."""
-    n = len(longest.prompt)
-    try:
-        return KVCache.empty(model, rows, n + max_new_tokens)
-    except torch.OutOfMemoryError:
-        free, _ = torch.cuda.mem_get_info()
-        one = KVCache.empty(model, 1, n + max_new_tokens)
-        fitting = int(0.8 * free / (2 * one.keys.nbytes))  # the rest is for activations
-        raise UserError(
-            f"{longest.where}: out of memory for {rows} rows of this length, a prompt of {n} "
-            f"tokens; give --batch-size {fitting}, or remove the row"
-        ) from None
 
 
 def read_prompts(model, cache, first, new, pick):
@@ -326,51 +286,39 @@ def read_prompts(model, cache, first, new, pick):
 def decode(model, cache, running, pick, graphs):
     """Reads the last token of every row, and picks the next.
 
-    Python takes longer to launch the kernels of a step than a GPU to run them; a CUDA graph
-    launches them all at once. Its shapes are fixed: rows and length are rounded up, so that a few
-    graphs serve all steps.
+    On a GPU each step is a CUDA graph: Python takes longer to launch the kernels one by one than
+    the GPU to run them. A graph has fixed shapes, so it has all rows of the cache, and its length
+    is rounded up: a few graphs serve all steps.
     """
-    inputs = [[s.ids[-1], len(s.prompt), s.key, len(s.ids)] for s in running]
-    length = max(start + count for _, start, _, count in inputs)
+    inputs = [[s.ids[-1], len(s.prompt) + len(s.ids) - 1, s.key, len(s.ids)] for s in running]
+    length = max(position for _, position, _, _ in inputs) + 1
     graphed = model.device.type in GRAPH_DEVICES
     if graphed:
         _, rows, _, room, _ = cache.keys.shape
-        size = 1
-        while size < len(inputs):
-            size *= 4
         length = min(length + -length % 64, room)
         # an unused row writes at the last position: what takes the row overwrites that in time
-        inputs += [[0, length, 0, 0]] * (min(size, rows) - len(inputs))
+        inputs += [[0, length - 1, 0, 0]] * (rows - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
 
     def step(inputs):
-        tokens, starts, keys, counts = inputs.unbind(1)  # [B] each
-        positions = starts + counts - 1
+        tokens, positions, keys, counts = inputs.unbind(1)  # [B] each
         part = cache.view(slice(len(inputs)), length)
         logits = model(tokens[:, None], cache=part, positions=positions[:, None])  # [B, 1, V]
         return pick(logits[:, 0], keys, counts)
 
     if not graphed:
         return step(inputs)
-    shape = (len(inputs), length)
-    if shape not in graphs:
-        graphs[shape] = capture(step, inputs, [*graphs.values()])
-    graph, graph_inputs, output = graphs[shape]
+    if length not in graphs:
+        graphs[length] = capture(step, inputs, [*graphs.values()])
+    graph, graph_inputs, output = graphs[length]
     graph_inputs.copy_(inputs)
     graph.replay()
     return output
 
 
 def capture(step, inputs, others):
-    """Records step(inputs) -> a CUDA graph, its inputs, and the output of its `replay`.
-
-    Only the caller refers to the graph, so it is freed as soon as the caller is done.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step(inputs)  # what the first call compiles and allocates can't be recorded
-    torch.cuda.current_stream().wait_stream(stream)
+    """Records step(inputs) -> a CUDA graph, its inputs, and the output of its `replay`."""
+    step(inputs)  # what the first call loads and allocates can't be recorded
     graph = torch.cuda.CUDAGraph()
     pool = others[0][0].pool() if others else None  # they share memory
     with torch.cuda.graph(graph, pool):
@@ -401,11 +349,7 @@ def nucleus(probs, top_p):
     """probs [N, V] -> which tokens are in the smallest set of most probable ones that together
     have top_p (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
     """
-    count = probs.shape[-1]
-    if probs.device.type == "cpu":  # a GPU sorts all sooner than it would wait for this number
-        # tokens below (1 - top_p) / V have less than 1 - top_p together, so all are outside
-        count = (probs >= (1 - top_p) / count).sum(-1).max().clamp_min(1)
-    ordered = probs.topk(count).values
+    ordered = probs.sort(descending=True).values
     mass_before = ordered.cumsum(-1) - ordered
     last = ordered.masked_fill(mass_before >= top_p, 1).amin(-1, keepdim=True)
     return probs >= last
@@ -442,7 +386,7 @@ def mix(x):
 def generate(
     model: Transformer,
     prompts: list[list[int]],
-    eos_ids: Collection[int] = (),
+    eos_ids=(),
     batch_size: int = 32,
     **settings,
 ) -> list[list[int]]:
@@ -474,7 +418,7 @@ def complete(path, rows, produce, settings=None):
         missing = [None]
         if rank == 0:
             finished = read_finished(path, parts, by_id, settings)
-            missing = [[id for id in by_id if id not in finished]]
+            missing[0] = [id for id in by_id if id not in finished]
         dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
         mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
         part = parts / f"rank{rank}.jsonl"
@@ -519,7 +463,6 @@ def read_finished(path, parts, by_id, settings):
         data.require_same(meta, DEFAULTS | read_object(meta), settings)
     texts = {part: part.read_text("utf-8", "replace") for part in parts.glob("rank*.jsonl")}
     if exists:
-        require(path.is_file(), path, "is not a file; choose another --out")
         texts[path] = read_text(path)  # the last: what was edited there counts
     ids = {(id, row.input_hash): id for id, row in by_id.items()}
     finished = {}
@@ -537,13 +480,12 @@ def read_finished(path, parts, by_id, settings):
 def publish(path, parts, by_id, settings):
     """Moves all rows from the parts to `path`."""
     finished = read_finished(path, parts, by_id, settings)
-    fault = "lacks rows although all ranks ended; share it between all ranks, and run again"
-    require(len(finished) == len(by_id), parts, fault)
+    require(finished.keys() == by_id.keys(), parts, "lacks rows; all ranks must share this folder")
     files = [*parts.glob("rank*.jsonl")]
+    if files and settings is not None:
+        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
+        replace_file(meta_path(path), text, parts)
     if files:
-        if settings is not None:
-            text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
-            replace_file(meta_path(path), text, parts)
         replace_file(path, "\n".join(finished[id] for id in by_id), parts)
     for file in files:
         file.unlink()
@@ -596,9 +538,6 @@ def main(args):
     # 3. the rows
     def produce(missing):
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-        if args.compile:
-            # products of one row become sums, fused with the rest
-            model.compile_layers(coordinate_descent_tuning=True)
         ended = sample(
             model,
             missing,
@@ -628,7 +567,6 @@ OPTIONS = """
 --seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
---compile               compile the layers: for long runs on a GPU
 --dtype float32|bfloat16   type of the weights
 """
 

@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import weakref
@@ -38,7 +37,7 @@ from generate import (
     noise_key,
     status_of,
 )
-from model import KVCache, Transformer, UserError, start_processes
+from model import Transformer, UserError, start_processes
 
 TEMPLATE = "Put this from {source_lang} into {target_lang}: {source}"
 
@@ -182,46 +181,34 @@ def test_every_row_is_that_of_the_plain_version(place, terse, temperature, cue):
     assert finishes == {"eos", "length"}
 
 
-def test_a_ledger_row_holds_what_the_interface_promises(place, terse):
-    place.model = terse
+def test_a_ledger_row_holds_the_pair_the_options_and_the_log_probability(place):
     options = f"--system 'Be brief.' --template '{TEMPLATE}' --cue '\n'"
-    tokenizer = Tokenizer(terse)
-    model = Transformer.from_pretrained(terse)
+    tokenizer = Tokenizer(place.model)
+    model = Transformer.from_pretrained(place.model)
     for n, row in enumerate(place.rows(options)):
-        assert row["id"] == n
         assert row.items() >= PAIRS[n].items()
+        assert row["id"] == n
         assert row["tokenizer"] == tokenizer.hash
         assert row["system"] == "Be brief."
         assert row["template"] == TEMPLATE
         answer = row["reference_ids"] + row["rationale_ids"]
-        assert tokenizer.decode(row["reference_ids"]) == row["reference"]
         assert tokenizer.decode(answer) == row["reference"] + row["rationale"]
         if row["finish"] == "length":  # the score of an EOS: below
             ids = torch.tensor([row["prompt_ids"] + answer])
             with torch.no_grad():
                 logprobs = model(ids)[0].log_softmax(-1)
-            sampled = torch.tensor(row["rationale_ids"][1:])  # without the cue
-            scores = logprobs[-len(sampled) - 1 : -1].gather(1, sampled[:, None])
+            sampled = ids[0, -8:]  # without the cue
+            scores = logprobs[-9:-1].gather(1, sampled[:, None])
             assert row["logprob"] == pytest.approx(scores.mean().item(), abs=1e-3)
 
 
-def test_the_meta_file_holds_the_settings(place):
-    place.run("--limit 1")
-    meta = json.loads(place.meta.read_text())
-    names = "task cue chat system template tokenizer model model_hash dtype versions"
-    assert meta.keys() >= {*names.split()}
-    assert meta.keys() >= asdict(Sampling()).keys()
-
-
-@pytest.mark.parametrize("cue", CUES)
-def test_a_rationale_without_a_word_is_empty_and_keeps_its_cue(place, mute, cue):
+def test_a_rationale_without_a_word_is_empty_and_keeps_its_cue(place, mute):
     place.model = mute
     model = Transformer.from_pretrained(mute)
-    for row in place.rows(f"--temperature 0 --cue '{CUES[cue]}'"):
+    for row in place.rows("--temperature 0 --cue '\n'"):
         assert row["finish"] == "eos"
         assert row["status"] == "empty"
-        assert row["rationale"] == CUES[cue]
-        assert len(row["rationale_ids"]) == len(CUES[cue])
+        assert row["rationale"] == "\n"
         ids = row["prompt_ids"] + row["reference_ids"] + row["rationale_ids"]
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, -1]
@@ -265,24 +252,22 @@ def test_an_answer_is_a_rationale_after_an_empty_reference(place, terse):
     write_jsonl(place.data, asked)
     ledger = place.rows("--task answer")
     assert [row["id"] for row in ledger] == [0, 81]
-    assert ledger[0]["prompt"] == asked[0]["prompt"]
-    assert ledger[1]["prompt"] == "Name a colour."
+    assert [row["prompt"] for row in ledger] == [asked[0]["prompt"], "Name a colour."]
     tokenizer = Tokenizer(terse)
     for row, written in zip(read_rows([place.out]), ledger):
         assert written["response"] == ""
+        assert written["reference_ids"] == []
         assert written["rationale"] == tokenizer.decode(row.rationale_ids)
-        example = Encoder(tokenizer).example(row)
-        assert example.prompt == tokenizer.chat(row.messages)
-        assert example.reference == []
-        assert example.rationale[: len(row.rationale_ids)] == row.rationale_ids
+        assert row.prompt_ids == tokenizer.chat(row.messages)
 
 
 def test_the_answer_to_a_conversation_follows_all_of_it(place):
-    talk = [{"role": "system", "content": "Be brief."}]
-    talk.append({"role": "user", "content": LINES[0]})
-    talk.append({"role": "assistant", "content": LINES[2]})
-    talk.append({"role": "user", "content": "Why?"})
-    write_jsonl(place.data, [{"messages": talk, "id": "x"}])
+    talk = [
+        {"role": "user", "content": LINES[0]},
+        {"role": "assistant", "content": LINES[2]},
+        {"role": "user", "content": "Why?"},
+    ]
+    write_jsonl(place.data, [{"messages": talk}])
     place.run("--task answer")
     [row] = read_rows([place.out])
     assert row.messages == talk
@@ -295,6 +280,9 @@ def test_of_a_ledger_only_the_pairs_are_read(place):
     place.run(f"--template '{TEMPLATE}' --system 'Be brief.' --chat plain")
     place.data = place.out
     place.out = place.path / "second.jsonl"
+    assert place.run() == expected
+    place.data = place.out
+    place.out = place.path / "third.jsonl"
     assert place.run() == expected
 
 
@@ -365,26 +353,12 @@ SETTINGS = {
 
 
 def is_distributed(counts, probs) -> bool:
-    """Pearson's chi-square, by Wilson and Hilferty's approximation at four standard deviations."""
-    n = sum(counts)
-    cells = []
-    rest = [0, 0]  # what is expected less than five times, together
-    for count, p in zip(counts, probs, strict=True):
-        if p * n >= 5:
-            cells.append((count, p * n))
-        else:
-            rest[0] += count
-            rest[1] += p * n
-    if rest[1] >= 5:
-        cells.append(rest)
-    else:
-        assert rest[0] <= 20
-    chi_square = 0
-    for count, expected in cells:
-        chi_square += (count - expected) ** 2 / expected
-    freedom = max(len(cells) - 1, 1)
-    spread = 2 / (9 * freedom)
-    return chi_square <= freedom * (1 - spread + 4 * math.sqrt(spread)) ** 3
+    """Pearson's chi-square test at four standard deviations, of cells expected five times."""
+    expected = counts.sum() * probs
+    terms = (counts - expected).square() / expected
+    cells = expected >= 5
+    degrees = cells.sum()
+    return terms.where(cells, 0).sum() <= degrees + 4 * (2 * degrees).sqrt()
 
 
 def nucleus(logits, temperature, top_p):
@@ -424,36 +398,24 @@ def test_tokens_follow_the_nucleus_of_the_softmax(size, temperature, top_p):
     generator = torch.Generator().manual_seed(size)
     logits = 2 * torch.randn(size, generator=generator)
     drawn = draw(logits, 200, 50, temperature, top_p)
-    counts = torch.bincount(drawn.flatten(), minlength=size)
+    counts = drawn.flatten().bincount(minlength=size)
     probs = nucleus(logits, temperature, top_p)
     assert counts[probs == 0].sum() == 0
-    assert is_distributed(counts.tolist(), probs.tolist())
+    assert is_distributed(counts, probs)
 
 
 def test_draws_are_independent_over_places_rows_and_seeds():
     drawn = draw(torch.zeros(8), 200, 100)
-    other = draw(torch.zeros(8), 200, 100, seed=1)
+    other_seed = draw(torch.zeros(8), 200, 100, seed=1)
     couples = {
         "places": (drawn[:, ::2], drawn[:, 1::2]),
         "rows": (drawn[::2], drawn[1::2]),
         "row and place": (drawn[:-1, 1:], drawn[1:, :-1]),
-        "seeds": (drawn, other),
+        "seeds": (drawn, other_seed),
     }
     for name, (one, two) in couples.items():
-        table = torch.bincount((8 * one + two).flatten(), minlength=64)
-        assert is_distributed(table.tolist(), [1 / 64] * 64), name
-
-
-def test_noise_is_independent_over_tokens():
-    keys = torch.tensor([noise_key(0, id) for id in range(6000)])
-    noise = exponential_noise(keys, torch.zeros_like(keys), 1200)
-    near = noise[:, :5]
-    far = noise[:, ::240]
-    for part in (near, far):
-        order = part.argsort(-1)
-        _, counts = order.unique(dim=0, return_counts=True)
-        assert len(counts) == 120
-        assert is_distributed(counts.tolist(), [1 / 120] * 120)
+        counts = (8 * one + two).flatten().bincount(minlength=64)
+        assert is_distributed(counts, torch.full([64], 1 / 64)), name
 
 
 def test_noise_stays_as_it_is():
@@ -461,18 +423,10 @@ def test_noise_stays_as_it_is():
     keys = torch.tensor([noise_key(0, 0), noise_key(7, "x")])
     assert keys.tolist() == [-6108749488097515556, 6222478016872593892]
     noise = exponential_noise(keys, torch.tensor([0, 300]), 50_000)
-    first = torch.tensor([0.0056225, 0.0394921, 1.1968902])
-    second = torch.tensor([1.2906703, 0.0687288, 2.1935112])
-    expected = torch.stack([first, second])
-    places = [0, 1, 49_999]
+    expected = [[0.0056225, 0.0394921, 1.1968902], [1.2906703, 0.0687288, 2.1935112]]
+    found = noise[:, [0, 1, 49_999]]
     # the expected values have seven digits
-    torch.testing.assert_close(noise[:, places], expected, atol=0, rtol=1e-5)
-
-
-def test_a_rare_token_comes_as_rarely_as_it_should():
-    probs = torch.tensor([0.999, 0.001])
-    drawn = draw(probs.log(), 20_000, 10)
-    assert abs(drawn.sum() - 200) < 60  # four standard deviations
+    torch.testing.assert_close(found, torch.tensor(expected), atol=0, rtol=1e-5)
 
 
 EDGES = {
@@ -496,27 +450,12 @@ def test_only_tokens_of_the_nucleus_come_and_each_of_them_does(temperature, top_
     assert {*drawn.flatten().tolist()} == EDGES[temperature, top_p]
 
 
-def test_tied_logits_are_chosen_alike_next_to_any_other_row():
-    # bfloat16 logits tie often; a flat neighbor has a wide nucleus
-    generator = torch.Generator().manual_seed(0)
-    peaked = 4 * torch.randn(1000, generator=generator)
-    flat = torch.zeros(1000)
-    logits = torch.stack([peaked.round()] * 50 + [flat])
-    keys = torch.arange(51)
-    sampling = Sampling(temperature=1.0, top_p=0.9)
-    together = choose(logits, keys, keys, sampling)
-    keys = keys[:50]
-    alone = choose(logits[:50], keys, keys, sampling)
-    assert together[:, :50].equal(alone)
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_an_id_that_the_tokenizer_lacks_is_never_chosen(name):
     logits = torch.zeros(64, 10)
     logits[:, 7:] = 9.0
     keys = torch.arange(64)
-    sampling = Sampling(**SETTINGS[name])
-    tokens, scores = choose(logits, keys, keys, sampling, vocab_size=7)
+    tokens, scores = choose(logits, keys, keys, Sampling(**SETTINGS[name]), vocab_size=7)
     assert tokens.max() < 7
     expected = logits.double().log_softmax(-1)[:, 0]  # of the model's whole vocabulary
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)  # float32
@@ -537,11 +476,10 @@ PROMPTS = [
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_row_depends_on_seed_and_id_but_not_on_its_batch(folder, name):
     model = Transformer.from_pretrained(folder)
-    settings = {"max_new_tokens": 12, "eos_ids": [2]} | SETTINGS[name]
+    settings = SETTINGS[name] | {"max_new_tokens": 12, "eos_ids": [2]}
     expected = generate(model, PROMPTS, batch_size=1, **settings)
     for batch_size in (2, 3, 32):
         assert generate(model, PROMPTS, batch_size=batch_size, **settings) == expected
-    assert generate(model, PROMPTS[:2], **settings) == expected[:2]
     other_seed = generate(model, PROMPTS, **settings | {"seed": 9})
     assert (expected == other_seed) == (name == "greedy")
     assert (expected[0] == expected[2]) == (name == "greedy")
@@ -553,7 +491,6 @@ class StandIn:
     def __init__(self, step, inputs):
         self.step = step
         self.inputs = inputs
-        step(inputs)  # like the call that warms up, it writes to the cache
         self.output = step(inputs)
 
     def replay(self):
@@ -564,29 +501,22 @@ class StandIn:
 def test_steps_as_graphs_sample_the_same_sequences(folder, monkeypatch, name):
     model = Transformer.from_pretrained(folder)
     prompts = [[1, *range(n)] for n in range(3, 93, 10)]
-    settings = SETTINGS[name] | {"max_new_tokens": 30}
-    settings["eos_ids"] = range(0, 480, 40)
+    settings = SETTINGS[name] | {"max_new_tokens": 30, "eos_ids": range(0, 480, 40)}
     expected = generate(model, prompts, batch_size=1, **settings)
     graphs = []
-    shapes = []
 
     def capture(step, inputs, others):
-        assert len(others) == len(shapes)
         graph = StandIn(step, inputs)
         graphs.append(weakref.ref(graph))
-        shapes.append(len(inputs))
         return graph, inputs, graph.output
 
     monkeypatch.setattr(script, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(script, "capture", capture)
     gc.disable()
-    for size in (1, 3, 7):
-        shapes.clear()
-        assert generate(model, prompts, batch_size=size, **settings) == expected
-        assert {*shapes} <= {1, 4, size}  # to which rows are rounded up
-        assert len(shapes) <= 2 * 3  # lengths are rounded up to 64, or to all of the cache
-        # they died with the call: graphs that outlive it would break those of the next
-        assert not any(graph() for graph in graphs)
+    assert generate(model, prompts, batch_size=3, **settings) == expected
+    assert len(graphs) == 2  # lengths are rounded up to 64, or to all of the cache
+    # they died with the call: graphs that outlive it would break those of the next
+    assert not any(graph() for graph in graphs)
     gc.enable()
 
 
@@ -598,47 +528,10 @@ def test_a_step_of_the_nucleus_waits_for_no_number():
     assert choose(logits, keys, keys, sampling).shape == (2, 4)
 
 
-def test_what_prompts_begin_with_is_read_once_and_changes_nothing(folder):
-    model = Transformer.from_pretrained(folder)
-    prompts = [[1, *range(50, 90), n, n + 1] for n in range(10)]
-    read = []
-
-    def see(module, inputs, output):
-        read.append(inputs[0].shape)
-
-    model.register_forward_hook(see)
-    settings = {"max_new_tokens": 8, "temperature": 1.0}
-    expected = generate(model, prompts, batch_size=1, **settings)
-    read.clear()
-    assert generate(model, prompts, **settings) == expected
-    assert read[0] == (1, 41 + 2 * 10)
-
-
-def test_a_cache_beyond_the_memory_names_the_longest_prompt_and_a_batch_that_fits(
-    folder, monkeypatch
-):
-    empty = KVCache.empty
-
-    def full(model, rows, length):
-        if rows > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 76.00 GiB.")
-        return empty(model, rows, length)
-
-    monkeypatch.setattr(KVCache, "empty", full)
-    # a row of 30 places: 2 layers, keys and values, 2 heads of 16 numbers, 4 bytes each
-    free = 10.1 * 30 * 2 * 2 * 2 * 16 * 4 / 0.8
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 0))
-    prompts = [[5] * 3, [5] * 20, [5] * 7]
-    message = "^prompt 1: .* 20 tokens; give --batch-size 10, or remove the row$"
-    with pytest.raises(UserError, match=message):
-        generate(Transformer.from_pretrained(folder), prompts, max_new_tokens=10)
-
-
 BAD_PROMPTS = {
     "empty": ([], "prompt 1: .* 0 tokens"),
     "too long": ([5] * 505, "prompt 1: .* 505 tokens; .* 1 to 504 fit; lower"),
     "an id beyond the vocabulary": ([5, 480], "the model: .* id of prompt 1"),
-    "a negative id": ([5, -1], "the model: .* id of prompt 1"),
 }
 
 
@@ -650,22 +543,11 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(folder, name):
         generate(model, [[5], prompt], max_new_tokens=8)
 
 
-BAD_SETTINGS = [
-    {"max_new_tokens": 0},
-    {"temperature": -1},
-    {"temperature": math.nan},
-    {"temperature": math.inf},
-    {"top_p": 0},
-    {"top_p": 1.1},
-    {"top_p": math.nan},
-]
-
-
-@pytest.mark.parametrize("settings", BAD_SETTINGS, ids=str)
-def test_settings_out_of_range_are_refused(settings):
-    [name] = settings
-    with pytest.raises(UserError, match=f"out of range .*{name}"):
-        Sampling(**settings)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf])
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(UserError, match="out of range"):
+        Sampling(**{name: value})
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -681,25 +563,19 @@ def test_logits_that_are_not_finite_are_an_error_of_the_row(folder, bad, name):
 
 CHANGES = {
     "--model": "{terse}",
-    "--data": "{path}/changed.jsonl",
-    "--out": "{path}/changed.jsonl",
     "--task": "paraphrase",
     "--cue": "'\n'",
     "--max-new-tokens": "5",
     "--temperature": "0.5",
     "--top-p": "0.5",
     "--seed": "5",
-    "--batch-size": "3",
-    "--limit": "2",
-    "--compile": "",
     "--dtype": "bfloat16",
-    "--direction": "en-de",
     "--chat": "plain",
     "--system": "'Be brief.'",
     "--template": "'Put {{source}} into another language'",
 }
 # which rows, where they are written, how fast: a row does not depend on these
-FREE = "--data --direction --limit --out --batch-size --compile".split()
+FREE = "--data --direction --limit --out --batch-size".split()
 OPTIONS = []
 for action in script.parser()._actions:
     if action.dest != "help":
@@ -708,47 +584,17 @@ RECORDED = [option for option in OPTIONS if option not in FREE]
 
 
 @pytest.fixture
-def change(place, terse):
+def change(terse):
     """option -> the words that change it."""
-
-    def words(option):
-        value = CHANGES[option].format(terse=terse, path=place.path)
-        return f"{option} {value} "
-
-    return words
+    return lambda option: f"{option} {CHANGES[option].format(terse=terse)}"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_changes_the_outcome(place, change, option):
-    empty = KVCache.empty
-    seen = []
-
-    def see_cache(model, rows, length):
-        seen.append(rows)
-        return empty(model, rows, length)
-
-    def see_compile(model, **options):
-        seen.append("compiled")
-
-    place.monkeypatch.setattr(KVCache, "empty", see_cache)
-    place.monkeypatch.setattr(Transformer, "compile_layers", see_compile)
-    rows = []
-    for pair in PAIRS:
-        both = {"de": pair["source"], "en": pair["reference"]}
-        rows.append({"translation": both})
-    write_jsonl(place.data, rows)
-    if option == "--data":
-        write_jsonl(place.path / "changed.jsonl", rows[:2])
-    place.run("--direction de-en")
-    place.meta.unlink()
-    before = place.contents()
-    seen_before = seen.copy()
+@pytest.mark.parametrize("option", RECORDED)
+def test_every_setting_changes_the_rows(place, change, option):
+    before = place.rows()
     place.out.unlink()
-    seen.clear()
-    words = place.words("--direction de-en " + change(option))
-    script.main(script.parser().parse_args(words))
-    place.meta.unlink(missing_ok=True)
-    assert (before, seen_before) != (place.contents(), seen)
+    place.meta.unlink()
+    assert place.rows(change(option)) != before
 
 
 def test_every_setting_of_the_sampler_is_an_option():
@@ -759,9 +605,7 @@ def test_every_setting_of_the_sampler_is_an_option():
 @pytest.mark.parametrize("option", RECORDED)
 def test_a_ledger_of_other_settings_is_refused_by_name(place, change, option):
     place.run("--limit 4")
-    name = option.strip("-").replace("-", "_")
-    if name == "model":
-        name = "model_hash"
+    name = option.strip("-").replace("-", "_").replace("model", "model_hash")
     line = place.error(change(option))
     assert line.startswith(f"error: {place.meta}: {name} was ")
 
@@ -773,16 +617,13 @@ def test_parts_of_other_settings_are_refused_by_name(place, change, option):
     assert line.startswith(f"error: {place.parts}/settings.json: {option[2:]} was ")
 
 
-@pytest.mark.parametrize("name", asdict(Sampling()))
-def test_a_setting_added_since_counts_as_its_default(place, change, name):
-    option = "--" + name.replace("_", "-")
-    default = f"{option} {getattr(Sampling(), name)}"
-    place.run(f"{default} --limit 2")
+def test_a_setting_added_since_counts_as_its_default(place, change):
+    place.run("--top-p 1 --limit 2")
     settings = json.loads(place.meta.read_text())
-    del settings[name]
+    del settings["top_p"]
     place.meta.write_text(json.dumps(settings))
-    assert f": {name} was " in place.error(change(option))
-    assert len(place.rows(f"{default} --limit 3")) == 3
+    assert ": top_p was " in place.error(change("--top-p"))
+    assert len(place.rows("--top-p 1 --limit 3")) == 3
 
 
 # 5. The ledger: a row is the same however it came about
@@ -794,97 +635,38 @@ def expected(folder, tmp_path_factory) -> bytes:
     return Place(tmp_path_factory.mktemp("expected"), folder).run()
 
 
-@pytest.fixture(scope="module")
-def many() -> list[dict]:
-    rows = []
-    for n in range(32):
-        pair = PAIRS[n % len(PAIRS)]
-        rows.append(pair | {"id": f"row {n}", "source": f"{n}. {pair['source']}"})
-    return rows
-
-
-@pytest.fixture(scope="module")
-def whole(folder, many, tmp_path_factory) -> list[dict]:
-    place = Place(tmp_path_factory.mktemp("whole"), folder)
-    write_jsonl(place.data, many)
-    return place.rows("--batch-size 64")
-
-
-def assert_same_rows(rows: list, expected: list):
-    for row, other in zip(rows, expected, strict=True):
+def assert_same_rows(rows: list, expected: bytes):
+    for row, line in zip(rows, expected.splitlines(), strict=True):
+        other = json.loads(line)
         # float32 sums of other shapes, rounded to three digits
-        assert row["logprob"] == pytest.approx(other["logprob"], abs=1.1e-3)
-        assert row | {"logprob": 0} == other | {"logprob": 0}
+        assert row.pop("logprob") == pytest.approx(other.pop("logprob"), abs=1.1e-3)
+        assert row == other
 
 
-@pytest.mark.parametrize("size", [1, 16])
-def test_rows_are_the_same_at_every_batch_size(place, many, whole, size):
-    write_jsonl(place.data, many)
-    rows = place.rows(f"--batch-size {size}")
-    assert_same_rows(rows, whole)
+def test_rows_do_not_depend_on_the_order_of_the_data(place):
+    pairs = [pair | {"id": n} for n, pair in enumerate(PAIRS)]
+    write_jsonl(place.data, pairs)
+    rows = place.rows()
+    place.out.unlink()
+    write_jsonl(place.data, pairs[::-1])
+    assert place.rows() == rows[::-1]
 
 
-def test_rows_do_not_depend_on_the_order_of_the_data(place, many, whole):
-    write_jsonl(place.data, many[::-1])
-    rows = place.rows("--batch-size 64")
-    assert_same_rows(rows, whole[::-1])
+def on_two_ranks(words):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    subprocess.run([sys.executable, *launcher, script.__file__, *words], check=True, timeout=120)
 
 
-DRIVER = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-import generate
-for words in json.loads(sys.argv[2]):
-    generate.main(generate.parser().parse_args(words))
-"""
-
-
-def on_two_ranks(*jobs):
-    """The runs, one after the other, each on two processes."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    root = str(Path(script.__file__).parent)
-    command = [
-        sys.executable,
-        "-c",
-        DRIVER,
-        root,
-        json.dumps(jobs),
-    ]
-    common = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    started = []
-    for rank in "01":
-        variables = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
-        started.append(subprocess.Popen(command, env=variables))
-    try:
-        assert [process.wait(120) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-
-
-def test_rows_are_the_same_on_two_ranks_and_from_the_parts_of_any_number(place, many, whole):
-    write_jsonl(place.data, many)
-    place.stop(24)
-    [part] = place.parts.glob("rank0*")
-    lines = part.read_bytes().splitlines(keepends=True)
-    part.unlink()
-    for rank in (0, 1, 3):  # as if three ranks had been killed, each within a line
-        torn = b"".join(lines[rank::4]).rstrip(b"}\n")
-        (place.parts / f"rank{rank}-x.jsonl").write_bytes(torn)
-    left = place.out
-    fresh = place.path / "fresh.jsonl"
-    words = place.words("--batch-size 64")
-    on_two_ranks(words, [*words, "--out", str(fresh)])
-    for out in (left, fresh):
-        assert_same_rows(read_jsonl(out), whole)
-    files = {"pairs.jsonl", "l.jsonl", "l.meta.json", "fresh.jsonl", "fresh.meta.json"}
-    assert {*place.contents()} == files
+def test_two_ranks_finish_what_five_have_left(place, expected):
+    place.stop(5)
+    part = place.parts / "rank0.jsonl"
+    rows = part.read_text().split("\n\n")
+    for rank, row in enumerate(rows):
+        (place.parts / f"rank{rank}.jsonl").write_text(row)
+    (place.parts / "rank4.jsonl").write_text(rows[4][:40])  # killed within a line
+    on_two_ranks(place.words("--batch-size 2"))
+    assert_same_rows(read_jsonl(place.out), expected)
+    assert {*place.contents()} == FINISHED
 
 
 def test_the_ledger_appears_when_all_rows_are_there(place):
@@ -907,34 +689,9 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(place, expected, after, t
     for part in place.parts.glob("rank*"):
         size = part.stat().st_size
         os.truncate(part, size - torn)
-        (place.parts / ".lock").touch()  # as a kill leaves it
     for _ in range(2):  # the second time there is nothing to do
         assert place.run() == expected
         assert {*place.contents()} == FINISHED
-
-
-MOMENTS = [(os, "replace", n) for n in range(5)]
-MOMENTS += [(Path, "unlink", n) for n in range(2)]
-
-
-@pytest.mark.parametrize("owner, name, after", MOMENTS)
-def test_a_run_stopped_at_any_rename_ends_in_the_same_bytes(place, expected, owner, name, after):
-    operation = getattr(owner, name)
-    calls = []
-
-    def dying(path, *more, **options):
-        if Path(path).name != ".lock":
-            calls.append(path)
-            if len(calls) > after:
-                raise Killed
-        operation(path, *more, **options)
-
-    with place.monkeypatch.context() as patch:
-        patch.setattr(owner, name, dying)
-        with pytest.raises(Killed):
-            place.run()
-    assert place.run() == expected
-    assert {*place.contents()} == FINISHED
 
 
 def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(place, expected):
@@ -947,14 +704,6 @@ def test_a_larger_limit_extends_a_ledger_and_keeps_rows_edited_by_hand(place, ex
     assert place.run() == edited + b"".join(lines[5:])
 
 
-def test_a_finished_ledger_that_was_saved_in_another_encoding_is_refused(place):
-    rows = place.rows()
-    rows[0]["rationale"] = "Schön."
-    text = write_jsonl(place.out, rows).read_text("utf-8")
-    place.out.write_bytes(text.encode("latin-1", "replace"))
-    assert place.error("--limit 7").startswith(f"error: {place.out}:1: ")
-
-
 def test_rows_of_parts_count_only_if_the_data_is_as_it_was(place):
     place.stop(5)
     changed = {"reference": "The gate."}
@@ -964,45 +713,13 @@ def test_rows_of_parts_count_only_if_the_data_is_as_it_was(place):
     assert place.run() == rows
 
 
-ODD_LINES = [
-    "5",
-    "[]",
-    "{}",
-    "null",
-    '"x"',
-    '{"id": 0}',
-    '{"id": 77, "input_hash": null}',
-    '{"id": [], "input_hash": "x"}',
-    '{"id": 0, "input_hash": []}',
-    '{"id": 0, "input_hash": "x"',
-    "[" * 99_999,
-    "9" * 5000,
-    "\0" * 50,
-    "\udcff",
-]
-
-
-def test_odd_lines_in_a_part_do_no_harm(place, expected):
-    place.stop(4)
-    [part] = place.parts.glob("rank0*")
-    odd = "\n".join(ODD_LINES) + "\n"
-    with open(part, "ab") as f:
-        f.write(odd.encode("utf-8", "surrogateescape"))
-    assert place.run() == expected
-
-
 # 6. What is refused, and what is left alone
 
-ASKED = {"prompt": "What grows here?"}
-ANSWERED = {"prompt": "Why?", "response": "So."}
 OTHER_DATA = {
     # task, a row, and how it changes
     "source": ("rationale", PAIRS[0], {"source": "Das Tor."}),
     "language": ("rationale", PAIRS[0], {"target_lang": "fr"}),
-    "id": ("rationale", PAIRS[0], {"id": "another"}),
     "reference": ("translation", PAIRS[0], {"reference": "The boat."}),
-    "response": ("rationale", ANSWERED, {"response": "Thus."}),
-    "prompt": ("answer", ASKED, {"prompt": "What grows there?"}),
 }
 
 
@@ -1041,33 +758,12 @@ def make_folder(place):
     (place.out / "notes.txt").write_text("mine")
 
 
-def make_loop(place):
-    place.out.symlink_to(place.out.name)
-
-
-def make_pipe(place):
-    os.mkfifo(place.out)
-
-
 def make_parts(place):
     place.parts.mkdir()
     (place.parts / "notes.txt").write_text("mine")
 
 
-def make_link_to_parts(place):
-    (place.path / "other").mkdir()
-    (place.path / "other" / "notes.txt").write_text("mine")
-    place.parts.symlink_to("other")
-
-
-FOREIGN = [
-    make_file,
-    make_folder,
-    make_loop,
-    make_pipe,
-    make_parts,
-    make_link_to_parts,
-]
+FOREIGN = [make_file, make_folder, make_parts]
 
 
 @pytest.mark.parametrize("make", FOREIGN)
@@ -1120,7 +816,7 @@ MISTAKES = {
     "--out ''": "--out",
     "--out ledger.json": "must end in .jsonl",
     "--out /dev/null/l.jsonl": "/dev/null",
-    "--top-p 0": "--top-p",
+    "--top-p 0": "top_p",
     "--temperature nan": "--temperature",
     "--max-new-tokens 500": "pairs.jsonl:1: ",
     "--task answer --cue So": "--cue",
@@ -1131,15 +827,6 @@ MISTAKES = {
 @pytest.mark.parametrize("options", MISTAKES)
 def test_a_mistake_is_one_line(place, options):
     assert MISTAKES[options] in place.error(options)
-
-
-def test_weights_that_are_too_large_are_an_error_of_the_row(place):
-    place.model = place.path / "model"
-    model = Transformer.from_pretrained(write_model(place.model))
-    model.lm_head.weight.data.fill_(3e38)
-    model.save_pretrained(place.model)
-    write_tokenizer(place.model)
-    assert f"{place.data}:" in place.error()
 
 
 def test_weights_of_another_tokenizer_blame_the_model(place):
