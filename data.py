@@ -368,11 +368,8 @@ class Tokenizer:
             self.chat_option = chat if chat in NAMES else self.template_hash
             self.files["chat_template.jinja"] = self.template.encode()
         self.compile_patterns()
-        tokens = [  # no lstrip, rstrip and single_word, which older versions had
-            [text, id, text in self.special, False, False, False]
-            for text, id in sorted(self.added.items())
-        ]
         proto = self.files["tokenizer.model"].hex()
+        tokens = [sorted(self.added.items()), sorted(self.special)]
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
 
     def with_chat_of(self, rows: list[Row]) -> "Tokenizer":
@@ -569,7 +566,10 @@ class Tokenizer:
                 ids.append(self.added[part])
                 sp = self.sp if self.legacy else self.sp_within
                 continue
-            for piece in part.split(CUT):
+            pieces = [part.replace(CUT, "")]
+            if not self.control.isdisjoint(sp.encode(pieces[0])):
+                pieces = part.split(CUT)  # SentencePiece itself finds user-defined tokens
+            for piece in pieces:
                 encoded = sp.encode(piece)
                 control = self.control.intersection(encoded)
                 require(not control, quote(piece), f"holds control tokens {control}; remove them")
@@ -1002,6 +1002,7 @@ VALUES = {
     "N": number_type(int, 0, 2**31),
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
+    "P": number_type(float, 1e-6, 1),
     "TEXT": utf8_text,
 }
 # a line of a table of options: name, !, value, ..., default, help

@@ -349,7 +349,11 @@ def nucleus(probs, top_p):
     """probs [N, V] -> which tokens are in the smallest set of most probable ones that together
     have top_p (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
     """
-    ordered = probs.sort(descending=True).values
+    count = probs.shape[-1]
+    if probs.device.type == "cpu":  # a GPU sorts all sooner than it would wait for this number
+        # tokens below (1 - top_p) / V have less than 1 - top_p together, so all are outside
+        count = (probs >= (1 - top_p) / count).sum(-1).max().clamp_min(1)
+    ordered = probs.topk(count).values
     mass_before = ordered.cumsum(-1) - ordered
     last = ordered.masked_fill(mass_before >= top_p, 1).amin(-1, keepdim=True)
     return probs >= last
@@ -537,7 +541,7 @@ def main(args):
 
     # 3. the rows
     def produce(missing):
-        model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+        model = Transformer.from_pretrained(args.model, data.torch_dtype(args.dtype), device)
         ended = sample(
             model,
             missing,
@@ -563,11 +567,11 @@ OPTIONS = """
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
---top-p SHARE=1.0       nucleus sampling: cumulative probability; 1 is the whole vocabulary
+--top-p P=1.0           nucleus sampling: cumulative probability; 1 is the whole vocabulary
 --seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
---dtype float32|bfloat16   type of the weights
+--dtype float32|bfloat16   type of the weights; on a CPU bfloat16 is faster only with amx_bf16
 """
 
 

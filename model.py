@@ -44,8 +44,6 @@ SUPPORTED = {
     "attention_dropout": 0,
     "is_causal": True,
     "partial_rotary_factor": 1,
-    "rope_type": "default",
-    "type": "default",  # of rope_scaling
     "per_layer_config": {},
     "quantization_config": None,
     "configuration_files": None,  # names a file to read in place of config.json
@@ -93,8 +91,14 @@ class ModelConfig:
         require(family in FAMILIES, path, fault)
         given = FAMILIES[family] | raw | {"raw": raw}
         for place in ("rope_scaling", "rope_parameters"):  # the name since transformers 5
-            for name, value in read_field(raw, place, dict, path, {}).items():
-                fault = f'"{name}": {quote(value)} in "{place}" contradicts the value outside it'
+            rope = read_field(raw, place, dict, path, {})
+            for name, value in rope.items():
+                known = name in ("rope_theta", "partial_rotary_factor") or value == "default"
+                fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
+                require(known, path, fault)
+                fault = (
+                    f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{place}"'
+                )
                 require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
                 given[name] = value
         if family == "llama":

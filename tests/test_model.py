@@ -301,26 +301,6 @@ def test_activation_checkpointing_computes_layers_twice_and_gives_the_same_gradi
         assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
-def test_sharded_layers_compile_to_one_program_for_training_and_one_for_validation(folder):
-    model = Transformer.from_pretrained(folder)
-    model.compile_layers(backend="eager")
-    start_processes()
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for module in [*model.model["layers"], model]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    for length in (5, 9, 14):
-        tokens, shared = share([[1, 2, n] * length for n in range(3, length)])
-        model(tokens, shared=shared).square().mean().backward()
-    assert counters["stats"]["unique_graphs"] == 1
-    with torch.no_grad():
-        model(tokens, shared=shared)
-    assert counters["stats"]["unique_graphs"] == 2
-    assert not counters["graph_break"]
-
-
 # 2. Loading and saving
 
 
@@ -458,21 +438,6 @@ def test_hash_is_that_of_configuration_and_weights(tmp_path):
     assert file not in (a, hash_model(tmp_path / "b/config.json"))
 
 
-@torch.no_grad()
-def test_the_lines_that_convert_pytorch_files_do(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    tensors = load_file(write_model(tmp_path) / SINGLE)
-    (tmp_path / SINGLE).unlink()
-    torch.save(tensors, tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match="found pytorch_model.bin; convert it: ") as caught:
-        Transformer.from_pretrained(tmp_path)
-    lines = str(caught.value).split("convert it: ")[1]
-    exec(lines, {"transformers": transformers})
-    loaded = Transformer.from_pretrained(tmp_path).state_dict()
-    for name, tensor in tensors.items():
-        assert loaded[name].equal(tensor)
-
-
 @pytest.mark.parametrize("bad", ["nan", "inf", "1e39"])
 def test_weights_that_are_not_finite_are_refused_by_name_at_save(tmp_path, bad):
     model = Transformer.from_pretrained(write_model(tmp_path))
@@ -550,10 +515,6 @@ def absent_file(files, folder):
 
 def single_file(files, folder):
     save_file({NORM: torch.ones(64)}, folder / SINGLE)
-
-
-def wrong_file(files, folder):
-    files[NORM] = files[HEAD]
 
 
 def outside(name):
@@ -658,10 +619,6 @@ WRONG_FILES = {
         sharded(absent_file),
         f"00002.safetensors: is missing, but {INDEX} names",
     ),
-    "wrong file": (
-        sharded(wrong_file),
-        f"{NORM}: not in model-00001.*, where {INDEX}",
-    ),
     "two copies": (
         sharded(second_copy),
         f"{NORM}: in model-00002.* and model-00001",
@@ -728,11 +685,6 @@ WRONG_CONFIGS = {
     '"rope_scaling" must be an object': {"rope_scaling": "linear"},
     '"rope_parameters": .*yarn': {"rope_parameters": YARN},
     '"rope_parameters": .*layer': {"rope_parameters": {"layer": {"rope_type": "default"}}},
-    '"rope_scaling" contradicts "rope_parameters"': {
-        "rope_theta": ...,
-        "rope_scaling": {"rope_type": "default"},
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-    },
     '"rope_theta": 10000.0 contradicts 500.0 in "rope_parameters"': {
         "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
     },
@@ -768,7 +720,7 @@ WRONG_CONFIGS = {
     '"rope_theta" must be above 0 and.*1000': {"rope_theta": 10**400},
     '"rms_norm_eps" must be above 0.*NaN': {"rms_norm_eps": float("nan")},
     "head_dim must be even, found 15": {"head_dim": 15},
-    "head_dim must be even, found 0": {"num_attention_heads": 128},
+    '"head_dim" must be above 0': {"num_attention_heads": 128},
     '"tie_word_embeddings" must be true or false': {"tie_word_embeddings": 2},
 }
 
