@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import CONFIG, ODD, write_config, write_model
 from safetensors.torch import load_file, save_file
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing import assert_close
 
 import model as model_module
@@ -31,7 +30,6 @@ from model import (
     read_object,
     read_text,
     save_weights,
-    start_processes,
     write_text,
     writing,
 )
