@@ -133,7 +133,8 @@ class Subject:
 
     def __init__(self, args):
         self.rank, _, device = start_processes()
-        load = partial(Transformer.from_pretrained, dtype=getattr(torch, args.dtype), device=device)
+        dtype = data.torch_dtype(args.dtype)
+        load = partial(Transformer.from_pretrained, dtype=dtype, device=device)
         self.load = cache(load)  # folder -> model, loaded only if an answer is missing
         self.hash = cache(hash_model)  # of a folder
         self.folder = args.model
@@ -668,7 +669,7 @@ OPTIONS = """
 --max-new-tokens COUNT=256   tokens of an answer, at most
 --limit COUNT           only the first items of each file
 --batch-size COUNT=64   answers at a time
---dtype float32|bfloat16   type of weights and activations
+--dtype float32|bfloat16   type of the weights; on a CPU bfloat16 is faster only with amx_bf16
 """
 
 

@@ -820,15 +820,11 @@ def drift(at, tmp_path):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("max_new_tokens", "x"),
-        ("temperature", [1]),
-        ("top_p", True),
-        ("seed", {}),
         ("task", "rationale"),
         ("model_hash", "0"),
     ],
 )
-def test_a_ledger_of_odd_settings_is_refused(drift, tmp_path, refused, name, value):
+def test_a_ledger_of_another_task_or_model_is_refused(drift, tmp_path, refused, name, value):
     file = tmp_path / "x.meta.json"
     meta = json.loads(file.read_text())
     file.write_text(json.dumps(meta | {name: value}))

@@ -816,7 +816,7 @@ MISTAKES = {
     "--out ''": "--out",
     "--out ledger.json": "must end in .jsonl",
     "--out /dev/null/l.jsonl": "/dev/null",
-    "--top-p 0": "top_p",
+    "--top-p 0": "argument --top-p",
     "--temperature nan": "--temperature",
     "--max-new-tokens 500": "pairs.jsonl:1: ",
     "--task answer --cue So": "--cue",
