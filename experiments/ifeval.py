@@ -124,6 +124,11 @@ def has_title(text):
     return any(x.lstrip("<").rstrip(">").strip() for x in titles)
 
 
+def is_quoted(text):
+    text = text.strip()
+    return len(text) > 1 and text[0] == text[-1] == '"'
+
+
 def count_capital_words(text: str) -> int:
     # an apostrophe separates words: the I of I'm is one
     words = re.findall(r"[^\W_]+(?:[-.&/][^\W_]+)*", text)
@@ -175,14 +180,15 @@ CHECKS: dict[str, Callable] = {
     "startend:end_checker": lambda text, end_phrase: (
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
     ),
-    "startend:quotation": lambda text: (
-        len(text.strip()) > 1 and text.strip()[:: len(text.strip()) - 1] == '""'
-    ),
+    "startend:quotation": is_quoted,
 }
 # what an answer has to build; a short answer follows the other kinds by accident
 BUILT = """number_placeholders postscript multiple_sections number_bullet_lists
     number_highlighted_sections title json_format existence frequency nth_paragraph_first_word
     number_paragraphs two_responses end_checker""".split()
+HALVES = ("built", "other")
+NAMES = [f"ifeval_{name}/{half}" for name in ("loose", "strict") for half in ("all", *HALVES)]
+NAMES += ["ifeval_prompt_loose/all", "ifeval_prompt_strict/all"]
 
 
 # 2. From answers to scores
@@ -212,9 +218,9 @@ def score(items: list[dict], questions: list[dict], where) -> dict[str, Statisti
             given = {name: value for name, value in arguments.items() if value is not None}
             half = "built" if kind.partition(":")[2] in BUILT else "other"
             for name, followed in zip(("strict", "loose"), follows(kind, given, item["output"])):
-                row.setdefault(f"ifeval_prompt_{name}", []).append(followed)
-                row.setdefault(f"ifeval_{name}", []).append(followed)
-                row.setdefault(f"ifeval_{name}_{half}", []).append(followed)
+                row.setdefault(f"ifeval_prompt_{name}/all", []).append(followed)
+                row.setdefault(f"ifeval_{name}/all", []).append(followed)
+                row.setdefault(f"ifeval_{name}/{half}", []).append(followed)
         for name in NAMES:
             followed = row.get(name, [])
             pair = (sum(followed), len(followed))
@@ -223,12 +229,6 @@ def score(items: list[dict], questions: list[dict], where) -> dict[str, Statisti
             sums.setdefault(name, []).append(pair)
     with np.errstate(invalid="ignore"):  # a prompt may have no instruction of a half
         return {name: evaluate.bootstrap(pairs) for name, pairs in sums.items()}
-
-
-NAMES = [
-    f"ifeval_{name}{half}" for name in ("strict", "loose") for half in ("", "_built", "_other")
-]
-NAMES += ["ifeval_prompt_strict", "ifeval_prompt_loose"]
 
 
 def read_scores(folder: Path, file: str) -> dict[str, Statistic]:
