@@ -455,8 +455,9 @@ class Tokenizer:
         named = {name: self.tokens.get(id) for name, id in named.items()}
         named |= {name: value for name, value in config.items() if name.endswith("_token")}
         for name in ("additional_special_tokens", "extra_special_tokens"):
-            for i, value in enumerate(read_field(config, name, list, where, [])):
-                named[f"{name} {i}"] = value
+            if config.get(name):  # transformers 4 writes an empty object
+                for i, value in enumerate(read_field(config, name, list, where)):
+                    named[f"{name} {i}"] = value
         texts = {}
         for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -1002,7 +1003,7 @@ VALUES = {
     "N": number_type(int, 0, 2**31),
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
-    "P": number_type(float, 1e-6, 1),
+    "P": number_type(float, 1e-30, 1),
     "TEXT": utf8_text,
 }
 # a line of a table of options: name, !, value, ..., default, help
