@@ -511,6 +511,8 @@ class Tokenizer:
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
+            fault = "the vocabulary lacks <|im_start|>; choose another format"
+            require(chat != "chatml" or "<|im_start|>" in self.added, f"--chat {chat}", fault)
             space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
@@ -803,7 +805,8 @@ def read_pair(fields, where, way, ways):
         if own == (None, None) and ways:
             own = ways[0]
         check_languages(own, where)
-        texts = {own[0]: fields["source"], own[1]: fields["reference"]}
+        source = text_field(fields, "source", where)
+        texts = {own[0]: source, own[1]: fields["reference"]}
         way = way or own
     if "rationale" in fields:
         fault = "the row has a rationale, so it can't be read in another direction"

@@ -986,8 +986,8 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path, rows_of):
     half a surrogate pair  | {PAIR, "source": "\ud800x"}           | not valid JSON
     no source              | {PAIR, "source": null}                | a row needs
     no reference           | {PAIR, "reference": null}             | a row needs
-    a blank source         | {PAIR, "source": "\u3000\n"}          | "de" is empty
-    a source of numbers    | {PAIR, "source": 7}                   | "de" must be text
+    a blank source         | {PAIR, "source": "\u3000\n"}          | "source" is empty
+    a source of numbers    | {PAIR, "source": 7}                   | "source" must be text
     an id that is true     | {PAIR, "id": true}                    | "id" must be
     a duplicate id         | {PAIR, "id": 0}                       | duplicate id
     a language by its name | {PAIR, "source_lang": "German"}       | two languages
