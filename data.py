@@ -910,9 +910,10 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
     """Holds `folder` for this run alone within the block -> whether it was there before.
 
     The folder is created with its settings file `name`, or recognized by it, and this file is
-    locked; any other folder that is not empty is refused. All ranks call it; rank 0 looks and
-    writes. defaults: the values of settings that an older file lacks. Raises UserError for a
-    setting (except the `free` ones) that was another, and if another process holds the folder.
+    locked; any other folder that is not empty is refused. A folder in which the run leaves nothing
+    else is removed. All ranks call it; rank 0 looks and writes. defaults: the values of settings
+    that an older file lacks. Raises UserError for a setting (except the `free` ones) that was
+    another, and if another process holds the folder.
     """
     file = folder / name
     text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
@@ -929,7 +930,12 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
                     file.write_bytes(text)
                 flush_to_disk(file)
         dist.broadcast_object_list(known)
-        yield known[0]
+        try:
+            yield known[0]
+        finally:
+            if lock is not None and os.listdir(folder) == [name]:  # the run has left nothing else
+                file.unlink()
+                folder.rmdir()
     finally:
         if lock is not None:
             os.close(lock)
