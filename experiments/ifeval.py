@@ -21,22 +21,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-import numpy as np  # noqa: E402
-
 import data  # noqa: E402
 import evaluate  # noqa: E402
 from evaluate import Statistic  # noqa: E402
-from model import require  # noqa: E402
+from model import read_object, require  # noqa: E402
 
 SMALL = re.IGNORECASE
 # the versions of an answer, without lines from the first and from the last on, that are loose
 LINES = (slice(None), slice(1, None), slice(None, -1), slice(1, -1))
-ABBREVIATION = re.compile(r"(\d+|[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e)\.", SMALL)
+SENTENCE_END = re.compile(r"""[.!?](?=[]["'(){};:@*?!]|\s+\S)""")
+# ... and these end no sentence, as a number does not before a small letter
+ABBREVIATION = re.compile(
+    r"(\b(mr|mrs|ms|dr|prof|st|vs|p\.m|a\.m|u\.s|ph\.d|[a-z])|\.\.)\.$", SMALL
+)
 FENCE = re.compile(r"^```(json)?|```$", SMALL)
 CONSTRAINED = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
 
 
-# 1. The 25 kinds: text and arguments -> whether the instruction is followed
+# 1. The 25 kinds: text, and arguments by their names in the data -> is the instruction followed?
 
 
 def satisfies(count: int, relation: str, limit: int) -> bool:
@@ -56,191 +58,187 @@ def is_language(text: str, language: str) -> bool:
 
 
 def count_sentences(text: str) -> int:
-    """Words that end in . ! or ? (abbreviations and numbers aside), and an unfinished sentence."""
-    words = text.split()
-    ends = [re.search(r"[.!?]['\"”’)*\]]*$", x) and not ABBREVIATION.fullmatch(x) for x in words]
-    return sum(map(bool, ends)) + bool(words and not ends[-1])
+    """About those of NLTK's Punkt: 1. before a capital is one, and so is each ! of two."""
+    count = 0
+    rest = text
+    for match in SENTENCE_END.finditer(text):
+        before = text[: match.end()][-8:]
+        after = text[match.end() :]
+        numbered = re.search(r"\d\.$", before) and re.match(r"\s+[a-z]", after)
+        if not ABBREVIATION.search(before) and not numbered:
+            count += 1
+            rest = after
+    return count + bool(rest.strip("\"')]} \t\n"))
 
 
-def has_paragraphs(text, num_paragraphs):
+def has_paragraphs(text, a):
     """Paragraphs are separated by ***; only before the first and after the last may be nothing."""
-    paragraphs = re.split(r"\s?\*\*\*\s?", text)
-    inner = paragraphs[1:-1]
-    outer = [x for x in (paragraphs[0], *paragraphs[1:][-1:]) if x.strip()]
-    return all(x.strip() for x in inner) and len(inner) + len(outer) == num_paragraphs
+    first, *others = re.split(r"\s?\*\*\*\s?", text)
+    inner = others[:-1]
+    outer = [x for x in (first, *others[-1:]) if x.strip()]
+    return all(x.strip() for x in inner) and len(inner) + len(outer) == a["num_paragraphs"]
 
 
-def starts_paragraph(text, num_paragraphs, nth_paragraph, first_word):
+def starts_paragraph(text, a):
     """Paragraphs are separated by empty lines; the nth begins with a word."""
     paragraphs = text.split("\n\n")
     count = sum(bool(x.strip()) for x in paragraphs)
-    if count != num_paragraphs or nth_paragraph > count:
+    if count != a["num_paragraphs"] or a["nth_paragraph"] > count:
         return False
-    words = paragraphs[nth_paragraph - 1].split()
+    words = paragraphs[a["nth_paragraph"] - 1].split()
     first = words[0].lstrip("'").lstrip('"') if words else ""
-    return re.split("[.,?!'\"]", first)[0].lower() == first_word.lower()
+    return re.split("[.,?!'\"]", first)[0].lower() == a["first_word"].lower()
 
 
-def has_postscript(text, postscript_marker):
-    pattern = re.escape(postscript_marker.lower())
-    pattern = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}.get(
-        postscript_marker.lower(), pattern
-    )
-    return re.search(pattern, text.lower()) is not None
+def has_postscript(text, a):
+    marker = a["postscript_marker"].lower()
+    forms = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}
+    return re.search(forms.get(marker, re.escape(marker)), text.lower()) is not None
 
 
-def is_json(text):
-    text = FENCE.sub("", text.strip()).strip()
+def is_json(text, a):
     try:
-        json.loads(text)
+        json.loads(FENCE.sub("", text.strip()).strip())
     except ValueError:
         return False
     return True
 
 
-def has_highlights(text, num_highlights):
+def has_highlights(text, a):
     """*one* and **two** asterisks, each with something between them."""
     single = [x for x in re.findall(r"\*[^\n*]*\*", text) if x.strip("*").strip()]
     double = [x for x in re.findall(r"\*\*([^\n*]*)\*\*", text) if x.strip()]
-    return len(single) + len(double) >= num_highlights
+    return len(single) + len(double) >= a["num_highlights"]
 
 
-def has_bullets(text, num_bullets):
-    stars = re.findall(r"(?m)^\s*\*[^*].*$", text)
-    dashes = re.findall(r"(?m)^\s*-.*$", text)
-    return len(stars) + len(dashes) == num_bullets
+def has_two_responses(text, a):
+    first, *others = [x.strip() for x in text.split("******")]
+    parts = [x for x in (first, *others) if x]
+    return all(others[:-1]) and len(parts) == 2 and parts[0] != parts[1]
 
 
-def has_two_responses(text):
-    parts = text.split("******")
-    if any(not x.strip() for x in parts[1:-1]):
-        return False
-    parts = [x.strip() for x in parts if x.strip()]
-    return len(parts) == 2 and parts[0] != parts[1]
-
-
-def has_title(text):
+def has_title(text, a):
     titles = re.findall(r"<<[^\n]+>>", text)
     return any(x.lstrip("<").rstrip(">").strip() for x in titles)
 
 
-def is_quoted(text):
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
-
-
-def count_capital_words(text: str) -> int:
+def has_capitals(text, a):
     # an apostrophe separates words: the I of I'm is one
     words = re.findall(r"[^\W_]+(?:[-.&/][^\W_]+)*", text)
-    return sum(word.isupper() for word in words)
+    count = sum(word.isupper() for word in words)
+    return satisfies(count, a["capital_relation"], a["capital_frequency"])
 
 
-CHECKS: dict[str, Callable] = {
-    "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency: (
-        satisfies(count_capital_words(text), capital_relation, capital_frequency)
-    ),
-    "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
-    "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
-    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
-        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-    ),
+def has_keyword(text, a):
+    count = len(re.findall(a["keyword"], text, SMALL))
+    return satisfies(count, a["relation"], a["frequency"])
+
+
+def has_letter(text, a):
+    count = text.lower().count(a["letter"].lower())
+    return satisfies(count, a["let_relation"], a["let_frequency"])
+
+
+def repeats_prompt(text, a):
+    return text.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
+
+
+def has_end(text, a):
+    return text.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower())
+
+
+# what an answer has to build; a short answer follows the other kinds by accident
+BUILT = {
     "combination:two_responses": has_two_responses,
-    "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
+    "detectable_content:number_placeholders": lambda text, a: (
+        len(re.findall(r"\[.*?\]", text)) >= a["num_placeholders"]
     ),
     "detectable_content:postscript": has_postscript,
-    "detectable_format:constrained_response": lambda text: any(x in text for x in CONSTRAINED),
     "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
-        len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
+    "detectable_format:multiple_sections": lambda text, a: (
+        len(re.findall(rf"{a['section_spliter']}\s?\d+", text)) >= a["num_sections"]
     ),
-    "detectable_format:number_bullet_lists": has_bullets,
+    "detectable_format:number_bullet_lists": lambda text, a: (
+        len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", text)) == a["num_bullets"]
+    ),
     "detectable_format:number_highlighted_sections": has_highlights,
     "detectable_format:title": has_title,
-    "keywords:existence": lambda text, keywords: all(re.search(x, text, SMALL) for x in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words: (
-        not any(re.search(rf"\b{x}\b", text, SMALL) for x in forbidden_words)
-    ),
-    "keywords:frequency": lambda text, relation, keyword, frequency: satisfies(
-        len(re.findall(keyword, text, SMALL)), relation, frequency
-    ),
-    "keywords:letter_frequency": lambda text, let_relation, letter, let_frequency: satisfies(
-        text.lower().count(letter.lower()), let_relation, let_frequency
-    ),
-    "language:response_language": is_language,
+    "keywords:existence": lambda text, a: all(re.search(x, text, SMALL) for x in a["keywords"]),
+    "keywords:frequency": has_keyword,
     "length_constraints:nth_paragraph_first_word": starts_paragraph,
     "length_constraints:number_paragraphs": has_paragraphs,
-    "length_constraints:number_sentences": lambda text, relation, num_sentences: satisfies(
-        count_sentences(text), relation, num_sentences
-    ),
-    "length_constraints:number_words": lambda text, relation, num_words: satisfies(
-        len(re.findall(r"\w+", text)), relation, num_words
-    ),
-    "punctuation:no_comma": lambda text: "," not in text,
-    "startend:end_checker": lambda text, end_phrase: (
-        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-    ),
-    "startend:quotation": is_quoted,
+    "startend:end_checker": has_end,
 }
-# what an answer has to build; a short answer follows the other kinds by accident
-BUILT = """number_placeholders postscript multiple_sections number_bullet_lists
-    number_highlighted_sections title json_format existence frequency nth_paragraph_first_word
-    number_paragraphs two_responses end_checker""".split()
-HALVES = ("built", "other")
-NAMES = [f"ifeval_{name}/{half}" for name in ("loose", "strict") for half in ("all", *HALVES)]
-NAMES += ["ifeval_prompt_loose/all", "ifeval_prompt_strict/all"]
+CHECKS: dict[str, Callable] = BUILT | {
+    "change_case:capital_word_frequency": has_capitals,
+    "change_case:english_capital": lambda text, a: text.isupper() and is_language(text, "en"),
+    "change_case:english_lowercase": lambda text, a: text.islower() and is_language(text, "en"),
+    "combination:repeat_prompt": repeats_prompt,
+    "detectable_format:constrained_response": lambda text, a: any(x in text for x in CONSTRAINED),
+    "keywords:forbidden_words": lambda text, a: (
+        not any(re.search(rf"\b{x}\b", text, SMALL) for x in a["forbidden_words"])
+    ),
+    "keywords:letter_frequency": has_letter,
+    "language:response_language": lambda text, a: is_language(text, a["language"]),
+    "length_constraints:number_sentences": lambda text, a: satisfies(
+        count_sentences(text), a["relation"], a["num_sentences"]
+    ),
+    "length_constraints:number_words": lambda text, a: satisfies(
+        len(re.findall(r"\w+", text)), a["relation"], a["num_words"]
+    ),
+    "punctuation:no_comma": lambda text, a: "," not in text,
+    "startend:quotation": lambda text, a: re.fullmatch('(?s)".*"', text.strip()) is not None,
+}
 
 
 # 2. From answers to scores
 
 
 def follows(kind: str, arguments: dict, text: str) -> tuple[bool, bool]:
-    """Whether an answer follows an instruction: strictly, and loosely."""
+    """Whether an answer follows an instruction: loosely, and strictly."""
     versions = []
     for lines in LINES:
         version = "\n".join(text.split("\n")[lines]).strip()
         versions += [version, version.replace("*", "")]
     versions[0] = text
-    verdicts = [bool(x.strip()) and bool(CHECKS[kind](x, **arguments)) for x in versions]
-    return verdicts[0], any(verdicts)
+    verdicts = [bool(x.strip()) and bool(CHECKS[kind](x, arguments)) for x in versions]
+    return any(verdicts), verdicts[0]
 
 
-def score(items: list[dict], questions: list[dict], where) -> dict[str, Statistic]:
-    """Scores by name. items: of evaluate.py, those of the questions, in their order."""
-    same = [x["prompt"] for x in items] == [x["prompt"] for x in questions]
-    require(
-        same, where, "its prompts are not those of --data; answer them by evaluate.py --answers"
-    )
-    sums = {}
-    for item, question in zip(items, questions):
-        row = {}
-        for kind, arguments in zip(question["instruction_id_list"], question["kwargs"]):
-            given = {name: value for name, value in arguments.items() if value is not None}
-            half = "built" if kind.partition(":")[2] in BUILT else "other"
-            for name, followed in zip(("strict", "loose"), follows(kind, given, item["output"])):
-                row.setdefault(f"ifeval_prompt_{name}/all", []).append(followed)
-                row.setdefault(f"ifeval_{name}/all", []).append(followed)
-                row.setdefault(f"ifeval_{name}/{half}", []).append(followed)
-        for name in NAMES:
-            followed = row.get(name, [])
-            pair = (sum(followed), len(followed))
-            if "prompt" in name:
-                pair = (all(followed), 1)
-            sums.setdefault(name, []).append(pair)
-    with np.errstate(invalid="ignore"):  # a prompt may have no instruction of a half
-        return {name: evaluate.bootstrap(pairs) for name, pairs in sums.items()}
+def score_item(item: dict) -> dict:
+    """Of each score the number of instructions that are followed, and of all."""
+    scores = {}
+    for kind, arguments in zip(item["instruction_id_list"], item["kwargs"]):
+        half = "built" if kind in BUILT else "other"
+        both = follows(kind, arguments, item["output"])
+        for name, followed in zip(("loose", "strict"), both):
+            for part in ("all", half):
+                count, total = scores.get(f"ifeval_{name}/{part}", (0, 0))
+                scores[f"ifeval_{name}/{part}"] = (count + followed, total + 1)
+    for name in ("loose", "strict"):
+        count, total = scores[f"ifeval_{name}/all"]
+        scores[f"ifeval_prompt_{name}/all"] = count == total
+    return scores
 
 
 def read_scores(folder: Path, file: str) -> dict[str, Statistic]:
     """The scores of the answers to `file` that evaluate.py has stored in a folder."""
     questions = [fields for _, fields in data.read_json(file)]
     answers = folder / f"items/answers/{Path(file).stem}.jsonl"
-    return score([item for _, item in data.read_json(answers)], questions, answers)
+    items = [item for _, item in data.read_json(answers)]
+    same = [x["prompt"] for x in items] == [x["prompt"] for x in questions]
+    require(same, answers, f"its prompts are not those of {file}; answer these by evaluate.py")
+    return evaluate.means(score_item, [x | y for x, y in zip(questions, items)])
 
 
 def main(args: argparse.Namespace):
-    runs = [read_scores(Path(folder), args.data) for folder in args.results]
-    evaluate.print_table([Path(folder).name for folder in args.results], runs)
+    folders = [Path(folder) for folder in args.results]
+    for folder in folders:
+        settings = [read_object(x / "settings.json") for x in (folders[0], folder)]
+        free = (*data.NOT_COMPARED, "model_hash")
+        data.require_same(folder, *settings, free=free)
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    evaluate.print_table(names, [read_scores(folder, args.data) for folder in folders])
 
 
 def parser() -> argparse.ArgumentParser:
