@@ -136,11 +136,10 @@ class Subject:
         dtype = data.torch_dtype(args.dtype)
         load = partial(Transformer.from_pretrained, dtype=dtype, device=device)
         self.load = cache(load)  # folder -> model, loaded only if an answer is missing
-        self.hash = cache(hash_model)  # of a folder
         self.folder = args.model
         self.config = ModelConfig.from_file(args.model)
         self.base = args.base
-        tokenizer = Tokenizer(args.model, "auto" if args.chat is None else args.chat)
+        tokenizer = Tokenizer(args.model, args.chat or "auto")
         self.encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
         self.choices_in_chat = args.chat is not None
         self.directions = args.direction
@@ -175,12 +174,10 @@ def ask(row, encoder, **known):
 def read_translation(file, subject):
     rows = data.read_rows([file], subject.directions)
     for row in rows:
-        require(row.source is not None, row.where, "--translation needs a source; remove the row")
         require(
-            row.target_lang == rows[0].target_lang,
+            row.target_lang and row.target_lang == rows[0].target_lang,
             row.where,
-            f"is into {row.target_lang}, the first row into {rows[0].target_lang}; "
-            "give one --direction, or one file for each language",
+            "--translation needs pairs into one language; give one --direction, or one file for each",
         )
         yield ask(
             row,
@@ -201,19 +198,17 @@ def read_choice(file, subject):
         where = row.where
         text = row.messages[0]["content"]
         choices = read_field(fields, "choices", list, where)
-        require(len(choices) > 1, where, '"choices" must hold two or more')
         for choice in choices:
             data.text_field({"a choice": choice}, "a choice", where)
-        answer = fields.get("answer")
+        answer = read_field(fields, "answer", int, where)
         require(
-            type(answer) is int and 0 <= answer < len(choices),
+            len(choices) > 1 and 0 <= answer < len(choices),
             where,
-            f'"answer" must be an index from 0 to {len(choices) - 1}, '
-            f"found {json.dumps(answer)[:40]}; the README has a command that converts letters",
+            f'"answer" must be an index of two or more "choices", the first is 0; found {answer}',
         )
         task = read_field(fields, "task", str, where, Path(file).stem)
         require(
-            re.fullmatch(r"[^./][^/]*", task) and task.isprintable(),
+            re.fullmatch(r"[^./\0][^/\0]*", task),
             where,
             f"the task {task!r} can't name a file; rename it",
         )
@@ -253,23 +248,20 @@ def read_answers(file, subject):
 def read_drift(file, subject):
     """The base model's answers, and how they were sampled."""
     meta = read_meta(Path(file))
+    base = hash_model(subject.base)
     require(
-        meta.get("task") == "answer",
+        meta.get("task") == "answer" and meta.get("model_hash") == base,
         file,
-        f"is not a ledger of generate.py --task answer, or {meta_path(Path(file)).name} is not "
-        "next to it (it has the sampling settings); write one, or copy that file as well",
-    )
-    base = subject.hash(subject.base)
-    require(
-        meta.get("model_hash") == base,
-        file,
-        f"was not written by --base {subject.base}; give the model that wrote it",
+        f"was not written by generate.py --task answer --model {subject.base}, or its meta file "
+        f"{meta_path(Path(file)).name} is not next to it",
     )
     encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
     data.require_vocabulary(subject.base, encoder.tokenizer, subject.config)
-    # without defaults: a setting that is added later does not change the hash
-    given = sorted(DEFAULTS.keys() & meta.keys())
-    sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
+    sampling = {}
+    for name, default in sorted(DEFAULTS.items()):
+        # without defaults: a setting that is added later does not change the hash
+        if meta.get(name, default) != default:
+            sampling[name] = meta[name]
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
@@ -283,9 +275,8 @@ def read_objects(file, *names):
 
     The turn's text is the one field of `names` that the row has.
     """
-    ids = set()
-    read = read_csv if file.lower().endswith(".csv") else data.read_json
-    for where, fields in read(file):
+    read = read_csv if file.endswith(".csv") else data.read_json
+    for n, (where, fields) in enumerate(read(file)):
         given = [*fields.keys() & names]
         require(
             len(given) == 1,
@@ -293,21 +284,16 @@ def read_objects(file, *names):
             f"must have exactly one of: {', '.join(names)}; the README converts ARC's format",
         )
         turn = {"role": "user", "content": data.text_field(fields, given[0], where)}
-        row = Row(data.read_id(fields, where, len(ids)), where, "", messages=[turn])
-        require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
-        ids.add(row.id)
-        yield row, fields
-    require(ids, file, "the file holds no rows")
+        yield Row(data.read_id(fields, where, n), where, "", messages=[turn]), fields
 
 
 def read_csv(file):
-    """Yields FILE:LINE and the fields of each row; LINE is the first line of the row."""
-    rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
-    line = 2  # after the header
+    """Yields `FILE row N` and the fields of each row."""
+    n = 0
     try:
-        for fields in rows:
-            where = f"{file}:{line}"
-            line = rows.line_num + 1
+        rows = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+        for n, fields in enumerate(rows, 1):
+            where = f"{file} row {n}"
             require(
                 None not in (*fields, *fields.values()),
                 where,
@@ -315,7 +301,8 @@ def read_csv(file):
             )
             yield where, fields
     except csv.Error as e:
-        raise UserError(f"{file}:{line}: broken CSV ({e}); close the quote") from None
+        raise UserError(f"{file} row {n + 1}: broken CSV ({e}); close the quote") from None
+    require(n, file, "the file holds no rows")
 
 
 def read_tests(files, subject, limit=None):
@@ -339,16 +326,13 @@ def read_tests(files, subject, limit=None):
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
                     require_room([whole], new, subject.config, subject.folder)
-            for test in found:
-                # both measures have the scores empty/TEST and degenerate/TEST
-                clash = name == "answers" and tests.get(("safety", test))
+            for test, questions in found.items():
                 require(
-                    (name, test) not in tests and not clash,
+                    (name, test) not in tests,
                     file,
                     f"{test} is the name of two tests; rename one, or join their files",
                 )
-                tests[name, test] = found[test]
-    require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
+                tests[name, test] = questions
     return tests
 
 
@@ -572,7 +556,7 @@ def read_results(folder, write=False):
                     item[score] = own_score
             if write:
                 write_text(file, "\n".join(data.finite_json(item, file) for item in items))
-    require(statistics, folder, "holds no items; finish its evaluation first")
+    require(statistics, folder, "holds no items; give a test, such as --translation FILE")
     return settings, statistics
 
 
@@ -593,8 +577,7 @@ def compare(folders):
 def print_table(names, runs):
     """Prints each score of each model, and its paired differences to the first two models."""
     minus = [f"minus {name}" for name in names[:-1][:2]]
-    print_row("measure", "model", "n", "value", *minus)
-    print_row(*["---"] * (4 + len(minus)))
+    rows = [["measure", "model", "n", "value", *minus], ["---"] * (4 + len(minus))]
     notes = "95% bootstrap CI over items; it covers neither seeds nor training data."
     for name, first in runs[0].items():
         for i, run in enumerate(runs):
@@ -603,15 +586,12 @@ def print_table(names, runs):
             for other in runs[: min(i, 2)]:
                 difference = interval(values - other[name].values)
                 cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
-            print_row("" if i else name, names[i], len(first.of_items), *cells)
+            rows.append(["" if i else name, names[i], len(first.of_items), *cells])
         if first.signature:
             notes += f"\n{name}: {first.signature}"
+    for name, model, n, *cells in rows:
+        print(f"| {name:28} | {model:14} | {n:>5} |", *[f"{cell:24} |" for cell in cells])
     print(f"\n[low, high]: {notes}")
-
-
-def print_row(name, model, n, *values):
-    cells = " | ".join(f"{value:24}" for value in values)
-    print(f"| {name:28} | {model:14} | {n:>5} | {cells} |")
 
 
 # 6. The command line
@@ -620,12 +600,11 @@ def print_row(name, model, n, *values):
 def main(args):
     if args.compare:
         return compare(args.compare)
-    # 1. everything that can be wrong with the files, before any weight is read
-    require(args.model and args.out, "evaluate.py", "give --model and --out, or --compare")
+    # 1. what can be wrong with the files, before any weight is read
     require(
-        bool(args.drift) == bool(args.base),
+        args.model and args.out and (args.base or not args.drift),
         "evaluate.py",
-        "--drift and --base go together: the answers, and the model that wrote them",
+        "give --model and --out, with --drift also --base; or give --compare",
     )
     subject = Subject(args)
     tests = read_tests(vars(args), subject, args.limit)
@@ -633,7 +612,7 @@ def main(args):
     # 2. all that an answer depends on, besides its question
     settings = {
         "model": args.model,
-        "model_hash": subject.hash(args.model),
+        "model_hash": hash_model(args.model),
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
         "dtype": args.dtype,
