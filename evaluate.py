@@ -131,8 +131,8 @@ class Subject:
     def __init__(self, args):
         self.rank, _, device = start_processes()
         dtype = data.torch_dtype(args.dtype)
-        load = partial(Transformer.from_pretrained, dtype=dtype, device=device)
-        self.load = cache(load)  # folder -> model, loaded only if an answer is missing
+        # folder -> model, loaded only if an answer is missing
+        self.load = cache(partial(Transformer.from_pretrained, dtype=dtype, device=device))
         self.folder = args.model
         self.config = ModelConfig.from_file(args.model)
         self.base = args.base
@@ -252,7 +252,6 @@ def read_drift(file, subject):
     given = sorted(DEFAULTS.keys() & meta.keys())
     sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
     for row in data.read_rows([file]):
-        require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
         question = ask(row, encoder, answer=row.rationale, base=base, sampling=sampling)
         question.endings = [example.reference + example.rationale]
@@ -553,7 +552,7 @@ def print_table(names, runs):
             for other in runs[:i][:2]:
                 difference = interval(values - other[name].values)
                 cells.append("{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference))
-            rows.append(["" if i else name, names[i], len(first.of_items), *cells])
+            rows.append([name, names[i], len(first.of_items), *cells])
         if first.signature:
             notes += f"\n{name}: {first.signature}"
     for name, model, n, *cells in rows:
@@ -599,9 +598,10 @@ def main(args):
             complete(out / f"items/{name}/{test}.jsonl", questions, produce)
         if subject.rank == 0:
             _, statistics = read_results(out, write=True)
-            scores = {}
-            for name, statistic in statistics.items():
-                scores[name] = interval(statistic.values) | {"n": len(statistic.of_items)}
+            scores = {
+                name: interval(statistic.values) | {"n": len(statistic.of_items)}
+                for name, statistic in statistics.items()
+            }
             content = {"settings": settings, "measures": scores}
             write_text(out / "results.json", json.dumps(content, indent=2))
             print_table([out.name], [statistics])
@@ -620,12 +620,10 @@ OPTIONS = """
 
 
 def parser():
-    tests = ""
-    for name, measure in measures().items():
-        tests += f"--{name} FILE...   {measure.help}\n"
+    lines = [f"--{name} FILE...   {measure.help}\n" for name, measure in measures().items()]
     prompt_options = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
     purpose = "Measures what a model gained and lost."
-    return data.make_parser(purpose, OPTIONS.format(tests) + prompt_options)
+    return data.make_parser(purpose, OPTIONS.format("".join(lines)) + prompt_options)
 
 
 if __name__ == "__main__":
