@@ -128,20 +128,15 @@ def measures():
 class Subject:
     """The model under test, and how it is asked."""
 
-    def __init__(self, args):
+    def __init__(self, options):
+        self.options = options  # of the command line
         self.rank, _, device = start_processes()
-        dtype = data.torch_dtype(args.dtype)
+        dtype = data.torch_dtype(options.dtype)
         # folder -> model, loaded only if an answer is missing
         self.load = cache(partial(Transformer.from_pretrained, dtype=dtype, device=device))
-        self.folder = args.model
-        self.config = ModelConfig.from_file(args.model)
-        self.base = args.base
-        tokenizer = Tokenizer(args.model, args.chat or "auto")
-        self.encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-        self.choices_in_chat = args.chat is not None
-        self.directions = args.direction
-        self.max_new_tokens = args.max_new_tokens
-        self.batch_size = args.batch_size
+        self.config = ModelConfig.from_file(options.model)
+        tokenizer = Tokenizer(options.model, options.chat or "auto")
+        self.encoder = Encoder(tokenizer, data.read_template(options.template), options.system)
 
 
 @dataclass(kw_only=True)
@@ -169,7 +164,7 @@ def ask(row, encoder, **known):
 
 
 def read_translation(file, subject):
-    rows = data.read_rows([file], subject.directions)
+    rows = data.read_rows([file], subject.options.direction)
     for row in rows:
         require(
             row.target_lang and row.target_lang == rows[0].target_lang,
@@ -203,7 +198,7 @@ def read_choice(file, subject):
         task = read_field(fields, "task", str, where, "")
         fault = f"the task {task!r} can't name a file; rename it"
         require(re.fullmatch(r"([^./\0][^/\0]*)?", task), where, fault)
-        if subject.choices_in_chat:
+        if subject.options.chat:
             prompt = subject.encoder.prompt(row)
             endings = [tokenizer.answer(choice) for choice in choices]
         else:
@@ -232,22 +227,23 @@ def read_safety(file, subject):
 
 
 def read_answers(file, subject):
-    for row in data.read_rows([file], subject.directions, prompts=True):
+    for row in data.read_rows([file], subject.options.direction, prompts=True):
         yield ask(row, subject.encoder)
 
 
 def read_drift(file, subject):
     """The base model's answers, and how they were sampled."""
     meta = read_meta(Path(file))
-    base = hash_model(subject.base)
+    folder = subject.options.base
+    base = hash_model(folder)
     require(
         meta.get("task") == "answer" and meta.get("model_hash") == base,
         file,
-        f"was not written by generate.py --task answer --model {subject.base}, or its meta file "
+        f"was not written by generate.py --task answer --model {folder}, or its meta file "
         f"{meta_path(Path(file)).name} is not next to it",
     )
     encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
-    data.require_vocabulary(subject.base, encoder.tokenizer, subject.config)
+    data.require_vocabulary(folder, encoder.tokenizer, subject.config)
     # without defaults: a setting that is added later does not change the hash
     given = sorted(DEFAULTS.keys() & meta.keys())
     sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
@@ -301,10 +297,10 @@ def read_tests(files, subject, limit=None):
                     f"{test[1]} is the name of two tests; rename one, or join their files",
                 )
                 tests.setdefault(test, []).append(question)
-                new = 0 if question.endings else subject.max_new_tokens
+                new = 0 if question.endings else subject.options.max_new_tokens
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
-                    require_room([whole], new, subject.config, subject.folder)
+                    require_room([whole], new, subject.config, subject.options.model)
     return tests
 
 
@@ -316,14 +312,14 @@ def produce_items(measure, subject, questions):
     tokenizer = subject.encoder.tokenizer
     ended = questions
     if measure.continues:
-        usual = {"max_new_tokens": subject.max_new_tokens}
+        usual = {"max_new_tokens": subject.options.max_new_tokens}
         ended = sample(
-            subject.load(subject.folder),
+            subject.load(subject.options.model),
             questions,
             Sampling(**questions[0].known.get("sampling", usual)),
             tokenizer.eos_ids,
             tokenizer.vocab_size,
-            subject.batch_size,
+            subject.options.batch_size,
             stop=tokenizer.first_line_ends if measure.one_line else None,
         )
     for question in tqdm(ended, total=len(questions), unit="item", disable=subject.rank > 0):
@@ -341,7 +337,7 @@ def produce_items(measure, subject, questions):
 
 def answer_choice(subject, question):
     """log P(choice | prompt) of each choice."""
-    _, sums = score_endings(subject.load(subject.folder), question)
+    _, sums = score_endings(subject.load(subject.options.model), question)
     return {"logprobs": sums}
 
 
@@ -349,8 +345,8 @@ def answer_drift(subject, question):
     """Sums over the tokens of the base's answer, EOS included: -log P, KL(base || model) over the
     whole vocabulary, and whether both have the same first choice.
     """
-    logprobs, [logprob] = score_endings(subject.load(subject.folder), question)
-    base, _ = score_endings(subject.load(subject.base), question)
+    logprobs, [logprob] = score_endings(subject.load(subject.options.model), question)
+    base, _ = score_endings(subject.load(subject.options.base), question)
     return {
         "tokens": len(logprobs),
         "nll": -logprob,
@@ -582,7 +578,7 @@ def main(args):
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
         "dtype": args.dtype,
-        "choices_in_chat": subject.choices_in_chat,
+        "choices_in_chat": bool(args.chat),
         "versions": {
             "torch": torch.__version__,
             "sacrebleu": sacrebleu.__version__,
