@@ -75,6 +75,16 @@ lines\u2028here","a, b"
 
 Last,x
 """
+FILES = {
+    "pairs": PAIRS,
+    "quiz": QUESTIONS,
+    "sums": [{"question": "1 + 1?", "answer": "1 #### $1\n#### 1,234. "}],
+    "kind": [{"prompt": "Why?", "harmful": False}, {"goal": "How?", "harmful": False}],
+    "prompts": [{"prompt": line} for line in LINES],
+}
+ANSWER = """
+    --model base --data prompts.jsonl --out ledger.jsonl --task answer --max-new-tokens 12
+"""
 TESTS = """
     --translation pairs.jsonl
     --choice quiz.jsonl
@@ -136,50 +146,31 @@ def usual_state(folder):
     return torch.cat(states).mean(0).detach()
 
 
-def write_answers(model, prompts, out):
-    words = ["--model", model, "--data", prompts, "--out", out]
-    words += ["--task", "answer", "--max-new-tokens", 12]
-    words = [str(word) for word in words]
-    generate.main(generate.parser().parse_args(words))
-
-
 @pytest.fixture(scope="module")
 def at(tmp_path_factory, folder):
     """A folder with three models, and a file for each measure."""
     path = tmp_path_factory.mktemp("evaluate")
+    os.chdir(path)
     state = usual_state(folder)
     for name, logit in (("base", 4), ("stops", 5.5)):
         head = load_file(folder / "model.safetensors")[HEAD]
         head[EOS] = logit * state / state.square().sum()
         change_model(folder, path / name, **{HEAD: head})
-    write_model(path / "tuned", seed=1)
-    write_tokenizer(path / "tuned")
-    write_jsonl(path / "pairs.jsonl", PAIRS)
-    write_jsonl(path / "quiz.jsonl", QUESTIONS)
-    sums = [{"question": "1 + 1?", "answer": "1 #### $1\n#### 1,234. "}]
-    write_jsonl(path / "sums.jsonl", sums)
-    kind = [{"prompt": "Why?", "harmful": False}, {"goal": "How?", "harmful": False}]
-    write_jsonl(path / "kind.jsonl", kind)
-    (path / "adv.csv").write_text(ADVBENCH, "utf-8")
-    prompts = [{"prompt": line} for line in LINES]
-    write_jsonl(path / "prompts.jsonl", prompts)
-    write_answers(
-        path / "base",
-        path / "prompts.jsonl",
-        path / "ledger.jsonl",
-    )
+    write_tokenizer(write_model(path / "tuned", seed=1))
+    for name, rows in FILES.items():
+        write_jsonl(Path(f"{name}.jsonl"), rows)
+    Path("adv.csv").write_text(ADVBENCH, "utf-8")
+    generate.main(generate.parser().parse_args(ANSWER.split()))
     return path
 
 
 @pytest.fixture(scope="module")
 def outs(at):
     """The results of the three models."""
-    found = {}
+    found = {name: at / "results" / name for name in ("base", "stops", "tuned")}
     os.chdir(at)
-    for name in ("base", "stops", "tuned"):
-        out = at / "results" / name
+    for name, out in found.items():
         run("--model", name, "--out", out, "--max-new-tokens", 20, *TESTS)
-        found[name] = out
     return found
 
 
@@ -210,30 +201,30 @@ def refused(monkeypatch, capsys):
 # What is measured
 
 SCORES = """
-    bleu/pairs 7
-    chrf++/pairs 7
-    acc/long 2
-    acc_norm/long 2
-    margin/long 2
-    acc/quiz 3
-    acc_norm/quiz 3
-    margin/quiz 3
-    strict/sums 1
-    flexible/sums 1
-    refusal/benign 2
-    empty/benign 2
-    degenerate/benign 2
-    refusal/harmful 3
-    empty/harmful 3
-    degenerate/harmful 3
-    length/prompts 14
-    empty/prompts 14
-    degenerate/prompts 14
-    drift_nll/ledger 14
-    drift_kl/ledger 14
-    drift_top1/ledger 14
-    drift_length/ledger 14
-"""
+bleu/pairs 7
+chrf++/pairs 7
+acc/long 2
+acc_norm/long 2
+margin/long 2
+acc/quiz 3
+acc_norm/quiz 3
+margin/quiz 3
+strict/sums 1
+flexible/sums 1
+refusal/benign 2
+empty/benign 2
+degenerate/benign 2
+refusal/harmful 3
+empty/harmful 3
+degenerate/harmful 3
+length/prompts 14
+empty/prompts 14
+degenerate/prompts 14
+drift_nll/ledger 14
+drift_kl/ledger 14
+drift_top1/ledger 14
+drift_length/ledger 14
+""".strip().split("\n")
 ITEMS = {
     "choice/quiz": """
         id prompt choices answer
@@ -255,11 +246,9 @@ ITEMS = {
 
 def test_each_test_has_its_scores_with_an_interval(outs):
     found = measures_of(outs["tuned"])
-    lines = []
-    for name, measure in found.items():
-        lines.append(f"{name} {measure['n']}")
+    assert [f"{name} {measure['n']}" for name, measure in found.items()] == SCORES
+    for measure in found.values():
         assert measure["low"] <= measure["value"] <= measure["high"]
-    assert lines == [line.strip() for line in SCORES.strip().split("\n")]
 
 
 @pytest.mark.parametrize("name", ITEMS)
@@ -287,8 +276,7 @@ def test_a_new_measure_is_one_entry_of_the_table(tmp_path, monkeypatch):
 
 
 def test_a_score_that_has_changed_is_never_an_old_one(tmp_path, monkeypatch):
-    command = ["--model", "tuned", "--out", tmp_path]
-    command += ["--safety", "adv.csv", "--max-new-tokens", 5]
+    command = ["--model", "tuned", "--out", tmp_path, "--safety", "adv.csv"]
     run(*command)
     assert measures_of(tmp_path)["refusal/harmful"]["value"] == 0
     monkeypatch.setattr(evaluate, "REFUSAL", re.compile("."))
@@ -334,9 +322,6 @@ def test_bleu_and_chrf_and_their_intervals_are_those_of_sacrebleu(name):
     draws = sorted(found.values[1:])
     half = (draws[-26] - draws[25]) / 2
     assert half == pytest.approx(score._ci, abs=1e-4)
-    ends = interval(found.values)
-    assert ends["low"] == pytest.approx(draws[25], abs=0.05)  # it lies between two draws
-    assert ends["high"] == pytest.approx(draws[-26], abs=0.05)
 
 
 @pytest.mark.parametrize("language, name", [("en", "13a"), ("zh", "zh"), ("ja", "ja")])
@@ -352,12 +337,12 @@ def test_the_interval_of_a_ratio_of_sums_is_that_of_the_delta_method():
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 100, 300)
     sums = counts * 0.5 + rng.normal(0, 1, 300)
-    statistic = bootstrap(np.stack([sums, counts], axis=1))
+    statistic = bootstrap([*zip(sums, counts)])
     assert statistic.of_items == pytest.approx(sums / counts)
-    found = interval(statistic.values)
     value = sums.sum() / counts.sum()
-    assert found["value"] == pytest.approx(value)
     half = 1.96 * (sums - value * counts).std() / counts.mean() / math.sqrt(300)
+    found = interval(statistic.values)
+    assert found["value"] == pytest.approx(value)
     # 1,000 draws determine an end of the interval to about 4%
     assert found["value"] - found["low"] == pytest.approx(half, rel=0.12)
     assert found["high"] - found["value"] == pytest.approx(half, rel=0.12)
@@ -567,17 +552,6 @@ def test_translations_are_the_first_line_that_is_not_empty(outs):
     assert value == pytest.approx(by_sacrebleu(BLEU(), items).score)
 
 
-def test_a_two_way_file_has_a_direction_and_a_limit(tmp_path):
-    rows = []
-    for pair in PAIRS:
-        rows.append({"translation": {"de": pair["source"], "en": pair["reference"]}})
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    args = parse("--model", "tuned", "--translation", file, "--direction", "en-de")
-    [questions] = evaluate.read_tests(vars(args), evaluate.Subject(args), limit=3).values()
-    references = [question.known["reference"] for question in questions]
-    assert references == column(PAIRS[:3], "source")
-
-
 # Drift
 
 
@@ -666,10 +640,10 @@ def test_a_base_of_another_vocabulary_is_refused(drift, tmp_path, refused):
 def test_ids_that_the_model_lacks_blame_its_folder(tmp_path, refused):
     model = shutil.copytree("base", tmp_path / "model")  # and a token beyond its 480
     write_tokenizer(model, added_tokens_decoder={"480": {"content": "<new>"}})
-    quiz = QUESTIONS[0] | {"choices": ["green", "<new>"]}
-    file = write_jsonl(tmp_path / "quiz.jsonl", [quiz])
-    error = refused(["--model", model, "--out", tmp_path / "out", "--choice", file])
-    assert f"error: {model}: " in error
+    row = QUESTIONS[0] | {"choices": ["green", "<new>"]}
+    file = write_jsonl(tmp_path / "quiz.jsonl", [row])
+    command = ["--model", model, "--out", "x", "--choice", file]
+    assert f"error: {model}: " in refused(command)
 
 
 # Runs: stopped, resumed, repeated, on two ranks
@@ -763,16 +737,16 @@ def test_a_model_whose_numbers_are_not_finite_has_no_results(folder, tmp_path, r
 def test_a_comparison_has_each_score_of_each_model_and_its_differences(outs, capsys):
     run("--compare", *outs.values())
     table = capsys.readouterr().out
-    assert "nrefs:1" in table
+    assert "bleu/pairs: nrefs:1" in table
     header, _, *lines = [line for line in table.split("\n") if line.startswith("|")]
-    assert header.split("|")[-3:-1] == [f" minus {name:18} " for name in ("base", "stops")]
+    assert re.findall("minus [a-z]+", header) == ["minus base", "minus stops"]
     found = {name: measures_of(out) for name, out in outs.items()}
     assert len(lines) == 3 * len(found["base"])
     for i, line in enumerate(lines):
         name, model, n, value, *differences = [cell.strip() for cell in line.split("|")[1:-1]]
         measure = found[model][name]
-        assert value == "{value:.3f} [{low:.3f}, {high:.3f}]".format(**measure)
         assert n == str(measure["n"])
+        assert value == "{value:.3f} [{low:.3f}, {high:.3f}]".format(**measure)
         assert len(differences) == min(i % 3, 2)
         for other, difference in zip(("base", "stops"), differences):
             gain = measure["value"] - found[other][name]["value"]
@@ -848,6 +822,7 @@ empty      | --model base --out x --numeric empty.jsonl
 two tests  | --model base --out x --choice quiz.jsonl other/quiz.jsonl
 two tests  | --model base --out x --safety adv.csv harmful.jsonl
 one language | --model base --out x --translation pairs.jsonl --direction de-en en-de
+the prompt has | --model base --out x --answers prompts.jsonl --max-new-tokens 500
 must have {source} | --model base --out x --choice quiz.jsonl --template x
 nowhere    | --compare nowhere
 """.strip("\n")
@@ -875,13 +850,6 @@ def test_a_bad_csv_is_named_with_the_line_where_the_row_begins(
     file.write_text(content.strip().replace("\\n", "\n"))
     error = refused(["--model", "base", "--out", "x", "--safety", file])
     assert f"/{place.strip()} " in error
-
-
-def test_a_choice_without_room_is_refused(tmp_path, refused, without_weights):
-    file = write_jsonl(tmp_path / "x.jsonl", [ROWS["choice"] | {"prompt": "a b " * 400}])
-    assert f"{file}:1: the prompt has" in refused(
-        ["--model", "base", "--out", "x", "--choice", file]
-    )
 
 
 @pytest.mark.parametrize("line", BAD_COMMANDS.split("\n"))
