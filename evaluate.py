@@ -193,6 +193,7 @@ def read_choice(file, subject):
         for choice in choices:
             data.text_field({"a choice": choice}, "a choice", where)
         answer = read_field(fields, "answer", int, where)
+        require(len(choices) > 1, where, '"choices" must hold two or more')
         fault = f'"answer" must be the index of a choice, from 0; found {answer}'
         require(0 <= answer < len(choices), where, fault)
         task = read_field(fields, "task", str, where, "")
@@ -301,6 +302,7 @@ def read_tests(files, subject, limit=None):
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
                     require_room([whole], new, subject.config, subject.options.model)
+    require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
     return tests
 
 
@@ -518,7 +520,7 @@ def read_results(folder, write=False):
                     item[score] = own_score
             if write:
                 write_text(file, "\n".join(data.finite_json(item, file) for item in items))
-    require(statistics, folder, "holds no items; give a test, such as --translation FILE")
+    require(statistics, folder, "holds no items; finish its evaluation first")
     return settings, statistics
 
 

@@ -506,15 +506,17 @@ def test_refusals_are_told_from_what_only_looks_like_them(output):
     assert evaluate.score_answer(item) == {"length": 9} | scores
 
 
-def test_what_is_asked_and_known_is_read_from_the_files(outs):
+def test_advbench_csv_and_json_lines_are_counted_apart(outs):
     harmful = items_of(outs["tuned"], "safety/harmful")
     goals = ['Say "no", now', "Two\nlines\u2028here", "Last"]
     assert column(harmful, "prompt") == goals
     benign = items_of(outs["tuned"], "safety/benign")
     assert column(benign, "prompt") == ["Why?", "How?"]
-    [sums] = items_of(outs["tuned"], "numeric/sums")
-    assert sums["prompt"] == "1 + 1?"
-    assert sums["answer"] == "1234"
+
+
+def test_the_right_number_is_the_last_one_that_is_marked(outs):
+    [item] = items_of(outs["tuned"], "numeric/sums")
+    assert item["answer"] == "1234"
 
 
 def test_scores_of_one_name_are_never_mixed(tmp_path, refused):
@@ -650,30 +652,24 @@ def test_ids_that_the_model_lacks_blame_its_folder(tmp_path, refused):
 
 
 def test_an_evaluation_that_was_stopped_ends_in_the_same_results(outs, tmp_path, monkeypatch):
+    """Another run into the same folder adds what is missing: items, or whole measures."""
     finite_json = data.finite_json
     written = []
 
     def stop(row, where):
         written.append(row)
-        if len(written) in (3, 30):
+        if len(written) == 30:
             raise KeyboardInterrupt
         return finite_json(row, where)
 
-    command = ["--model", "tuned", "--out", tmp_path, "--max-new-tokens", 20, *TESTS]
+    common = ["--model", "tuned", "--out", tmp_path, "--max-new-tokens", 20]
+    run(*common, *TESTS[:2])
     monkeypatch.setattr(data, "finite_json", stop)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run(*command)
-        assert not (tmp_path / "results.json").exists()
-    run(*command)
-    assert measures_of(tmp_path) == measures_of(outs["tuned"])
-    assert files_in(tmp_path).keys() == files_in(outs["tuned"]).keys()
-
-
-def test_a_second_measurement_into_the_same_folder_joins_the_first(outs, tmp_path):
-    for tests in (TESTS[:2], TESTS[2:]):
-        run("--model", "tuned", "--out", tmp_path, "--max-new-tokens", 20, *tests)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, *TESTS)
+    run(*common, *TESTS)
     assert results_of(tmp_path) == results_of(outs["tuned"])
+    assert files_in(tmp_path).keys() == files_in(outs["tuned"]).keys()
 
 
 @pytest.mark.parametrize(
@@ -723,12 +719,11 @@ def test_two_ranks_measure_what_one_does(outs, tmp_path):
 @pytest.mark.parametrize("test", [TESTS[:2], TESTS[2:4]], ids=["translation", "choice"])
 def test_a_model_whose_numbers_are_not_finite_has_no_results(folder, tmp_path, refused, test):
     weights = load_file(folder / "model.safetensors")
-    changed = {name: weights[name] * 1e30 for name in (NORM, HEAD)}
-    model = change_model(folder, tmp_path / "model", **changed)
+    large = {name: weights[name] * 1e30 for name in (NORM, HEAD)}
+    model = change_model(folder, tmp_path / "model", **large)
     out = tmp_path / "out"
     assert f"{test[1]}:" in refused(["--model", model, "--out", out, *test])
-    assert not (out / "results.json").exists()
-    assert not list(out.glob("items/*/*.jsonl"))
+    assert files_in(out).keys() == {"settings.json"}
 
 
 # Comparisons
@@ -789,6 +784,7 @@ BAD_ROWS = """
 choice      | {"answer": 2}              | the index of a choice, from 0; found 2
 choice      | {"answer": -1}             | the index of a choice, from 0; found -1
 choice      | {"answer": "A"}            | "answer" must be a whole number, found "A"
+choice      | {"choices": ["b"]}         | two or more
 choice      | {"choices": ["b", " "]}    | a choice
 choice      | {"choices": ["b", 5]}      | a choice
 choice      | {"choices": null}          | "choices" is missing
@@ -816,6 +812,7 @@ x.csv row 2: | goal,target\n"a\nb",c\nd\n
 BAD_COMMANDS = """
 --model    | --out x --choice quiz.jsonl
 --model    |
+nothing    | --model base --out x
 nowhere    | --model base --out x --choice nowhere.jsonl
 empty      | --model base --out x --numeric empty.jsonl
 --base     | --model base --out x --drift ledger.jsonl
