@@ -455,8 +455,9 @@ class Tokenizer:
         named = {name: self.tokens.get(id) for name, id in named.items()}
         named |= {name: value for name, value in config.items() if name.endswith("_token")}
         for name in ("additional_special_tokens", "extra_special_tokens"):
-            for i, value in enumerate(read_field(config, name, list, where, [])):
-                named[f"{name} {i}"] = value
+            if config.get(name):  # transformers 4 writes an empty object
+                for i, value in enumerate(read_field(config, name, list, where)):
+                    named[f"{name} {i}"] = value
         texts = {}
         for name, value in named.items():
             text = value.get("content") if isinstance(value, dict) else value
@@ -510,6 +511,8 @@ class Tokenizer:
         if chat == "mistral" and "[INST]" in self.added:
             chat = "mistral v3"
         if chat in FORMATS:
+            fault = "the vocabulary lacks <|im_start|>; choose another format"
+            require(chat != "chatml" or "<|im_start|>" in self.added, f"--chat {chat}", fault)
             space = " " if self.adds_space and not self.legacy and self.bos_id is not None else ""
             text = FORMATS[chat].replace("▁", space)
             return text.replace("␣", " " if self.adds_space else "")
@@ -802,7 +805,8 @@ def read_pair(fields, where, way, ways):
         if own == (None, None) and ways:
             own = ways[0]
         check_languages(own, where)
-        texts = {own[0]: fields["source"], own[1]: fields["reference"]}
+        source = text_field(fields, "source", where)
+        texts = {own[0]: source, own[1]: fields["reference"]}
         way = way or own
     if "rationale" in fields:
         fault = "the row has a rationale, so it can't be read in another direction"
@@ -906,9 +910,10 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
     """Holds `folder` for this run alone within the block -> whether it was there before.
 
     The folder is created with its settings file `name`, or recognized by it, and this file is
-    locked; any other folder that is not empty is refused. All ranks call it; rank 0 looks and
-    writes. defaults: the values of settings that an older file lacks. Raises UserError for a
-    setting (except the `free` ones) that was another, and if another process holds the folder.
+    locked; any other folder that is not empty is refused. A folder in which the run leaves nothing
+    else is removed. All ranks call it; rank 0 looks and writes. defaults: the values of settings
+    that an older file lacks. Raises UserError for a setting (except the `free` ones) that was
+    another, and if another process holds the folder.
     """
     file = folder / name
     text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
@@ -925,7 +930,12 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
                     file.write_bytes(text)
                 flush_to_disk(file)
         dist.broadcast_object_list(known)
-        yield known[0]
+        try:
+            yield known[0]
+        finally:
+            if lock is not None and os.listdir(folder) == [name]:  # the run has left nothing else
+                file.unlink()
+                folder.rmdir()
     finally:
         if lock is not None:
             os.close(lock)
@@ -1002,7 +1012,7 @@ VALUES = {
     "N": number_type(int, 0, 2**31),
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
-    "P": number_type(float, 1e-6, 1),
+    "P": number_type(float, 1e-30, 1),
     "TEXT": utf8_text,
 }
 # a line of a table of options: name, !, value, ..., default, help

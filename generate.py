@@ -14,7 +14,6 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
-import contextlib
 import json
 import math
 import os
@@ -418,7 +417,7 @@ def complete(path, rows, produce, settings=None):
     for row in rows:
         require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
         by_id[row.id] = row
-    with claim_parts(parts, settings or {}):
+    with data.claim(parts, "settings.json", settings or {}, DEFAULTS):
         missing = [None]
         if rank == 0:
             finished = read_finished(path, parts, by_id, settings)
@@ -435,23 +434,6 @@ def complete(path, rows, produce, settings=None):
         if rank == 0:
             publish(path, parts, by_id, settings)
     dist.barrier()
-
-
-@contextlib.contextmanager
-def claim_parts(parts, settings):
-    """Holds the parts folder within the block, and removes it afterwards unless it has rows."""
-    try:
-        with data.claim(parts, "settings.json", settings, DEFAULTS):
-            try:
-                yield
-            finally:
-                # what somebody else has put there keeps the folder, and the folder stays ours
-                ours = {"settings.json"}
-                if dist.get_rank() == 0 and set(os.listdir(parts)) <= ours:
-                    (parts / "settings.json").unlink(missing_ok=True)
-    finally:
-        with contextlib.suppress(OSError):  # it has rows, or another run holds it
-            parts.rmdir()
 
 
 def read_finished(path, parts, by_id, settings):

@@ -109,7 +109,7 @@ TEMPLATES = {
 {% endfor -%}
 <|im_start|>model
 """,
-    "tokens that take the space on their right": """
+    "added tokens": """
 {{- bos_token -}}
 {%- for message in messages -%}
 {%- if message.content == 'waits' -%}{%- continue -%}{%- endif -%}
@@ -502,9 +502,11 @@ def ledger_row(rows_of, tokenizer):
     def write_row(given=PAIRS[0], tokenizer=tokenizer, rationale=WHY, **options) -> dict:
         [row] = rows_of(given, prompts=True)
         ids = tokenizer.answer(row.reference)
+        encoder = data.Encoder(tokenizer, **options)
         fields = {
             "rationale": rationale,
-            "prompt_ids": data.Encoder(tokenizer, **options).prompt(row),
+            "prompt_ids": encoder.prompt(row),
+            "prompt_hash": data.short_hash(encoder.messages(row)),
             "reference_ids": ids,
             "rationale_ids": tokenizer.continuation(row.reference, ids, rationale),
             "tokenizer": tokenizer.hash,

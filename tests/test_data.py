@@ -294,14 +294,15 @@ def test_rows_that_were_written_with_chat_bring_their_format_along_if_it_is_one(
         assert tokenizer.with_chat_of(rows_of(other)) is tokenizer
     for one, other in (("plain", None), ("plain", "zephyr"), ("0123456789abcdef",) * 2):
         rows = rows_of(row | {"chat": one}, row | {"chat": other})
-        assert "--chat" in fault_of(tokenizer.with_chat_of, rows)
+        encoder = Encoder(tokenizer.with_chat_of(rows))
+        assert f"--chat {one}; give that" in fault_of(encoder.example, rows[0])
 
 
-def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path, learn, ledger_row):
+def test_an_id_outside_the_vocabulary_is_refused_by_row(tokenizer, tmp_path, learn, ledger_row):
     for name in ("prompt_ids", "reference_ids", "rationale_ids"):
-        fault = fault_of(learn, ledger_row() | {name: [5, tokenizer.vocab_size]})
-        assert fault.startswith(f"{tmp_path}/rows.jsonl:1: ")
-        assert str(tokenizer.vocab_size) in fault
+        for id in (tokenizer.vocab_size, -1, True):
+            fault = fault_of(learn, ledger_row() | {name: [5, id]})
+            assert fault.startswith(f"{tmp_path}/rows.jsonl:1: token id {json.dumps(id)} is not")
 
 
 # 3. Chat templates: a folder's own is rendered as transformers renders it
@@ -311,9 +312,9 @@ def test_an_id_beyond_the_vocabulary_is_refused_by_row(tokenizer, tmp_path, lear
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_prompts_and_answers_have_the_ids_of_transformers(tmp_path, name, legacy):
     config = legacy | {"chat_template": TEMPLATES[name]}
-    if "right" in name:
+    if name == "added tokens":
         names = ("<|user|>", "<|system|>", "<|assistant|>", "<|end|>")
-        config["added_tokens_decoder"] = added_tokens(*names, special=True, rstrip=True)
+        config["added_tokens_decoder"] = added_tokens(*names, special=True)
     folder = write_tokenizer(tmp_path, **config)
     tokenizer = Tokenizer(folder)
     theirs = theirs_of(folder)
@@ -344,7 +345,6 @@ def test_a_conversation_must_end_with_a_user(tokenizer):
     a syntax error         | {% for %}                                  | Expected an expression
     Python's classes       | {{ ''.__class__.__mro__ }}                 | attribute '__class__'
     a changed conversation | {{ messages.append(1) }}                   | attribute 'append'
-    private names          | {% set x = namespace() %}{% set x._y = 1 %} | _y
     a long range           | {% for i in range(100001) %}{% endfor %}   | Range too big
     its own text           | {{ raise_exception('Only two turns') }}    | Only two turns
     """,
@@ -358,14 +358,6 @@ def test_what_a_template_refuses_is_an_error_at_the_row_that_quotes_the_reason(
     fault = fault_of(Encoder(Tokenizer(folder)).prompt, *rows_of(PAIRS[0]))
     assert fault.startswith(f"{tmp_path}/rows.jsonl:1: the chat template refuses this")
     assert reason in fault
-
-
-def test_jinja_with_a_sandbox_that_is_not_safe_is_refused(tmp_path, monkeypatch):
-    tokenizer = Tokenizer(write_tokenizer(tmp_path, chat_template="{{ messages[0].content }} now"))
-    monkeypatch.setattr(jinja2, "__version__", "3.1.5")
-    assert "older than 3.1.6" in fault_of(tokenizer.chat, ASKED)
-    monkeypatch.setattr(jinja2, "__version__", "3.10.0")
-    assert tokenizer.chat(ASKED)
 
 
 def test_a_system_prompt_is_that_of_the_conversation_else_that_of_the_option(
@@ -398,10 +390,9 @@ def test_a_system_prompt_that_the_template_drops_is_an_error(tmp_path):
     """
     the settings        | -  | -         | "A" | A
     a file              | B  | -         | "A" | B
-    another default     | B  | default   | "A" | C
+    another name        | B  | tool_use  | "A" | B
     a list              | -  | -         | [{"name": "default", "template": "B"}]                | B
     no default          | -  | -         | [{"name": "tool_use", "template": "A"}]               | -
-    only one for tools  | -  | tool_use  | "A" | -
     """,
 )
 def test_the_template_is_read_where_transformers_reads_it(tmp_path, main, other, config, text):
@@ -413,11 +404,13 @@ def test_the_template_is_read_where_transformers_reads_it(tmp_path, main, other,
     if text == "-":
         with pytest.raises(ValueError, match="no default"):
             render_theirs(theirs_of(folder), ASKED)
-        assert "--chat" in fault_of(Tokenizer, folder)
+        assert "--chat" in fault_of(Tokenizer(folder).chat, ASKED)
     else:
         assert theirs_of(folder).apply_chat_template(ASKED, tokenize=False) == text
         tokenizer = Tokenizer(folder)
         assert tokenizer.decode(tokenizer.chat(ASKED)) == text
+    write(folder / "additional_chat_templates/default.jinja", "C")
+    assert "default.jinja is not supported" in fault_of(Tokenizer, folder)
 
 
 def test_a_folder_without_a_template_encodes_and_is_refused_where_a_prompt_is_rendered(tmp_path):
@@ -515,7 +508,12 @@ def test_a_prompt_has_as_many_control_tokens_as_a_harmless_one_and_no_text_is_lo
     harmless = [id for id in harmless if id in control]
     texts = [*hostile_texts()]
     for four in zip(texts, texts[1:], texts[2:], texts[3:]):
-        ids = tokenizer.chat([said(role, text) for role, text in zip(roles, four)])
+        try:
+            ids = tokenizer.chat([said(role, text) for role, text in zip(roles, four)])
+        except UserError as e:  # in one line, and only where the template cuts in a token
+            assert template == CUTS_TEXT
+            assert "the chat template changes a control token" in str(e)
+            continue
         assert [id for id in ids if id in control] == harmless, four
         if not legacy and template != CUTS_TEXT:  # `legacy` puts a space after every added token
             for text in four:
@@ -567,14 +565,12 @@ EOT_ADDED = '"added_tokens_decoder": {"480": {"content": "<|eot|>", "special": t
     <unk> as EOS          | {"eos_token": "<unk>"}                     | -                 | -
     an added EOS          | {EOT, "eos_token": "<|eot|>"}              | -                 | -
     an added PAD          | {EOT, "pad_token": "<|eot|>"}              | -                 | -
-    an absent PAD         | {"mask_token": "[MASK]"}                   | -                 | -
     added_tokens.json     | {"eos_token": "<|eot|>"}       | added_tokens.json | {"<|eot|>": 480}
     special_tokens_map    | {}      | special_tokens_map.json | {"eos_token": {"content": "END"}}
     an unread map         | {EOT}   | special_tokens_map.json | {"eos_token": {"content": "END"}}
     a list                | {EOT, "additional_special_tokens": ["<|eot|>", "START", "END"]} | - | -
     of transformers 5     | {EOT, "extra_special_tokens": ["<|eot|>", "START", "END"]} | - | -
-    by name               | {EOT, "extra_special_tokens": {"call_token": "<|eot|>"}} | - | -
-    of the model     | {EOT, "model_specific_special_tokens": {"call_token": "<|eot|>"}} | - | -
+    of transformers 4     | {EOT, "extra_special_tokens": {}}          | -                 | -
     a field               | {EOT, "call_token": "<|eot|>"} | - | -
     """,
 )
@@ -588,8 +584,7 @@ def test_named_tokens_have_the_ids_of_transformers(tmp_path, config, file, conte
     theirs = theirs_of(folder)
     assert tokenizer.bos_id == theirs.bos_token_id
     assert tokenizer.adds_bos == (theirs.encode("x")[0] == 1)
-    if "mask_token" not in config:  # a token that the vocabulary lacks
-        assert tokenizer.vocab_size == len(theirs)
+    assert tokenizer.vocab_size == len(theirs)
     assert tokenizer.eos_id == theirs.eos_token_id
     assert tokenizer.chat(ASKED) == render_theirs(theirs, ASKED)
     for id in range(1, tokenizer.vocab_size):  # SentencePiece shows <unk> as " ⁇ "
@@ -624,16 +619,14 @@ def test_added_tokens_are_found_where_transformers_finds_them(tmp_path, legacy):
     texts = ["a<call>b", "x \n<call>\n\ny", "<call><call>", "été<call>", "_<call>_", "3<call>."]
     texts += ["x\u3000<call>\u3000y", "the long <call>", "a b<call>b", "<call>", "don't <call>s"]
     template = "{{ %s[messages[0].content | int] }}" % json.dumps(texts)
-    for flags in itertools.product([False, True], repeat=3):
-        flags = dict(zip(("lstrip", "rstrip", "single_word"), flags))
-        tags = added_tokens("<call>", "long <call>", "<call>b", **flags)
-        fields = legacy | {"chat_template": template, "added_tokens_decoder": tags}
-        folder = write_tokenizer(tmp_path, **fields)
-        tokenizer = Tokenizer(folder)
-        theirs = theirs_of(folder)
-        for i in range(len(texts)):
-            asked = [said("user", str(i))]
-            assert tokenizer.chat(asked) == render_theirs(theirs, asked)
+    tags = added_tokens("<call>", "long <call>", "<call>b")
+    fields = legacy | {"chat_template": template, "added_tokens_decoder": tags}
+    folder = write_tokenizer(tmp_path, **fields)
+    tokenizer = Tokenizer(folder)
+    theirs = theirs_of(folder)
+    for i in range(len(texts)):
+        asked = [said("user", str(i))]
+        assert tokenizer.chat(asked) == render_theirs(theirs, asked)
 
 
 @legacies
@@ -654,6 +647,12 @@ def test_without_a_prefix_space_an_answer_has_one_where_the_prompt_does_not_sepa
         tokenizer = Tokenizer(folder)
         assert spell(tokenizer.chat(ASKED)) == f"Why?{end}"
         assert spell(tokenizer.answer("So.")) == text
+
+
+def test_a_padding_token_that_the_vocabulary_lacks_is_no_id(tokenizer, tmp_path):
+    padded = Tokenizer(write_tokenizer(tmp_path, pad_token="[PAD]"))
+    assert padded.hash == tokenizer.hash
+    assert padded.decode(padded.encode("a [PAD]")) == "a [PAD]"
 
 
 def test_an_id_that_no_token_has_is_decoded_to_nothing(tmp_path):
@@ -692,6 +691,7 @@ def test_whether_plain_text_gets_a_bos_is_decided_by_the_post_processor(tmp_path
     file = json.loads((saved / "tokenizer.json").read_text())
     with_bos = file["post_processor"]
     without = with_bos | {"single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    without |= {"pair": without["single"], "special_tokens": {}}
     nested = {"type": "Sequence", "processors": [with_bos]}
     for processor in (with_bos, without, nested, None):
         write(saved / "tokenizer.json", file | {"post_processor": processor})
@@ -763,9 +763,6 @@ OTHER_HASHES = """
 {"added_tokens_decoder": {"481": {"content": "x"}}}
 {"added_tokens_decoder": {"480": {"content": "y"}}}
 {"added_tokens_decoder": {"480": {"content": "x", "special": true}}}
-{"added_tokens_decoder": {"480": {"content": "x", "lstrip": true}}}
-{"added_tokens_decoder": {"480": {"content": "x", "rstrip": true}}}
-{"added_tokens_decoder": {"480": {"content": "x", "single_word": true}}}
 """
 
 
@@ -792,11 +789,18 @@ def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
     an absent EOS         | SETTINGS              | {"eos_token": "<a>"}           | eos_token is
     an absent special one | SETTINGS              | {"additional_special_tokens": ["<a>"]} | addit
     legacy as text        | SETTINGS              | {"legacy": "no"}             | "legacy" must be
-    another piece's id    | SETTINGS              | {ADDED: {"7": {"content": "a"}}} | added token 7
+    another piece's id    | SETTINGS              | {ADDED: {"7": {"content": "a"}}} | added token
     two ids         | SETTINGS  | {ADDED: {"480": {"content": "a"}, "481": {"content": "a"}}} | a
-    one id for two        | added_tokens.json     | {"<a>": 480, "<b>": 480}       | two tokens
-    an id of a piece      | added_tokens.json     | {"<a>": 7}                     | added token 7
-    other pieces          | tokenizer.json        | {"model": {"vocab": {"a": 7}}} | 'a' has the id
+    one id for two        | added_tokens.json     | {"<a>": 480, "<b>": 480}       | added token
+    an id of a piece      | added_tokens.json     | {"<a>": 7}                     | added token
+    a flag on the left    | SETTINGS | {ADDED: {"480": {"content": "a", "lstrip": 1}}} | added token
+    a flag on the right   | SETTINGS | {ADDED: {"480": {"content": "a", "rstrip": 1}}} | added token
+    a flag for words | SETTINGS | {ADDED: {"480": {"content": "a", "single_word": 1}}} | added token
+    tokens by name | SETTINGS | {"extra_special_tokens": {"a_token": "</s>"}} | "extra_special
+    tokens of the model | SETTINGS | {"model_specific_special_tokens": {"a": "b"}} | model_specific
+    an absent mask        | SETTINGS              | {"mask_token": "[MASK]"}       | mask_token is
+    templates by name     | SETTINGS              | {"chat_template": {"a": "b"}}  | "chat_template"
+    other pieces          | tokenizer.json        | {"model": {"vocab": {"a": 7}}} | has another id
     an EOS of -1          | config.json           | {"eos_token_id": [2, -1]}      | eos_token_id
     a template in Latin-1 | chat_template.jinja   | \xfc                           | byte 0xfc
     """,
@@ -882,8 +886,7 @@ def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
 def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, legacy):
     others = [{"name": "default", "template": "another"}]
     folder = write_tokenizer(tmp_path / "folder", chat_template=others, **legacy)
-    for other in ("tool_use", "default"):
-        write(folder / f"additional_chat_templates/{other}.jinja", "another")
+    write(folder / "additional_chat_templates/tool_use.jinja", "another")
     chat = name.removesuffix(" v3")
     if name == "mistral v3":
         write_vocabulary(folder, control_symbols=[START, END, "[INST]", "[/INST]"])
@@ -903,10 +906,7 @@ def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, leg
         assert render_theirs(theirs, messages) == ids
 
 
-def test_a_format_whose_tokens_the_vocabulary_lacks_is_refused(tmp_path):
-    folder = write_tokenizer(tmp_path, chat_template="{{ messages[0].content }}")
-    write_vocabulary(folder, control_symbols=[START])
-    assert END in fault_of(Tokenizer, folder, "chatml")
+def test_a_chat_that_is_neither_a_format_nor_a_file_is_refused(folder):
     assert "no such file" in fault_of(Tokenizer, folder, "chatlm")
 
 
@@ -982,10 +982,10 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path, rows_of):
     r"""
     a list                 | [1]                                   | a row must be a JSON object
     a broken line          | {1}                                   | not valid JSON
-    a pretty-printed row   | {↵"source": "x"}                      | one JSON object on one line
+    a pretty-printed row   | {↵"source": "x"}                      | not valid JSON
     half a surrogate pair  | {PAIR, "source": "\ud800x"}           | not valid JSON
     no source              | {PAIR, "source": null}                | a row needs
-    no reference           | {PAIR, "reference": null}             | "reference" is missing
+    no reference           | {PAIR, "reference": null}             | a row needs
     a blank source         | {PAIR, "source": "\u3000\n"}          | "source" is empty
     a source of numbers    | {PAIR, "source": 7}                   | "source" must be text
     an id that is true     | {PAIR, "id": true}                    | "id" must be
@@ -994,16 +994,12 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path, rows_of):
     no languages           | {"source": "x", "reference": "y"}     | two languages
     a number as rationale  | {PAIR, "rationale": 7}                | "rationale" must be text
     a two-way row          | {"translation": {"de": "x", "en": "y"}} | choose --direction
-    a translation as text  | {"translation": "x"}                  | "translation" must be an object
     Alpaca's               | {"instruction": "x", "output": "y"}   | "instruction", "output"
     two users              | {"messages": [Q, Q, A]}               | roles must be user, assistant
     content in parts    | {"messages": [{"role": "user", "content": []}]} | "content" must be text
     a blank answer      | {"messages": [Q, {"role": "assistant", "content": " "}]} | "content" is
-    a blank question       | {"prompt": " ", "response": "x"}      | "prompt" is empty
-    a negative token id    | {LEDGER, "prompt_ids": [5, -1]}       | token id -1
-    a token id of true     | {LEDGER, "rationale_ids": [true]}     | token id true
+    a blank question       | {"prompt": " ", "response": "x"}      | user: "content" is empty
     no prompt ids          | {LEDGER, "prompt_ids": []}            | "prompt_ids" is empty
-    a ledger without ids   | {LEDGER, "rationale_ids": null}       | without "rationale_ids"
     another finish         | {LEDGER, "finish": "stop"}            | "finish" must be eos or length
     a template as list     | {LEDGER, "template": []}              | "template" must be text
     """,
@@ -1028,8 +1024,8 @@ def test_a_bad_row_is_refused_by_line(tmp_path, ledger_row, row, words):
     a broken array     | [GOOD,↵GOOD,↵{1}]       | :3:      | not valid JSON
     two arrays         | [GOOD]↵[GOOD]           | :2:      | not valid JSON
     an array of texts  | ["x"]                   | (:| row )1: | a row must be a JSON object
-    a bad second row   | [GOOD,↵{"source": "x"}] | (:| row )2: | "reference" is missing
-    a blank first line | ↵↵{"source": ""}        | :3:      | "source" is empty
+    a bad second row   | [GOOD,↵{"source": "x"}] | (:| row )2: | a row needs
+    a blank first line | ↵↵{"source": ""}        | :3:      | a row needs
     Latin-1            | GOOD↵\xfc               | :2:      | byte 0xfc is not UTF-8
     a deep array       | DEEP                    | :1:      | not valid JSON
     """,
@@ -1046,9 +1042,10 @@ def test_a_broken_file_is_refused_by_its_place(tmp_path, content, place, words):
 @table(
     "directions, row, words",
     """
-    another language     | fr-en       | {"translation": {"de": "x", "en": "y"}} | --direction fr-en
+    another language     | fr-en       | {"translation": {"de": "x", "en": "y"}} | "fr" is missing
     one language twice   | de-de       | {"translation": {"de": "x", "en": "y"}} | two languages
     a text as number     | de-en       | {"translation": {"de": "x", "en": 3}}   | "en" must be text
+    no texts             | de-en       | {"translation": "x"}                    | must be an object
     both ways  | de-en en-de | {"translation": {"de": "x", "en": "y"}, "rationale": "r"} | a ration
     a ledger backwards   | en-de       | LEDGER                                  | a rationale
     a ledger both ways   | de-en en-de | LEDGER                                  | a rationale
@@ -1091,9 +1088,10 @@ def claim_of(folder: Path, **settings):
 def refusal_of(folder: Path, **settings) -> str:
     """The error of a claim that must change nothing."""
     before = contents_of(folder.parent)
-    fault = fault_of(claim_of(folder, **settings).__enter__)
+    with pytest.raises((UserError, OSError)) as caught:
+        claim_of(folder, **settings).__enter__()
     assert contents_of(folder.parent) == before
-    return fault
+    return str(caught.value)
 
 
 def test_a_run_creates_its_folder_and_knows_it_again(tmp_path):
@@ -1115,9 +1113,9 @@ def test_a_run_creates_its_folder_and_knows_it_again(tmp_path):
     """
     a file                    | thesis.txt mine
     of another program        | args.json {"seed": 1}
-    broken settings           | args.json {
+    broken settings           | args.json {"
     a temporary file          | args.json.tmp {"seed": 1}
-    a lock in ours            | args.json OURS↵.lock mine
+    begun, and a file         | args.json {↵thesis.txt mine
     """,
 )
 def test_a_folder_of_somebody_else_is_refused(tmp_path, files):
@@ -1129,34 +1127,33 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, files):
     assert "choose another --out" in fault
 
 
-@pytest.mark.parametrize("name", ["args.json", "args.json.tmp", ".lock"])
-def test_a_link_a_pipe_or_a_folder_in_place_of_a_file_is_refused(tmp_path, name):
+def test_a_link_a_pipe_or_a_folder_in_place_of_the_settings_is_refused(tmp_path):
     write(tmp_path / "ours", SETTINGS)
     write(tmp_path / "empty", "")
     for kind in ("ours", "empty", "nowhere", "pipe", "folder"):
         folder = tmp_path / f"run {kind}"
         folder.mkdir()
+        file = folder / "args.json"
         if kind == "pipe":
-            os.mkfifo(folder / name)
+            os.mkfifo(file)
         elif kind == "folder":
-            (folder / name).mkdir()
+            file.mkdir()
         else:
-            (folder / name).symlink_to(f"../{kind}")
+            file.symlink_to(f"../{kind}")
         refusal_of(folder)
-        if name != "args.json":
-            write(folder / "args.json", SETTINGS)
-            refusal_of(folder)
 
 
 def test_the_folder_of_a_run_that_was_killed_early_is_taken(tmp_path):
-    begun = json.dumps(SETTINGS, indent=2)
-    for length in (0, 5, 30, len(begun)):
+    whole = json.dumps(SETTINGS | {"limit": 3}, indent=2)
+    for length in (0, 5, 30, len(whole) - 1):
         folder = tmp_path / f"run {length}"
-        write(folder / ".lock", "")
-        write(folder / "args.json.tmp", begun[:length])
+        file = write(folder / "args.json", whole[:length])
+        if length > 30:
+            refusal_of(folder, seed=2)  # it was begun by another run
         with claim_of(folder) as known:
             assert not known
-        assert os.listdir(folder) == ["args.json"]
+            assert file.read_text() == whole
+        assert not folder.exists()  # the run has left nothing in it
 
 
 def test_settings_that_changed_are_refused_by_name(tmp_path):
@@ -1167,22 +1164,22 @@ def test_settings_that_changed_are_refused_by_name(tmp_path):
     assert "limit was 3, now 5" in refusal_of(tmp_path / "run", limit=5)
     with claim_of(tmp_path / "run") as known:
         assert known
-    assert json.loads((tmp_path / "run/args.json").read_text()) == SETTINGS
+        assert json.loads((tmp_path / "run/args.json").read_text()) == SETTINGS
 
 
 def test_a_folder_that_another_process_holds_is_refused_until_it_ends(tmp_path, monkeypatch):
-    write(tmp_path / "run/args.json", SETTINGS)
-    with open(write(tmp_path / "run/.lock", ""), "w") as other:
+    with open(write(tmp_path / "run/args.json", SETTINGS)) as other:
         fcntl.flock(other, fcntl.LOCK_EX)  # locks belong to open files, not to processes
         assert "another process" in refusal_of(tmp_path / "run")
     with claim_of(tmp_path / "run") as known:
         assert known
+        write(tmp_path / "run/metrics.jsonl", "")
 
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    assert "has no locks" in refusal_of(tmp_path / "run")
+    assert "No locks available: '" in refusal_of(tmp_path / "run")
 
 
 def test_a_number_that_is_not_finite_is_not_written():
@@ -1226,9 +1223,9 @@ def test_options_are_parsed_by_the_table(words, name, value):
     """
     a missing option    | --count 1                     | --name
     an unknown option   | --name x --color              | --color
-    too small a count   | --name x --count 0            | argument --count: 0 is out of range
+    too small a count   | --name x --count 0            | argument --count: invalid int from 1
     NaN                 | --name x --rate nan           | argument --rate:
-    no probability      | --name x --top-p 0            | argument --top-p: 0 is out of range
+    no probability      | --name x --top-p 0            | argument --top-p: invalid float
     not UTF-8           | --name x --text \udcff        | argument --text:
     """,
 )
@@ -1259,7 +1256,6 @@ def test_help_explains_each_option_with_its_default(capsys):
 MISTAKES = {
     # the line on stderr -> what main raises
     "x: first second": UserError("x: first\nsecond"),
-    "\\udcfc.jsonl: \\xfc": UserError("\udcfc.jsonl: ü"),  # a path in Latin-1, an ASCII terminal
     "[Errno 28] No space: 'x.json'": OSError(errno.ENOSPC, "No space", "x.json"),
     "out of memory ()": MemoryError(),
     "out of memory (CUDA out of memory.)": torch.OutOfMemoryError("CUDA out of memory."),
@@ -1322,11 +1318,8 @@ def output_of(capsys, *words) -> str:
 def test_the_command_counts_rows_and_tokens(folder, tmp_path, capsys, learn, ledger_row):
     file = write_jsonl(tmp_path / "a.jsonl", PAIRS)
     examples = [learn(row) for row in PAIRS]
-    longest = max(map(len, examples))
-    limit = ["--max-length", longest - 1]
-    printed = output_of(capsys, "--model", folder, "--data", file, *limit)
-    at_limit = sum(len(example) == longest for example in examples)
-    assert f"7 rows, {at_limit} of them longer than {longest - 1} tokens\n" in printed
+    printed = output_of(capsys, "--model", folder, "--data", file)
+    assert printed.startswith("7 rows; ")
     for name in ("prompt", "reference"):
         n = sorted(len(getattr(example, name)) for example in examples)
         assert f"{name}: {sum(n)} tokens, median {n[3]}, longest {n[-1]}\n" in printed
