@@ -249,6 +249,7 @@ def read_drift(file, subject):
     given = sorted(DEFAULTS.keys() & meta.keys())
     sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
     for row in data.read_rows([file]):
+        require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
         question = ask(row, encoder, answer=row.rationale, base=base, sampling=sampling)
         question.endings = [example.reference + example.rationale]
