@@ -428,7 +428,8 @@ def put_foreign(case: Case, folder: Path) -> dict:
     ]
     if data.is_own(folder / case.out / "args.json"):
         names.append(f"{case.out}/checkpoint/step-1.bak/x.txt")
-    for file in filter(data.is_own, folder.rglob("*.json")):
+    settings = [*folder.rglob("args.json"), *folder.rglob("settings.json")]
+    for file in filter(data.is_own, settings):
         for inner, _, _ in os.walk(file.parent):
             name = os.path.relpath(f"{inner}/.DS_Store", folder)
             within = inner.removeprefix(str(file.parent))
