@@ -53,8 +53,6 @@ import train  # noqa: E402
 
 model.MAX_FILE_BYTES = 400_000  # two files and an index for a checkpoint, one file for a model
 SCRIPTS = {"generate": generate, "train": train, "evaluate": evaluate}
-# a run has locked this file, relative to --out
-SETTINGS = {"generate": ".parts/settings.json", "train": "/args.json", "evaluate": "/settings.json"}
 SIZE = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256}
 PATIENCE_S = 60  # a run takes about one
 MISTAKE = 2
@@ -254,14 +252,6 @@ class Case:
                 numbers.append(n)
         return numbers
 
-    def lock_times(self) -> tuple[int, int]:
-        """The operation that creates or opens the settings file, and the last one with its lock."""
-        places = self.operations(f"{self.out}{SETTINGS[self.script]}")
-        last = places[-1]
-        if self.trace[last - 1][0] == "unlink":
-            return places[0], last
-        return places[0], len(self.trace)
-
 
 def fork(work: Callable) -> int:
     """Does `work` in a fork -> its process id."""
@@ -424,7 +414,6 @@ def put_foreign(case: Case, folder: Path) -> dict:
         f"{case.out}.bak",
         f"{case.out}.parts.bak/x.txt",
         f"{stem}.meta.json.bak",
-        f"{stem}.meta.json.tmp",
     ]
     if data.is_own(folder / case.out / "args.json"):
         names.append(f"{case.out}/checkpoint/step-1.bak/x.txt")
@@ -640,8 +629,8 @@ def make_points(case: Case, disks: bool) -> list[Point]:
                 points.append(Point(test, case, at, how))
 
     every = range(1, len(case.trace) + 1)
-    claimed, released = case.lock_times()
-    held = range(claimed + 1, released + 1)
+    # the second operation opens the settings file, which is the lock; at the last it may be gone
+    held = range(3, len(every))
     add(disturb, every, "SIGKILL")
     writes = [n for n in every if case.trace[n - 1][0] in WRITES]
     add(disturb, writes, "half", "full")
@@ -652,7 +641,7 @@ def make_points(case: Case, disks: bool) -> list[Point]:
     add(kill_ranks, spread(every, 4), "0-4")
     add(kill_ranks, (2, 4, 6, 8), "1-1")  # rank 1 has few operations
     if case.script == "train":  # it ends after a step, the others at once
-        running = range(case.operations("/args.json")[-1] + 1, released)
+        running = range(case.operations("/args.json")[-1] + 1, len(every))
         add(stop_ranks, spread(running, 6), "SIGTERM")
         add(disturb, spread(running, 6), "SIGINT SIGINT")
     if disks:
