@@ -189,7 +189,7 @@ def main(args: argparse.Namespace):
     else:
         bounds.describe_machine(torch.device("cpu"))
         if args.batch_size > 1:
-            compare(args, 1, max(1, args.rows // 32))
+            compare(args, 1, min(args.rows, max(4, args.rows // 32)))
         compare(args, args.batch_size, args.rows)
 
 
@@ -199,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="model folder")
     add("--data", nargs="+", help="pairs")
     add("--direction", nargs="+", default=[])
-    add("--rows", type=int, default=256, help="a 32nd of them at batch 1 (default 256)")
+    add("--rows", type=int, default=256, help="at batch 1 a 32nd, at least 4 (default 256)")
     add("--rounds", type=int, default=1, help="(default 1)")
     add("--batch-size", type=int, default=64, help="(default 64)")
     add("--max-new-tokens", type=int, default=96, help="(default 96)")
