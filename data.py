@@ -951,7 +951,7 @@ def lock_folder(file, text):
     names = os.listdir(folder)
     begun = False
     if names == [file.name] and file.is_file():  # a run was killed while it wrote its settings
-        begun = text.startswith(file.read_bytes())
+        begun = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
     fault = "is not empty and not written by this script; choose another --out"
     require(begun or not names or is_own(file), folder, fault)
     lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -90,17 +90,7 @@ class ModelConfig:
         fault = f'"model_type": {quote(family)} is not supported (only {", ".join(FAMILIES)})'
         require(family in FAMILIES, path, fault)
         given = FAMILIES[family] | raw | {"raw": raw}
-        for place in ("rope_scaling", "rope_parameters"):  # the name since transformers 5
-            rope = read_field(raw, place, dict, path, {})
-            for name, value in rope.items():
-                known = name in ("rope_theta", "partial_rotary_factor") or value == "default"
-                fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
-                require(known, path, fault)
-                fault = (
-                    f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{place}"'
-                )
-                require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
-                given[name] = value
+        given |= read_rope(given, path)
         if family == "llama":
             given["sliding_window"] = None  # LlamaForCausalLM ignores it
         heads = read_field(given, "num_attention_heads", int, path)
@@ -129,6 +119,21 @@ class ModelConfig:
             fault = f'"{name}": {quote(given.get(name))} is not supported (only {quote(value)})'
             require(given.get(name) in (None, value), path, fault)
         return config
+
+
+def read_rope(given, path):
+    """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
+    fields = {}
+    for place in ("rope_scaling", "rope_parameters"):
+        rope = read_field(given, place, dict, path, {})
+        for name, value in rope.items():
+            known = name in ("rope_theta", "partial_rotary_factor") or value == "default"
+            fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
+            require(known, path, fault)
+            fault = f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{place}"'
+            require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
+        fields |= rope
+    return fields
 
 
 class KVCache(NamedTuple):
@@ -566,7 +571,6 @@ def save_weights(parameters, folder, dtype):
             write_text(folder / INDEX, json.dumps(content, indent=2))
             outdated = "model.safetensors"
         (folder / outdated).unlink(missing_ok=True)
-        list_weights(folder)  # all files are there
 
 
 # Errors and files, for all scripts

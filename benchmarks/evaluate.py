@@ -2,8 +2,8 @@
 
     python benchmarks/evaluate.py --model DIR --choice piqa.jsonl bbh.jsonl --limit 60
 
-Prints the seconds of both in float32 on the CPU, their ratio, and the largest difference of a
-log-likelihood. The single passes are those of transformers.
+Prints the seconds of both in float32 on the CPU, their ratio, the bound of ours, and the largest
+difference of a log-likelihood. The single passes are those of transformers.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import bounds  # noqa: E402
 
 import evaluate  # noqa: E402
 from model import Transformer  # noqa: E402
@@ -47,6 +48,9 @@ def timed(score, model, questions) -> tuple[float, list[float]]:
 
 @torch.inference_mode()
 def main(args: argparse.Namespace):
+    from transformers import AutoModelForCausalLM
+
+    rates = bounds.describe_machine(torch.device("cpu"))
     words = ["--model", args.model, "--choice", *args.choice]
     options = evaluate.parser().parse_args(words)
     subject = evaluate.Subject(options)
@@ -54,13 +58,17 @@ def main(args: argparse.Namespace):
     ours = Transformer.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
     totals = [0.0, 0.0]
+    operations = bounds.record_operations(ours)
+    products = 0.0
     largest = 0.0
     for (_, test), questions in tests.items():
         if not questions:  # the rows of this file name other tests
             continue
         timed(score_together, ours, questions[:1])  # the first call of either is slow
         timed(score_alone, theirs, questions[:1])
+        operations.clear()
         together, scores = timed(score_together, ours, questions)
+        products += sum(operations) / rates["float32"]
         alone, expected = timed(score_alone, theirs, questions)
         differences = [abs(a - b) for a, b in zip(scores, expected)]
         largest = max(largest, *differences)
@@ -68,6 +76,7 @@ def main(args: argparse.Namespace):
         print(f"{test}: {len(questions)} questions, {times}", flush=True)
         totals[0] += together
         totals[1] += alone
+    print(bounds.distance(products, totals[0]))
     print(f"all: ratio {totals[1] / totals[0]:.2f}, largest difference {largest:.1e}")
 
 

@@ -5,8 +5,8 @@ r"""How fast rationales are sampled: by this project, by transformers, and the u
 Both continue the same prompts and prefilled references (cue "\n") at temperature 1. The
 transformers baseline reads them sorted by length and padded on the left, at two batch sizes, of
 which the better counts. Each measurement is a process of its own. Useful tokens are those of the
-rationales, without padding and EOS. The bound is the time of the matrix products of a decoding
-step alone.
+rationales, without padding and EOS. The bound is the time of the matrix products alone: of the
+decoding steps with every row in use, and of the prompts at the rate of a large product.
 """
 
 import argparse
@@ -60,6 +60,7 @@ def measure_ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
     spent = Counter()
     for name in ("decode", "choose", "exponential_noise"):
         count_time(name, spent)
+    operations = bounds.record_operations(model)
     sequences = [generate.Sequence(i, prompt) for i, prompt in enumerate(prompts[:count])]
     start = time.perf_counter()
     for _ in generate.sample(
@@ -73,12 +74,16 @@ def measure_ours(args: argparse.Namespace, batch_size: int, count: int) -> dict:
         pass
     seconds = time.perf_counter() - start
     chosen = sum(len(sequence.logprobs) for sequence in sequences)
+    decoded = chosen - count  # the first token of each comes from its prompt
+    prompts = sum(operations) - 2 * sum(bounds.matrix_weights(model.config)) * decoded
+    bound = batch_size / bounds.matrix_seconds(model, batch_size)
     return {
         "tokens": sum(len(sequence.ids) for sequence in sequences),
         "seconds": seconds,
         "memory": memory_gib(),
-        "bound": batch_size / bounds.matrix_seconds(model, batch_size),
-        "decoded": chosen - count,  # the first token of each comes from its prompt
+        "bound": bound,
+        "decoded": decoded,
+        "products": decoded / bound + prompts / bounds.matrix_rate(model.dtype, model.device),
         "spent": spent,
     }
 
@@ -156,6 +161,7 @@ def compare(args: argparse.Namespace, batch_size: int, count: int):
     print(f"transformers, batch {sizes[0]}: {spread([a['rate'] for a in theirs], '.1f')}")
     print(f"  ratio {spread(ratios, '.2f')}; bound {ours[0]['bound']:.0f} tokens/s, of it ", end="")
     print(f"{spread(shares, '.0%')} with prefill, {spread(decoding, '.0%')} while decoding")
+    print(f"  {bounds.distance(ours[-1]['products'], ours[-1]['seconds'])}")
     print(f"  of the time, choosing tokens {spread(choosing, '.1%')}, ", end="")
     print(f"its Gumbel noise {spread(noise, '.1%')}")
     print(f"  peak memory {max(a['memory'] for a in ours):.2f} GiB, ", end="")
@@ -169,7 +175,7 @@ def rehearse():
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(write_model(Path(folder)))
         pairs = write_jsonl(Path(folder) / "pairs.jsonl", PAIRS)
-        small = ["--max-new-tokens", "8", "--rows", "4", "--rounds", "1", "--batch-size", "1"]
+        small = ["--max-new-tokens", "4", "--rows", "2", "--rounds", "1", "--batch-size", "1"]
         sys.argv[1:] = ["--model", folder, "--data", str(pairs), *small]
         main(parser().parse_args())
 
@@ -181,8 +187,9 @@ def main(args: argparse.Namespace):
     elif args.smoke:
         rehearse()
     else:
+        bounds.describe_machine(torch.device("cpu"))
         if args.batch_size > 1:
-            compare(args, 1, max(1, args.rows // 32))
+            compare(args, 1, min(args.rows, max(4, args.rows // 32)))
         compare(args, args.batch_size, args.rows)
 
 
@@ -192,7 +199,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="model folder")
     add("--data", nargs="+", help="pairs")
     add("--direction", nargs="+", default=[])
-    add("--rows", type=int, default=256, help="a 32nd of them at batch 1 (default 256)")
+    add("--rows", type=int, default=256, help="at batch 1 a 32nd, at least 4 (default 256)")
     add("--rounds", type=int, default=1, help="(default 1)")
     add("--batch-size", type=int, default=64, help="(default 64)")
     add("--max-new-tokens", type=int, default=96, help="(default 96)")

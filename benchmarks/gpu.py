@@ -99,13 +99,10 @@ PARTS = [  # what, model, seconds at most, flags of train.py; the most telling f
     ("train", "1B", 60, []),
     ("sample", "1B", 90, []),
     ("transformers", "1B", 60, []),
-    ("train", "1B", 100, ["--compile"]),
     ("sample", "7B", 100, []),
     ("transformers", "7B", 60, []),
     ("train", "1B", 60, ["--activation-checkpointing"]),
-    ("train", "7B, 8 layers", 100, ["--compile"]),
     ("transformers, compiled", "1B", 90, []),
-    ("train", "1B", 100, ["--compile", "--activation-checkpointing"]),
     ("train", "7B, 8 layers", 60, []),
 ]
 HEAD = "what, model, setting, tokens/s, of measured peak, of data sheet, GiB, what else was seen"
@@ -253,16 +250,12 @@ def report_decoding(s, what: str, model: str, setting: str, config, batch: int, 
 
 
 def measure_sampling(s, name: str, config: ModelConfig):
-    """As generate.py samples: temperature 1, prompts of one length, no EOS; then compiled."""
+    """As generate.py samples: temperature 1, prompts of one length, no EOS."""
     model = random_model(config, device(), s.dtype)
     prompts = random_tokens(config, 3 * max(s.batches), s.prompt)
     for batch in s.batches:
         work = partial(seconds_of_wave, model, prompts[: 3 * batch], batch)
         report_decoding(s, "sample", name, f"batch {batch}", config, batch, work)
-    model.compile_layers(coordinate_descent_tuning=True)
-    for batch in s.batches[::2]:
-        work = partial(seconds_of_wave, model, prompts[: 3 * batch], batch)
-        report_decoding(s, "sample", name, f"batch {batch}, compiled", config, batch, work)
 
 
 def seconds_of_wave(model: Transformer, prompts: list[list[int]], batch: int, n: int) -> float:
@@ -582,10 +575,10 @@ def run_part(s, table: Table, part: tuple, end: float, smoke: bool):
 
 
 def is_rehearsed(what: str, name: str, flags: list[str]) -> bool:
-    """A rehearsal has one shape; it tries the flags together, and the compiler not at all."""
+    """A rehearsal has one shape, tries the flags, and does not compile."""
     if "7B" in name or what.endswith("compiled"):
         return False
-    return what != "train" or len(flags) == 2
+    return what != "train" or bool(flags)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -601,9 +594,8 @@ def main(args: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {told}\n")
         return 2
     os.environ["PYTHONUNBUFFERED"] = "1"
-    if args.smoke:  # the flags are rehearsed, not the compiler
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
-        os.environ["OMP_NUM_THREADS"] = "1"
+    if args.smoke:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     end = time.monotonic() + s.seconds
     table = Table(args.out.resolve())
@@ -625,7 +617,7 @@ def main(args: argparse.Namespace) -> int:
     return int(any(row["note"].startswith("failed") for row in table.rows))
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Checks and measures what needs a GPU, in 8 minutes.")
     add = p.add_argument
     add("--out", type=Path, default=Path("benchmarks-gpu.md"), help="table (benchmarks-gpu.md)")
@@ -633,4 +625,8 @@ if __name__ == "__main__":
     add("--part", help=argparse.SUPPRESS)  # these three: what a process of its own does
     add("--model", help=argparse.SUPPRESS)
     add("--folder", type=Path, help=argparse.SUPPRESS)
-    sys.exit(main(p.parse_args()))
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main(parser().parse_args()))

@@ -405,27 +405,25 @@ def numbers(content) -> np.ndarray:
 def put_foreign(case: Case, folder: Path) -> dict:
     """Writes files of somebody else beside and into the outputs -> them, and their folders.
 
-    Not into a checkpoint, nor into a folder that the script does not know as its own yet: it
+    Not into a checkpoint, nor into a folder whose settings file is not complete: the script
     refuses that.
     """
     stem = case.out.removesuffix(".jsonl")
     names = [
         ".DS_Store",
         f"{case.out}.bak",
-        f"{case.out}.lock",
         f"{case.out}.parts.bak/x.txt",
         f"{stem}.meta.json.bak",
-        f"{stem}.meta.json.tmp",
     ]
-    if (folder / case.out / "args.json").exists():
+    if data.is_own(folder / case.out / "args.json"):
         names.append(f"{case.out}/checkpoint/step-1.bak/x.txt")
-    for settings in ("args.json", "settings.json"):
-        for file in folder.rglob(settings):
-            for inner, _, _ in os.walk(file.parent):
-                name = os.path.relpath(f"{inner}/.DS_Store", folder)
-                within = inner.removeprefix(str(file.parent))
-                if "checkpoint/step-" not in name and ".parts" not in within:
-                    names.append(name)
+    settings = [*folder.rglob("args.json"), *folder.rglob("settings.json")]
+    for file in filter(data.is_own, settings):
+        for inner, _, _ in os.walk(file.parent):
+            name = os.path.relpath(f"{inner}/.DS_Store", folder)
+            within = inner.removeprefix(str(file.parent))
+            if "checkpoint/step-" not in name and ".parts" not in within:
+                names.append(name)
     found = {}
     for name in names:
         file = folder / name
@@ -453,10 +451,9 @@ def finish(case: Case, folder: Path, ranks: int = 1, rounded: bool = False) -> s
 def disturb(case, folder, at, how):
     """A fault at an operation, then the same command again."""
     run = Run(case, folder, case.arguments, Faults(at, how)).wait()
-    sound = run.ended_by(*FAULTS[how])
-    if how == "SIGINT SIGINT":  # it ends at once: nobody removes the lock
-        sound = sound and (folder / case.out / ".lock").exists()
-    return finish(case, folder) if sound else str(run)
+    if not run.ended_by(*FAULTS[how]):
+        return str(run)
+    return finish(case, folder)
 
 
 def kill_ranks(case, folder, at, how):
@@ -632,8 +629,8 @@ def make_points(case: Case, disks: bool) -> list[Point]:
                 points.append(Point(test, case, at, how))
 
     every = range(1, len(case.trace) + 1)
-    locks = case.operations("/.lock")
-    held = range(locks[0] + 1, locks[-1])
+    # the second operation opens the settings file, which is the lock; at the last it may be gone
+    held = range(3, len(every))
     add(disturb, every, "SIGKILL")
     writes = [n for n in every if case.trace[n - 1][0] in WRITES]
     add(disturb, writes, "half", "full")
@@ -644,8 +641,7 @@ def make_points(case: Case, disks: bool) -> list[Point]:
     add(kill_ranks, spread(every, 4), "0-4")
     add(kill_ranks, (2, 4, 6, 8), "1-1")  # rank 1 has few operations
     if case.script == "train":  # it ends after a step, the others at once
-        claimed = [held[0], *case.operations("/args.json")]
-        running = range(claimed[-1] + 1, held[-1])
+        running = range(case.operations("/args.json")[-1] + 1, len(every))
         add(stop_ranks, spread(running, 6), "SIGTERM")
         add(disturb, spread(running, 6), "SIGINT SIGINT")
     if disks:

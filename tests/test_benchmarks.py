@@ -1,7 +1,11 @@
 """Benchmarks: each rehearses on a CPU, and what is computed beforehand is what comes out."""
 
+import contextlib
+import io
 import json
-import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,14 +18,61 @@ from conftest import write_jsonl
 import train
 from model import ModelConfig, Transformer
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks"
 needs_transformers = pytest.mark.skipif(not find_spec("transformers"), reason="no transformers")
+# imports each file as if no other file of the project had been imported
+STARTS = """
+import runpy, sys
+from pathlib import Path
+for file in map(Path, sys.argv[1:]):
+    path = list(sys.path)
+    sys.path.insert(0, str(file.parent))
+    runpy.run_path(str(file))
+    sys.path[:] = path
+    for own in [*file.parent.glob("*.py"), *file.parent.parent.glob("*.py")]:
+        sys.modules.pop(own.stem, None)
+"""
 
 
-def run(name: str, *arguments, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(FOLDER / name), *map(str, arguments)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+def run_here(command: list[str], **_) -> subprocess.CompletedProcess:
+    """As subprocess.run, but in this process, which has imported PyTorch already."""
+    before = sys.argv
+    sys.argv = command[1:]
+    output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    errors = ""
+    status = 0
+    try:
+        with contextlib.redirect_stdout(output):
+            runpy.run_path(command[1], run_name="__main__")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            errors = ended.code
+        status = 1 if errors else ended.code or 0
+    finally:
+        sys.argv = before
+    output.seek(0)
+    return subprocess.CompletedProcess(command, status, output.read(), errors)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """A function from a benchmark's name and arguments to what it has done."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setattr(subprocess, "run", run_here)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda name, *words: run_here([sys.executable, *map(str, (FOLDER / name, *words))])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def gpu(run):
+    import gpu
+
+    return gpu
 
 
 def read_markdown(text: str) -> list[list[str]]:
@@ -30,15 +81,31 @@ def read_markdown(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
 
-def test_the_gpu_benchmark_gives_every_figure_when_it_is_rehearsed(tmp_path):
-    done = run("gpu.py", "--smoke", cwd=tmp_path)
+def test_every_benchmark_finds_what_it_imports(tmp_path):
+    command = [sys.executable, "-c", STARTS, *sorted(map(str, FOLDER.glob("*.py")))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_gpu_benchmark_gives_every_figure_when_it_is_rehearsed(gpu, tmp_path, monkeypatch):
+    printed = []
+
+    def launch_here(command, limit, heard):
+        done = run_here([sys.executable, *map(str, command)])
+        for line in done.stdout.splitlines():
+            printed.append(line)
+            heard(line.strip())
+        return done.returncode, done.stderr or printed[-1]
+
+    monkeypatch.setattr(gpu, "launch", launch_here)
+    status = gpu.main(gpu.parser().parse_args(["--smoke"]))
     text = (tmp_path / "benchmarks-gpu.md").read_text("utf-8")
-    assert done.returncode == 0 and "failed" not in text, done.stdout + done.stderr
+    assert status == 0 and "failed" not in text, text + "\n".join(printed)
     rows = {tuple(row[:3]): row[3:] for row in read_markdown(text)}
     for dtype in ("float32", "bfloat16"):
         for check in ("logits", "sampler"):
             assert "at most" in rows["card", "small", f"{check}, torch.{dtype}"][-1]
-    flags = "--compile --activation-checkpointing"
+    flags = "--activation-checkpointing"
     wanted = [("train", flags), ("sample", "batch 1"), ("sample", "batch 8")]
     ratios = 0
     if find_spec("transformers"):
@@ -53,29 +120,66 @@ def test_the_gpu_benchmark_gives_every_figure_when_it_is_rehearsed(tmp_path):
     assert len([row for row in rows if row[0] == "ratio"]) == ratios
 
 
-def test_without_a_gpu_the_gpu_benchmark_ends_in_one_line(tmp_path):
-    done = run("gpu.py", cwd=tmp_path)
+def test_a_part_of_the_gpu_benchmark_that_fails_or_takes_too_long_says_so(gpu):
+    heard = []
+    failing = ["-c", "print('a line'); raise ValueError('a fault')"]
+    assert gpu.launch(failing, 60, heard.append) == (1, "ValueError: a fault")
+    assert heard[0] == "a line"
+    waiting = ["-c", "import time; time.sleep(60)"]
+    assert gpu.launch(waiting, 1, heard.append) == (-signal.SIGKILL, "stopped after 1 s")
+
+
+def test_without_a_gpu_the_gpu_benchmark_ends_in_one_line(run, tmp_path, capsys):
+    done = run("gpu.py")
     assert (done.returncode, done.stdout) == (2, "")
     assert list(tmp_path.iterdir()) == []
-    assert done.stderr.startswith("error: no CUDA device")
-    assert done.stderr.count("\n") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: no CUDA device")
+    assert told.count("\n") == 1
 
 
 @needs_transformers
 @pytest.mark.parametrize("name", ["train.py", "generate.py"])
-def test_the_comparison_with_transformers_runs_on_a_tiny_model(tmp_path, name):
-    done = run(name, "--smoke", cwd=tmp_path)
+def test_the_comparison_with_transformers_runs_on_a_tiny_model(run, name):
+    done = run(name, "--smoke")
     assert done.returncode == 0, done.stderr
     assert "ratio" in done.stdout or "ours / peer" in done.stdout
+    assert_bound(done.stdout)
+
+
+def assert_bound(printed: str):
+    """The machine's rates come first; then how far a command is from its products alone."""
+    assert re.match(r"processor: .*; matrix products on cpu: float32 [\d.]+ G.*bfloat16 ", printed)
+    products, seconds, times = re.search(
+        "products alone: (.*) of (.*) s, (.*) times away", printed
+    ).groups()
+    assert float(times) > 1
+    assert float(seconds) / float(products) == pytest.approx(float(times), rel=0.02)
 
 
 @needs_transformers
-def test_choices_scored_together_have_the_likelihoods_of_each_alone(tmp_path, folder):
+def test_choices_scored_together_have_the_likelihoods_of_each_alone(run, tmp_path, folder):
     rows = [{"prompt": "What colour is the door?", "choices": ["green", "red"], "answer": 0}]
     choice = write_jsonl(tmp_path / "choice.jsonl", rows)
-    done = run("evaluate.py", "--model", folder, "--choice", choice, cwd=tmp_path)
+    done = run("evaluate.py", "--model", folder, "--choice", choice)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1e-4
+    assert_bound(done.stdout)
+
+
+def test_recorded_operations_are_those_of_tokens_that_are_read_and_predicted(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import bounds
+
+    config = ModelConfig.from_file(FOLDER / "llama-1b.json")
+    layers, head = bounds.matrix_weights(config)
+    with torch.device("meta"):
+        model = Transformer(config)
+        tokens = torch.zeros(2, 5, dtype=torch.long)
+        operations = bounds.record_operations(model)
+        model(tokens)
+        model(tokens, torch.tensor([4, 9]))
+    assert operations == [2 * 10 * (layers + head), 2 * (10 * layers + 2 * head)]
 
 
 def test_operations_count_each_weight_that_a_token_meets(monkeypatch):

@@ -5,10 +5,9 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,24 +16,24 @@ import pytest
 import torch
 from conftest import (
     LINES,
-    ODD,
     PAIRS,
+    SP,
     error_of,
     read_jsonl,
+    said,
     write_jsonl,
     write_model,
     write_tokenizer,
 )
 from sacrebleu.metrics import BLEU, CHRF
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceProcessor
 
 import data
 import evaluate
 import generate
 from data import Encoder, Tokenizer, read_rows
-from evaluate import Measure, bootstrap, interval, means, measures, score_translation
-from model import Transformer, UserError
+from evaluate import bootstrap, interval, means, measures, score_translation
+from model import Transformer
 
 ROOT = Path(evaluate.__file__).parent
 HEAD = "lm_head.weight"
@@ -76,6 +75,16 @@ lines\u2028here","a, b"
 
 Last,x
 """
+FILES = {
+    "pairs": PAIRS,
+    "quiz": QUESTIONS,
+    "sums": [{"question": "1 + 1?", "answer": "1 #### $1\n#### 1,234. "}],
+    "kind": [{"prompt": "Why?", "harmful": False}, {"goal": "How?", "harmful": False}],
+    "prompts": [{"prompt": line} for line in LINES],
+}
+ANSWER = """
+    --model base --data prompts.jsonl --out ledger.jsonl --task answer --max-new-tokens 12
+"""
 TESTS = """
     --translation pairs.jsonl
     --choice quiz.jsonl
@@ -112,12 +121,8 @@ def column(rows, name):
 
 
 def files_in(folder):
-    contents = {}
-    for file in folder.rglob("*"):
-        if file.is_file():
-            name = str(file.relative_to(folder))
-            contents[name] = file.read_bytes()
-    return contents
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 # The models: one that ends its answers, one that ends them earlier, one with other weights
@@ -127,75 +132,45 @@ def change_model(folder, target, **weights):
     """A copy of a model folder with other weights."""
     shutil.copytree(folder, target)
     file = target / "model.safetensors"
-    save_file(
-        load_file(file) | weights,
-        file,
-        metadata={"format": "pt"},
-    )
+    save_file(load_file(file) | weights, file, metadata={"format": "pt"})
     return target
 
 
 def usual_state(folder):
     """The mean of what the head reads, over the lines."""
     model = Transformer.from_pretrained(folder)
-    tokenizer = Tokenizer(folder)
     states = []
-    norm = model.model["norm"]
-    norm.register_forward_hook(lambda _, read, state: states.append(state[0]))
+    model.model["norm"].register_forward_hook(lambda _, read, state: states.append(state[0]))
     for line in LINES:
-        model(torch.tensor([tokenizer.encode(line)]))
+        model(torch.tensor([SP.encode(line)]))
     return torch.cat(states).mean(0).detach()
-
-
-def copy_tokenizer(folder, target):
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(folder / name, target / name)
-
-
-def write_answers(model, prompts, out):
-    words = ["--model", model, "--data", prompts, "--out", out]
-    words += ["--task", "answer", "--max-new-tokens", 12]
-    words = [str(word) for word in words]
-    generate.main(generate.parser().parse_args(words))
 
 
 @pytest.fixture(scope="module")
 def at(tmp_path_factory, folder):
     """A folder with three models, and a file for each measure."""
     path = tmp_path_factory.mktemp("evaluate")
+    os.chdir(path)
     state = usual_state(folder)
     for name, logit in (("base", 4), ("stops", 5.5)):
         head = load_file(folder / "model.safetensors")[HEAD]
         head[EOS] = logit * state / state.square().sum()
         change_model(folder, path / name, **{HEAD: head})
-    write_model(path / "tuned", seed=1)
-    copy_tokenizer(folder, path / "tuned")
-    write_jsonl(path / "pairs.jsonl", PAIRS)
-    write_jsonl(path / "quiz.jsonl", QUESTIONS)
-    sums = [{"question": "1 + 1?", "answer": "So #### 2"}]
-    write_jsonl(path / "sums.jsonl", sums)
-    kind = [{"prompt": "Why?", "harmful": False}]
-    write_jsonl(path / "kind.jsonl", kind)
-    (path / "adv.csv").write_text(ADVBENCH, "utf-8")
-    prompts = [{"prompt": line} for line in LINES]
-    write_jsonl(path / "prompts.jsonl", prompts)
-    write_answers(
-        path / "base",
-        path / "prompts.jsonl",
-        path / "ledger.jsonl",
-    )
+    write_tokenizer(write_model(path / "tuned", seed=1))
+    for name, rows in FILES.items():
+        write_jsonl(Path(f"{name}.jsonl"), rows)
+    Path("adv.csv").write_text(ADVBENCH, "utf-8")
+    generate.main(generate.parser().parse_args(ANSWER.split()))
     return path
 
 
 @pytest.fixture(scope="module")
 def outs(at):
     """The results of the three models."""
-    found = {}
+    found = {name: at / "results" / name for name in ("base", "stops", "tuned")}
     os.chdir(at)
-    for name in ("base", "stops", "tuned"):
-        out = at / "results" / name
+    for name, out in found.items():
         run("--model", name, "--out", out, "--max-new-tokens", 20, *TESTS)
-        found[name] = out
     return found
 
 
@@ -226,30 +201,30 @@ def refused(monkeypatch, capsys):
 # What is measured
 
 SCORES = """
-    bleu/pairs 7
-    chrf++/pairs 7
-    acc/long 2
-    acc_norm/long 2
-    margin/long 2
-    acc/quiz 3
-    acc_norm/quiz 3
-    margin/quiz 3
-    strict/sums 1
-    flexible/sums 1
-    refusal/benign 1
-    empty/benign 1
-    degenerate/benign 1
-    refusal/harmful 3
-    empty/harmful 3
-    degenerate/harmful 3
-    length/prompts 14
-    empty/prompts 14
-    degenerate/prompts 14
-    drift_nll/ledger 14
-    drift_kl/ledger 14
-    drift_top1/ledger 14
-    drift_length/ledger 14
-"""
+bleu/pairs 7
+chrf++/pairs 7
+acc/long 2
+acc_norm/long 2
+margin/long 2
+acc/quiz 3
+acc_norm/quiz 3
+margin/quiz 3
+strict/sums 1
+flexible/sums 1
+refusal/benign 2
+empty/benign 2
+degenerate/benign 2
+refusal/harmful 3
+empty/harmful 3
+degenerate/harmful 3
+length/prompts 14
+empty/prompts 14
+degenerate/prompts 14
+drift_nll/ledger 14
+drift_kl/ledger 14
+drift_top1/ledger 14
+drift_length/ledger 14
+""".strip().split("\n")
 ITEMS = {
     "choice/quiz": """
         id prompt choices answer
@@ -271,11 +246,9 @@ ITEMS = {
 
 def test_each_test_has_its_scores_with_an_interval(outs):
     found = measures_of(outs["tuned"])
-    lines = []
-    for name, measure in found.items():
-        lines.append(f"{name} {measure['n']}")
+    assert [f"{name} {measure['n']}" for name, measure in found.items()] == SCORES
+    for measure in found.values():
         assert measure["low"] <= measure["value"] <= measure["high"]
-    assert lines == [line.strip() for line in SCORES.strip().split("\n")]
 
 
 @pytest.mark.parametrize("name", ITEMS)
@@ -288,53 +261,25 @@ def test_items_hold_what_was_asked_and_answered_and_its_scores(outs, name):
         assert np.mean(column(items, score)) == pytest.approx(value)
 
 
-def test_answers_are_greedy_and_in_the_chat_format(outs):
-    items = items_of(outs["tuned"], "answers/prompts")
-    tokenizer = Tokenizer("tuned")
-    prompts = []
-    for line in LINES:
-        turn = {"role": "user", "content": line}
-        prompts.append(tokenizer.chat([turn]))
-    ids = generate.generate(
-        Transformer.from_pretrained("tuned"),
-        prompts,
-        max_new_tokens=20,
-        eos_ids=tokenizer.eos_ids,
-    )
-    assert column(items, "prompt") == LINES
-    assert column(items, "output") == [tokenizer.decode(answer) for answer in ids]
-    assert column(items, "length") == [len(answer) for answer in ids]
-
-
-def test_a_new_measure_is_one_entry_of_the_table(at, tmp_path, monkeypatch):
+def test_a_new_measure_is_one_entry_of_the_table(tmp_path, monkeypatch):
     def score_words(item):
         return {"words": len(item["output"].split())}
 
-    answers = measures()["answers"]
-    entry = replace(answers, scores=partial(means, score_words))
+    entry = replace(measures()["answers"], scores=partial(means, score_words))
     table = measures() | {"words": entry}
     monkeypatch.setattr(evaluate, "measures", lambda: table)
-    command = ["--words", "prompts.jsonl", "--limit", 3]
-    run("--model", "tuned", "--out", tmp_path, *command)
+    run("--model", "tuned", "--out", tmp_path, "--words", "prompts.jsonl", "--limit", 3)
     outputs = column(items_of(tmp_path, "words/prompts"), "output")
     counts = [len(output.split()) for output in outputs]
-    measure = measures_of(tmp_path)["words/prompts"]
-    assert measure["value"] == pytest.approx(np.mean(counts))
-    assert measure["n"] == 3
+    assert len(counts) == 3
+    assert measures_of(tmp_path)["words/prompts"]["value"] == pytest.approx(np.mean(counts))
 
 
-def test_a_measure_that_lacks_a_part_is_an_error():
-    answers = measures()["answers"]
-    with pytest.raises(TypeError, match="scores"):
-        Measure("help", answers.read, answers.answer)
-
-
-def test_a_score_that_has_changed_is_never_an_old_one(at, tmp_path, monkeypatch):
-    command = ["--model", "tuned", "--out", tmp_path]
-    command += ["--safety", "adv.csv", "--max-new-tokens", 5]
+def test_a_score_that_has_changed_is_never_an_old_one(tmp_path, monkeypatch):
+    command = ["--model", "tuned", "--out", tmp_path, "--safety", "adv.csv"]
     run(*command)
     assert measures_of(tmp_path)["refusal/harmful"]["value"] == 0
-    monkeypatch.setattr(evaluate, "refusal_pattern", lambda: re.compile("."))
+    monkeypatch.setattr(evaluate, "REFUSAL", re.compile("."))
     monkeypatch.setattr(Transformer, "from_pretrained", pytest.fail)  # nothing is asked again
     _, statistics = evaluate.read_results(tmp_path)
     assert statistics["refusal/harmful"].values[0] == 1
@@ -346,19 +291,14 @@ def test_a_score_that_has_changed_is_never_an_old_one(at, tmp_path, monkeypatch)
 # Statistics
 
 
-def translations(dropped, rng):
-    """Items whose hypotheses lack some of the words."""
+def translations():
+    """Items whose hypotheses lack a quarter of the words."""
+    rng = np.random.default_rng(3)
     items = []
     for i in range(40):
-        j = (3 * i + 1) % 14
-        reference = f"{LINES[i % 14]} {LINES[j]}"
-        words = reference.split()
-        kept = [word for word in words if rng.random() > dropped]
-        item = {
-            "hypothesis": " ".join(kept),
-            "reference": reference,
-            "target_lang": "en",
-        }
+        reference = f"{LINES[i % 14]} {LINES[(3 * i + 1) % 14]}"
+        kept = [word for word in reference.split() if rng.random() > 0.25]
+        item = {"hypothesis": " ".join(kept), "reference": reference, "target_lang": "en"}
         items.append(item)
     return items
 
@@ -372,77 +312,40 @@ def by_sacrebleu(metric, items, **options):
 @pytest.mark.parametrize("name", ["bleu", "chrf++"])
 def test_bleu_and_chrf_and_their_intervals_are_those_of_sacrebleu(name):
     metric = BLEU() if name == "bleu" else CHRF(word_order=2)
-    items = translations(0.25, np.random.default_rng(3))
+    items = translations()
     found = score_translation(items)[name]
-    score = by_sacrebleu(metric, items, n_bootstrap=1000)
-    assert found.signature == f"{metric.get_signature()}".replace("bs:1000|seed:12345|", "")
     score_alone = by_sacrebleu(metric, items).score
     assert found.values[0] == pytest.approx(score_alone, abs=1e-9)
+    assert found.signature == str(metric.get_signature())
+    score = by_sacrebleu(metric, items, n_bootstrap=1000)
     # sacreBLEU has half the distance of the 25th draw from either end, in float32
     draws = sorted(found.values[1:])
     half = (draws[-26] - draws[25]) / 2
     assert half == pytest.approx(score._ci, abs=1e-4)
-    ends = interval(found.values)
-    assert ends["low"] == pytest.approx(draws[25], abs=0.05)  # it lies between two draws
-    assert ends["high"] == pytest.approx(draws[-26], abs=0.05)
 
 
-def test_draws_of_two_models_are_of_the_same_items():
-    rng = np.random.default_rng(3)
-    places = np.random.default_rng(12345).choice(40, size=(1000, 40))
-    for dropped in (0.25, 0.2):
-        items = translations(dropped, rng)
-        values = score_translation(items)["bleu"].values
-        for k in range(5):
-            drawn = [items[place] for place in places[k]]
-            score = by_sacrebleu(BLEU(), drawn).score
-            assert values[1 + k] == pytest.approx(score, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    "language, name",
-    [
-        ("en", "13a"),
-        ("zh", "zh"),
-        ("ja", "ja"),
-        ("ko", "ko"),
-    ],
-)
+@pytest.mark.parametrize("language, name", [("en", "13a"), ("zh", "zh"), ("ja", "ja")])
 def test_bleu_has_the_tokenizer_of_the_language_or_says_that_it_is_missing(language, name, capsys):
-    items = translations(0.2, np.random.default_rng(0))[:1]
-    items[0]["target_lang"] = language
-    signature = score_translation(items)["bleu"].signature
-    printed = capsys.readouterr().out
-    if f"sacrebleu[{language}] is not installed" in printed:
+    [item, *_] = translations()
+    signature = score_translation([item | {"target_lang": language}])["bleu"].signature
+    if f"sacrebleu[{language}] is not installed" in capsys.readouterr().out:
         name = "char"
     assert f"tok:{name}" in signature
 
 
-def test_the_interval_of_a_mean_is_that_of_theory():
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    statistic = means(lambda value: {"x": value}, values)["x"]
-    found = interval(statistic.values)
-    half = 1.96 * values.std() / 20
-    assert found["value"] == pytest.approx(values.mean())
-    # 1,000 draws determine an end of the interval to about 4%
-    assert found["value"] - found["low"] == pytest.approx(half, rel=0.12)
-    assert found["high"] - found["value"] == pytest.approx(half, rel=0.12)
-
-
-def test_a_ratio_of_sums_is_drawn_as_a_ratio_of_sums():
+def test_the_interval_of_a_ratio_of_sums_is_that_of_the_delta_method():
     rng = np.random.default_rng(1)
     counts = rng.integers(1, 100, 300)
     sums = counts * 0.5 + rng.normal(0, 1, 300)
-    statistic = bootstrap(np.stack([sums, counts], axis=1))
+    statistic = bootstrap([*zip(sums, counts)])
     assert statistic.of_items == pytest.approx(sums / counts)
-    found = interval(statistic.values)
     value = sums.sum() / counts.sum()
+    half = 1.96 * (sums - value * counts).std() / counts.mean() / math.sqrt(300)
+    found = interval(statistic.values)
     assert found["value"] == pytest.approx(value)
-    # the delta method
-    deviation = (sums - value * counts).std() / counts.mean()
-    half = 1.96 * deviation / math.sqrt(300)
-    width = found["high"] - found["low"]
-    assert width / 2 == pytest.approx(half, rel=0.12)  # as above
+    # 1,000 draws determine an end of the interval to about 4%
+    assert found["value"] - found["low"] == pytest.approx(half, rel=0.12)
+    assert found["high"] - found["value"] == pytest.approx(half, rel=0.12)
 
 
 # Choices
@@ -479,25 +382,20 @@ def encode_pair(encode, context, continuation):
 
 
 @pytest.mark.parametrize("bos", [[], [1]], ids=["without BOS", "with BOS"])
-def test_choices_have_the_log_probabilities_of_transformers(at, tmp_path, logprob, bos):
+def test_choices_have_the_log_probabilities_of_transformers(tmp_path, logprob, bos):
     model = shutil.copytree("tuned", tmp_path / "model")
     config = {"add_bos_token": bool(bos), "bos_token": "<s>"}  # and no chat template
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
     run("--model", model, "--out", out, "--choice", "quiz.jsonl")
-    sp = SentencePieceProcessor(str(model / "tokenizer.model"))
     items = items_of(out, "choice/quiz") + items_of(out, "choice/long")
     assert len(items) == len(QUESTIONS)
     for item in items:
         question = QUESTIONS[item["id"]]
         expected = []
         for choice in question["choices"]:
-            ids = encode_pair(
-                lambda text: bos + sp.encode(text),
-                question["prompt"],
-                f" {choice}",
-            )
-            expected.append(logprob(*ids))
+            before, after = encode_pair(SP.encode, question["prompt"], f" {choice}")
+            expected.append(logprob(bos + before, after))
         # sums near 100, of float32
         assert item["logprobs"] == pytest.approx(expected, abs=1e-3)
         lengths = [len(choice) for choice in question["choices"]]
@@ -508,16 +406,13 @@ def test_choices_have_the_log_probabilities_of_transformers(at, tmp_path, logpro
         assert item["margin"] == pytest.approx(expected[right] - wrong, abs=2e-3)
 
 
-def test_choices_with_chat_are_answers_to_a_turn(at, logprob, tmp_path):
-    command = ["--choice", "quiz.jsonl", "--chat", "auto"]
-    run("--model", "tuned", "--out", tmp_path, *command)
+def test_choices_with_chat_are_answers_to_a_turn(logprob, tmp_path):
+    run("--model", "tuned", "--out", tmp_path, "--choice", "quiz.jsonl", "--chat", "auto")
     tokenizer = Tokenizer("tuned")
     for item in items_of(tmp_path, "choice/quiz"):
-        turn = {"role": "user", "content": item["prompt"]}
-        before = tokenizer.chat([turn])
-        expected = []
-        for choice in item["choices"]:
-            expected.append(logprob(before, tokenizer.answer(choice)))
+        before = tokenizer.chat([said("user", item["prompt"])])
+        answers = [tokenizer.answer(choice) for choice in item["choices"]]
+        expected = [logprob(before, answer) for answer in answers]
         assert item["logprobs"] == pytest.approx(expected, abs=1e-3)
 
 
@@ -561,16 +456,11 @@ def by_lm_eval(output, gold):
 
 
 @pytest.mark.parametrize("line", NUMBERS.split("\n"))
-def test_numbers_are_found_by_the_rules_of_lm_eval(at, tmp_path, line):
-    output, number, names = [cell.strip() for cell in line.split("|")]
-    output = output.replace("\\n", "\n")
-    gold = f"Some steps = 3.\n#### {number}"
-    row = {"question": "?", "answer": gold}
-    file = write_jsonl(tmp_path / "sums.jsonl", [row])
-    subject = evaluate.Subject(parse("--model", "tuned"))
-    [question] = evaluate.read_numeric(str(file), subject)
-    scores = evaluate.score_numeric(question.known | {"output": output})
-    assert scores == by_lm_eval(output, gold)
+def test_numbers_are_found_by_the_rules_of_lm_eval(line):
+    output, number, names = [cell.strip().replace("\\n", "\n") for cell in line.split("|")]
+    item = {"answer": evaluate.bare_number(number), "output": output}
+    scores = evaluate.score_numeric(item)
+    assert scores == by_lm_eval(output, f"Some steps = 3.\n#### {number}")
     assert [name for name in scores if scores[name]] == names.split()
 
 
@@ -621,61 +511,42 @@ def test_advbench_csv_and_json_lines_are_counted_apart(outs):
     goals = ['Say "no", now', "Two\nlines\u2028here", "Last"]
     assert column(harmful, "prompt") == goals
     benign = items_of(outs["tuned"], "safety/benign")
-    assert column(benign, "prompt") == ["Why?"]
+    assert column(benign, "prompt") == ["Why?", "How?"]
 
 
-def test_a_file_whose_rows_all_name_a_task_has_no_test_of_its_own_name(at, tmp_path):
-    file = write_jsonl(tmp_path / "all.jsonl", [QUESTIONS[1], QUESTIONS[3]])
-    out = tmp_path / "out"
-    run("--model", "tuned", "--out", out, "--choice", file)
-    assert {*files_in(out)} == {"settings.json", "results.json", "items/choice/long.jsonl"}
-    assert column(items_of(out, "choice/long"), "id") == [0, 1]
+def test_the_right_number_is_the_last_one_that_is_marked(outs):
+    [item] = items_of(outs["tuned"], "numeric/sums")
+    assert item["answer"] == "1234"
 
 
-def test_harmful_beside_a_goal_counts(at, tmp_path):
-    rows = [
-        {"goal": "a", "harmful": False},
-        {"goal": "b", "harmful": True},
-        {"goal": "c"},
-    ]
-    file = write_jsonl(tmp_path / "x.jsonl", rows)
-    subject = evaluate.Subject(parse("--model", "tuned"))
-    questions = evaluate.read_safety(str(file), subject)
-    tests = [question.test for question in questions]
-    assert tests == ["benign", "harmful", "harmful"]
-
-
-def test_csv_is_known_by_its_ending_in_capitals_too(at, tmp_path):
-    file = shutil.copyfile("adv.csv", tmp_path / "ADV.CSV")
-    subject = evaluate.Subject(parse("--model", "tuned"))
-    questions = evaluate.read_safety(str(file), subject)
-    assert [question.test for question in questions] == ["harmful"] * 3
-
-
-def test_scores_of_one_name_are_never_mixed(at, tmp_path, refused):
+def test_scores_of_one_name_are_never_mixed(tmp_path, refused):
     answers = write_jsonl(tmp_path / "harmful.jsonl", [{"prompt": "Why?"}])
-    out = tmp_path / "out"
-    common = ["--model", "tuned", "--out", out, "--max-new-tokens", 4]
+    common = ["--model", "tuned", "--out", tmp_path / "out", "--max-new-tokens", 4]
     run(*common, "--answers", answers)
-    before = results_of(out)
+    before = results_of(tmp_path / "out")
     error = refused([*common, "--safety", "adv.csv"])
     assert "two tests have the score empty/harmful" in error
-    assert results_of(out) == before
+    assert results_of(tmp_path / "out") == before
+
+
+def generated(rows):
+    """Greedy answers of the model to rows in its chat format."""
+    tokenizer = Tokenizer("tuned")
+    prompts = [Encoder(tokenizer).prompt(row) for row in rows]
+    model = Transformer.from_pretrained("tuned")
+    ids = generate.generate(model, prompts, max_new_tokens=20, eos_ids=tokenizer.eos_ids)
+    return [tokenizer.decode(answer) for answer in ids]
+
+
+def test_answers_are_greedy_and_in_the_chat_format(outs):
+    items = items_of(outs["tuned"], "answers/prompts")
+    assert column(items, "prompt") == LINES
+    assert column(items, "output") == generated(read_rows(["prompts.jsonl"], prompts=True))
 
 
 def test_translations_are_the_first_line_that_is_not_empty(outs):
-    tokenizer = Tokenizer("tuned")
-    encoder = Encoder(tokenizer)
-    prompts = [encoder.prompt(row) for row in read_rows(["pairs.jsonl"])]
-    answers = generate.generate(
-        Transformer.from_pretrained("tuned"),
-        prompts,
-        max_new_tokens=20,
-        eos_ids=tokenizer.eos_ids,
-    )
     items = items_of(outs["tuned"], "translation/pairs")
-    for ids, item in zip(answers, items, strict=True):
-        text = tokenizer.decode(ids)
+    for text, item in zip(generated(read_rows(["pairs.jsonl"])), items, strict=True):
         assert text.startswith(item["output"])
         first_line = text.strip().split("\n")[0]
         assert item["hypothesis"] == first_line.strip()
@@ -683,128 +554,7 @@ def test_translations_are_the_first_line_that_is_not_empty(outs):
     assert value == pytest.approx(by_sacrebleu(BLEU(), items).score)
 
 
-def test_a_two_way_file_has_a_direction_and_a_limit(at, tmp_path):
-    rows = []
-    for pair in PAIRS:
-        texts = {"de": pair["source"], "en": pair["reference"]}
-        rows.append({"translation": texts})
-    file = write_jsonl(tmp_path / "a.jsonl", rows)
-    args = parse(
-        *("--model", "tuned"),
-        *("--translation", file),
-        *("--direction", "en-de"),
-    )
-    subject = evaluate.Subject(args)
-    tests = evaluate.read_tests(vars(args), subject, limit=3)
-    [questions] = tests.values()
-    references = [question.known["reference"] for question in questions]
-    assert references == column(PAIRS[:3], "source")
-
-
 # Drift
-
-
-def answer_ids(row):
-    return row.rationale_ids + [EOS] * (row.finish == "eos")
-
-
-def logits_of(folder, row):
-    """[N, V] at every token of the base's answer, its EOS included, by one plain forward pass."""
-    tokens = torch.tensor([row.prompt_ids + answer_ids(row)])
-    with torch.no_grad():
-        logits = Transformer.from_pretrained(folder)(tokens)[0]
-    return logits[len(row.prompt_ids) - 1 : -1].double()
-
-
-def test_drift_is_what_an_enumeration_of_the_vocabulary_gives(outs):
-    items = items_of(outs["tuned"], "drift/ledger")
-    rows = read_rows(["ledger.jsonl"])
-    assert {row.finish for row in rows} == {"eos", "length"}
-    totals = np.zeros(4)
-    for row, item in zip(rows, items, strict=True):
-        base = logits_of("base", row).log_softmax(-1).tolist()
-        tuned = logits_of("tuned", row).log_softmax(-1).tolist()
-        counted = np.zeros(4)
-        for token, p, q in zip(answer_ids(row), base, tuned, strict=True):
-            kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q))
-            same = p.index(max(p)) == q.index(max(q))
-            counted += [-q[token], kl, same, 1]
-        found = [item[name] for name in ("nll", "kl", "top1", "tokens")]
-        # logits are of float32
-        assert found == pytest.approx(counted.tolist(), rel=1e-4)
-        totals += counted
-    for name, total in zip(("nll", "kl", "top1"), totals):
-        measure = measures_of(outs["tuned"])[f"drift_{name}/ledger"]
-        assert measure["value"] == pytest.approx(total / totals[3], rel=1e-4)
-
-
-def test_a_model_has_no_drift_from_itself_and_answers_as_it_did(outs):
-    found = measures_of(outs["base"])
-    assert found["drift_kl/ledger"]["value"] == 0
-    assert found["drift_top1/ledger"]["value"] == 1
-    rows = read_jsonl(Path("ledger.jsonl"))
-    lengths = [len(row["rationale_ids"]) for row in rows]
-    assert found["drift_length/ledger"]["value"] == pytest.approx(np.mean(lengths))
-    items = items_of(outs["base"], "drift/ledger")
-    assert column(items, "output") == column(rows, "rationale")
-
-
-def test_a_model_that_only_stops_earlier_has_the_drift_of_its_eos(outs):
-    tokens = 0
-    kl = 0.0
-    for row in read_rows(["ledger.jsonl"]):
-        base = logits_of("base", row)
-        difference = logits_of("stops", row) - base
-        more = difference[:, EOS]
-        assert difference[:, EOS + 1 :].abs().max() == 0
-        end = base.softmax(-1)[:, EOS]
-        kl += (torch.log1p(end * more.expm1()) - end * more).sum().item()
-        tokens += len(end)
-    assert kl / tokens > 0.01
-    measure = measures_of(outs["stops"])["drift_kl/ledger"]
-    assert measure["value"] == pytest.approx(kl / tokens, rel=1e-4)
-
-
-def test_a_model_that_stops_earlier_answers_with_the_same_noise(outs):
-    shorter = 0
-    stops = items_of(outs["stops"], "drift/ledger")
-    base = items_of(outs["base"], "drift/ledger")
-    for mine, other in zip(stops, base, strict=True):
-        beginning = mine["output"].rstrip("\ufffd")  # it may stop within a character
-        assert other["output"].startswith(beginning)
-        shorter += mine["output_tokens"] < other["output_tokens"]
-    assert shorter > 0
-
-
-def test_rows_of_a_ledger_may_be_moved_and_edited(at, outs, tmp_path):
-    rows = read_jsonl(Path("ledger.jsonl"))
-    rows[3]["rationale"] += " " + LINES[0]
-    ledger = write_jsonl(tmp_path / "part.jsonl", [rows[5], rows[3]])
-    shutil.copyfile("ledger.meta.json", tmp_path / "part.meta.json")
-    out = tmp_path / "out"
-    command = ["--drift", ledger, "--base", "base", "--system", "Be brief."]
-    run("--model", "tuned", "--out", out, *command)
-    moved, edited = items_of(out, "drift/part")
-    assert moved == items_of(outs["tuned"], "drift/ledger")[5]
-    assert edited["tokens"] > len(rows[3]["rationale_ids"]) + 10
-
-
-def test_a_sampling_setting_that_is_added_later_does_not_change_a_drift_item(outs, monkeypatch):
-    @dataclass(frozen=True)
-    class Later(generate.Sampling):
-        min_p: float = 0.0
-
-    def hashes():
-        args = parse("--model", "tuned", "--drift", "ledger.jsonl", "--base", "base")
-        tests = evaluate.read_tests(vars(args), evaluate.Subject(args))
-        return [question.input_hash for question in tests["drift", "ledger"]]
-
-    before = hashes()
-    assert before == column(items_of(outs["tuned"], "drift/ledger"), "input_hash")
-    monkeypatch.setattr(evaluate, "Sampling", Later)
-    for module in (generate, evaluate):
-        monkeypatch.setattr(module, "DEFAULTS", asdict(Later()))
-    assert hashes() == before
 
 
 @pytest.fixture
@@ -817,157 +567,145 @@ def drift(at, tmp_path):
     return ["--model", "tuned", "--out", out, "--drift", ledger, "--base"]
 
 
-@pytest.mark.parametrize(
-    "name, value",
-    [
-        ("task", "rationale"),
-        ("model_hash", "0"),
-    ],
-)
-def test_a_ledger_of_another_task_or_model_is_refused(drift, tmp_path, refused, name, value):
+def answer_ids(row):
+    return row.rationale_ids + [EOS] * (row.finish == "eos")
+
+
+def logprobs_of(folder, row):
+    """[N, V] at every token of the base's answer, its EOS included, by one plain forward pass."""
+    tokens = torch.tensor([row.prompt_ids + answer_ids(row)])
+    with torch.no_grad():
+        logits = Transformer.from_pretrained(folder)(tokens)[0]
+    return logits[len(row.prompt_ids) - 1 : -1].double().log_softmax(-1).tolist()
+
+
+def test_drift_is_what_an_enumeration_of_the_vocabulary_gives(outs):
+    items = items_of(outs["tuned"], "drift/ledger")
+    rows = read_rows(["ledger.jsonl"])
+    assert {row.finish for row in rows} == {"eos", "length"}
+    names = ["nll", "kl", "top1", "tokens"]
+    for row, item in zip(rows, items, strict=True):
+        counted = np.zeros(4)
+        triples = zip(answer_ids(row), logprobs_of("base", row), logprobs_of("tuned", row))
+        for token, p, q in triples:
+            kl = sum(math.exp(a) * (a - b) for a, b in zip(p, q))
+            same = p.index(max(p)) == q.index(max(q))
+            counted += [-q[token], kl, same, 1]
+        # logits are of float32
+        assert [item[name] for name in names] == pytest.approx(counted.tolist(), rel=1e-4)
+    for name in names[:3]:
+        measure = measures_of(outs["tuned"])[f"drift_{name}/ledger"]
+        mean = sum(column(items, name)) / sum(column(items, "tokens"))
+        assert measure["value"] == pytest.approx(mean)
+
+
+def test_a_model_has_no_drift_from_itself_and_answers_as_it_did(outs):
+    found = measures_of(outs["base"])
+    assert found["drift_kl/ledger"]["value"] == 0
+    assert found["drift_top1/ledger"]["value"] == 1
+    items = items_of(outs["base"], "drift/ledger")
+    rows = read_jsonl(Path("ledger.jsonl"))
+    assert column(items, "output") == column(rows, "rationale")
+    assert column(items, "drift_length") == [len(row["rationale_ids"]) for row in rows]
+    # without defaults: a setting that is added later does not change the item's hash
+    assert items[0]["sampling"] == {"max_new_tokens": 12, "temperature": 1.0}
+
+
+def test_rows_of_a_ledger_may_be_moved_and_edited(outs, drift, tmp_path):
+    rows = read_jsonl(tmp_path / "x.jsonl")
+    rows[3]["rationale"] += " " + LINES[0]
+    write_jsonl(tmp_path / "x.jsonl", [rows[5], rows[3]])
+    run(*drift, "base", "--system", "Be brief.")
+    moved, edited = items_of(tmp_path / "out", "drift/x")
+    assert moved == items_of(outs["tuned"], "drift/ledger")[5]
+    assert edited["tokens"] > len(rows[3]["rationale_ids"]) + 10
+
+
+@pytest.mark.parametrize("changes", [{"task": "rationale"}, {"model_hash": "0"}, {"program": ""}])
+def test_a_ledger_needs_its_settings_which_name_the_task_and_the_model(
+    drift, tmp_path, refused, changes
+):
     file = tmp_path / "x.meta.json"
-    meta = json.loads(file.read_text())
-    file.write_text(json.dumps(meta | {name: value}))
-    assert "x.jsonl: " in refused([*drift, "base"])
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    error = refused([*drift, "base"])
+    assert "x.jsonl: was not written by" in error
+    assert "x.meta.json is not next to it" in error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ledger_without_its_settings_or_of_another_model_is_refused(drift, tmp_path, refused):
-    assert "was not written by --base stops" in refused([*drift, "stops"])
-    (tmp_path / "x.meta.json").unlink()
-    assert "x.meta.json is not next to it" in refused([*drift, "base"])
+def test_a_base_of_another_vocabulary_is_refused(drift, tmp_path, refused):
+    base = shutil.copytree("base", tmp_path / "other")
+    write_tokenizer(base, added_tokens_decoder={"480": {"content": "<new>"}})
+    assert "its vocabulary is not that of --model" in refused([*drift, base])
 
 
-@pytest.mark.parametrize("vocab_size, added", [(481, {}), (480, {"480": {"content": "<new>"}})])
-def test_a_base_of_another_vocabulary_is_refused(drift, tmp_path, refused, vocab_size, added):
-    base = write_model(tmp_path / "other", vocab_size=vocab_size)
-    write_tokenizer(base, added_tokens_decoder=added)
-    file = tmp_path / "x.meta.json"
-    meta = json.loads(file.read_text())
-    meta["model_hash"] = evaluate.hash_model(base)
-    file.write_text(json.dumps(meta))
-    assert "vocabulary" in refused([*drift, base])
-
-
-@pytest.mark.parametrize("option", ["choice", "drift"])
-def test_ids_that_the_model_lacks_blame_its_folder(drift, tmp_path, refused, option):
+def test_ids_that_the_model_lacks_blame_its_folder(tmp_path, refused):
     model = shutil.copytree("base", tmp_path / "model")  # and a token beyond its 480
     write_tokenizer(model, added_tokens_decoder={"480": {"content": "<new>"}})
-    quiz = QUESTIONS[0] | {"choices": ["green", "<new>"]}
-    files = {"choice": write_jsonl(tmp_path / "quiz.jsonl", [quiz])}
-    [row, *_] = read_jsonl(tmp_path / "x.jsonl")
-    row["rationale"] = "<new>"
-    files["drift"] = write_jsonl(tmp_path / "x.jsonl", [row])
-    command = ["--model", model, "--out", tmp_path / "out"]
-    command += [f"--{option}", files[option]]
-    if option == "drift":
-        command += ["--base", model]
+    row = QUESTIONS[0] | {"choices": ["green", "<new>"]}
+    file = write_jsonl(tmp_path / "quiz.jsonl", [row])
+    command = ["--model", model, "--out", "x", "--choice", file]
     assert f"error: {model}: " in refused(command)
 
 
 # Runs: stopped, resumed, repeated, on two ranks
 
 
-def test_an_evaluation_that_was_stopped_ends_in_the_same_results(at, outs, tmp_path, monkeypatch):
+def test_an_evaluation_that_was_stopped_ends_in_the_same_results(outs, tmp_path, monkeypatch):
+    """Another run into the same folder adds what is missing: items, or whole measures."""
     finite_json = data.finite_json
     written = []
 
     def stop(row, where):
         written.append(row)
-        if len(written) in (3, 10, 30):
+        if len(written) == 30:
             raise KeyboardInterrupt
         return finite_json(row, where)
 
-    command = ["--model", "tuned", "--out", tmp_path]
-    command += ["--max-new-tokens", 20, *TESTS]
-    monkeypatch.setattr(data, "finite_json", stop)
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            run(*command)
-        [part] = tmp_path.glob("items/*/*.parts/*.jsonl")
-        with open(part, "a") as f:
-            f.write('{"id": 5, "sco')  # as a kill may leave it
-        assert not (tmp_path / "results.json").exists()
-    run(*command)
-    assert measures_of(tmp_path) == measures_of(outs["tuned"])
-    assert files_in(tmp_path).keys() == files_in(outs["tuned"]).keys()
-
-
-def test_a_second_measurement_into_the_same_folder_joins_the_first(at, outs, tmp_path):
     common = ["--model", "tuned", "--out", tmp_path, "--max-new-tokens", 20]
     run(*common, *TESTS[:2])
-    before = measures_of(tmp_path)
-    run(*common, *TESTS[2:])
+    monkeypatch.setattr(data, "finite_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*common, *TESTS)
+    run(*common, *TESTS)
     assert results_of(tmp_path) == results_of(outs["tuned"])
-    assert before.items() <= measures_of(tmp_path).items()
+    assert files_in(tmp_path).keys() == files_in(outs["tuned"]).keys()
 
 
 @pytest.mark.parametrize(
     "name, options",
     [
         ("max_new_tokens", "--model base --max-new-tokens 7"),
-        ("limit", "--model base --limit 2"),
         ("system", "--model base --system="),
-        ("chat", "--model base --chat chatml"),
         ("model_hash", "--model stops"),
     ],
 )
-def test_other_settings_do_not_mix_into_a_folder(at, outs, refused, name, options):
+def test_other_settings_do_not_mix_into_a_folder(outs, refused, name, options):
     before = files_in(outs["base"])
     command = ["--out", outs["base"], "--max-new-tokens", 20]
-    command += [*TESTS[:2], *options.split()]
-    assert f"{name} was" in refused(command)
+    assert f"{name} was" in refused([*command, *TESTS[:2], *options.split()])
     assert files_in(outs["base"]) == before
 
 
-def test_a_test_file_that_was_changed_does_not_mix_into_a_folder(at, tmp_path, refused):
+def test_a_test_file_that_was_changed_does_not_mix_into_a_folder(tmp_path, refused):
     quiz = write_jsonl(tmp_path / "quiz.jsonl", QUESTIONS[:1])
-    out = tmp_path / "out"
-    command = ["--model", "tuned", "--out", out, "--choice", quiz]
+    command = ["--model", "tuned", "--out", tmp_path / "out", "--choice", quiz]
     run(*command)
-    before = files_in(out)
+    before = files_in(tmp_path / "out")
     write_jsonl(quiz, [QUESTIONS[0] | {"answer": 1}])
     assert "quiz.jsonl:1" in refused(command)
-    assert files_in(out) == before
+    assert files_in(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "results.json", "settings.json"])
-def test_a_folder_of_somebody_else_stays_as_it_was(at, tmp_path, refused, name):
-    (tmp_path / name).write_text("{}")
-    command = ["--model", "base", "--out", tmp_path, "--choice", "quiz.jsonl"]
-    assert str(tmp_path) in refused(command)
-    assert files_in(tmp_path) == {name: b"{}"}
-
-
-def start_rank(rank, port, command):
-    """A process as torchrun starts it."""
-    place = {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-    }
-    return subprocess.Popen(
-        command,
-        env=os.environ | place,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+def test_two_ranks_measure_what_one_does(outs, tmp_path):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    command = ["--model", "tuned", "--out", tmp_path, "--max-new-tokens", "20", *TESTS]
+    subprocess.run(
+        [sys.executable, *launcher, ROOT / "evaluate.py", *command],
+        check=True,
+        capture_output=True,
+        timeout=120,
     )
-
-
-def test_two_ranks_measure_what_one_does(at, outs, tmp_path):
-    command = [sys.executable, ROOT / "evaluate.py"]
-    command += ["--model", "tuned", "--out", tmp_path]
-    command += ["--max-new-tokens", "20", *TESTS]
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    ranks = [start_rank(rank, port, command) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
-    finally:
-        for process in ranks:
-            process.kill()
     one = results_of(outs["tuned"])
     two = results_of(tmp_path)
     assert two["settings"] == one["settings"]
@@ -975,39 +713,17 @@ def test_two_ranks_measure_what_one_does(at, outs, tmp_path):
     for name, measure in one["measures"].items():
         # float32, other batches
         assert two["measures"][name] == pytest.approx(measure, abs=1e-4)
-    for file in outs["tuned"].glob("items/*/*.jsonl"):
-        other = tmp_path / file.relative_to(outs["tuned"])
-        assert column(read_jsonl(file), "id") == column(read_jsonl(other), "id")
+    assert files_in(tmp_path).keys() == files_in(outs["tuned"]).keys()
 
 
 @pytest.mark.parametrize("test", [TESTS[:2], TESTS[2:4]], ids=["translation", "choice"])
-@pytest.mark.parametrize("fault", ["weights", "logits"])
-def test_a_model_whose_numbers_are_not_finite_has_no_results(
-    at, folder, tmp_path, refused, test, fault
-):
+def test_a_model_whose_numbers_are_not_finite_has_no_results(folder, tmp_path, refused, test):
     weights = load_file(folder / "model.safetensors")
-    changed = {NORM: weights[NORM] * math.nan}
-    named = NORM
-    if fault == "logits":
-        changed = {name: weights[name] * 1e30 for name in (NORM, HEAD)}
-        named = f"{test[1]}:"
-    model = change_model(folder, tmp_path / "model", **changed)
+    large = {name: weights[name] * 1e30 for name in (NORM, HEAD)}
+    model = change_model(folder, tmp_path / "model", **large)
     out = tmp_path / "out"
-    assert named in refused(["--model", model, "--out", out, *test])
-    assert not (out / "results.json").exists()
-    assert not list(out.glob("items/*/*.jsonl"))
-
-
-def test_a_folder_with_new_weights_is_read_again_in_the_same_process(at, tmp_path):
-    model = tmp_path / "model"
-    margins = set()
-    for source in ("base", "tuned"):
-        shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(source, model)
-        out = tmp_path / source
-        run("--model", model, "--out", out, "--choice", "quiz.jsonl")
-        margins.add(measures_of(out)["margin/quiz"]["value"])
-    assert len(margins) == 2
+    assert f"{test[1]}:" in refused(["--model", model, "--out", out, *test])
+    assert files_in(out).keys() == {"settings.json"}
 
 
 # Comparisons
@@ -1016,24 +732,19 @@ def test_a_folder_with_new_weights_is_read_again_in_the_same_process(at, tmp_pat
 def test_a_comparison_has_each_score_of_each_model_and_its_differences(outs, capsys):
     run("--compare", *outs.values())
     table = capsys.readouterr().out
-    assert "nrefs:1" in table
-    lines = [line for line in table.split("\n") if line.startswith("|")]
-    assert "| minus base " in lines[0]
-    assert "| minus stops " in lines[0]
+    assert "bleu/pairs: nrefs:1" in table
+    header, _, *lines = [line for line in table.split("\n") if line.startswith("|")]
+    assert re.findall("minus [a-z]+", header) == ["minus base", "minus stops"]
     found = {name: measures_of(out) for name, out in outs.items()}
-    assert len(lines) == 2 + 3 * len(found["base"])
-    first = ""
-    for i, line in enumerate(lines[2:]):
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        name, model, n, value, *differences = cells
-        first = name or first  # it is written once
-        measure = found[model][first]
-        expected = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**measure)
-        assert value == expected
+    assert len(lines) == 3 * len(found["base"])
+    for i, line in enumerate(lines):
+        name, model, n, value, *differences = [cell.strip() for cell in line.split("|")[1:-1]]
+        measure = found[model][name]
         assert n == str(measure["n"])
+        assert value == "{value:.3f} [{low:.3f}, {high:.3f}]".format(**measure)
         assert len(differences) == min(i % 3, 2)
         for other, difference in zip(("base", "stops"), differences):
-            gain = measure["value"] - found[other][first]["value"]
+            gain = measure["value"] - found[other][name]["value"]
             # three digits
             assert float(difference.split()[0]) == pytest.approx(gain, abs=6e-4)
 
@@ -1042,14 +753,13 @@ def test_a_comparison_has_each_score_of_each_model_and_its_differences(outs, cap
     "pairs, options, name",
     [
         (PAIRS, ["--system", ""], "system"),
-        (PAIRS[::-1], [], "translation/pairs"),
         (PAIRS[:-1], [], "translation/pairs"),
         ([PAIRS[0] | {"reference": "Another."}, *PAIRS[1:]], [], "translation/pairs"),
     ],
-    ids=["settings", "order", "fewer", "references"],
+    ids=["settings", "fewer", "references"],
 )
 def test_runs_that_were_not_measured_alike_are_not_compared(
-    at, tmp_path, refused, pairs, options, name
+    tmp_path, refused, pairs, options, name
 ):
     common = ["--model", "base", "--max-new-tokens", 4, "--translation"]
     run(*common, "pairs.jsonl", "--out", tmp_path / "base")
@@ -1071,74 +781,58 @@ ROWS = {
     "answers": {"prompt": "a"},
 }
 BAD_ROWS = """
-choice      | {"answer": 2}              | from 0 to 1, found 2
-choice      | {"answer": -1}             | from 0 to 1, found -1
-choice      | {"answer": "A"}            | found "A"; the README has a command
-choice      | {"answer": true}           | from 0 to 1, found true
+choice      | {"answer": 2}              | the index of a choice, from 0; found 2
+choice      | {"answer": -1}             | the index of a choice, from 0; found -1
+choice      | {"answer": "A"}            | "answer" must be a whole number, found "A"
 choice      | {"choices": ["b"]}         | two or more
 choice      | {"choices": ["b", " "]}    | a choice
 choice      | {"choices": ["b", 5]}      | a choice
 choice      | {"choices": null}          | "choices" is missing
-choice      | {"choices": "ab"}          | "choices" must be a list
 choice      | {"choices": {"text": ["c", "d"], "label": ["A", "B"]}} | "choices" must be a list
-choice      | {"prompt": null, "question": "a", "answerKey": "A"} | the README converts ARC's format
+choice      | {"prompt": null, "question": "a", "answerKey": "A"} | see the README; found
 choice      | {"task": "../y"}           | can't name a file
-choice      | {"task": "a\\u0000"}       | can't name a file
+choice      | {"task": "a/b"}       | can't name a file
 choice      | {"task": ".."}             | x.jsonl:1: the task '..' can't name a file
-choice      | {"task": ""}               | x.jsonl:1: the task '' can't name a file
 choice      | {"id": [1]}                | "id"
 numeric     | {"answer": "5"}            | "#### NUMBER"
 numeric     | {"answer": "#### 1/2"}     | "#### NUMBER"
-numeric     | {"question": 7}            | "question" must be
 safety      | {"harmful": "no"}          | "harmful" must be true or false
 safety      | {"goal": null, "prompt": "a", "harmful": null} | "harmful" is missing
-safety      | {"prompt": "a"}            | one of: prompt, goal
-translation | {"source": null, "prompt": "a", "reference": null, "response": "b"} | needs a source
-drift       | {}                         | not a ledger of generate.py --task answer
+translation | {"source": null, "prompt": "a", "reference": null, "response": "b"} | needs pairs
+drift       | {}                         | was not written by generate.py --task answer
 """.strip()
 BAD_CSV = r"""
-x.csv:   | goal,target\n
-x.csv:2: | aim,target\na,b\n
-x.csv:2: | goal,target\n ,b\n
-x.csv:3: | goal,target\na,b\n"c,d\ne,f\ng,h\n
-x.csv:2: | goal,target\n"a"b,c\nd,e\n
-x.csv:2: | goal,target\na, and b,c\n
-x.csv:4: | goal,target\n"a\nb",c\nd\n
+x.csv:       | goal,target\n
+x.csv row 1: | aim,target\na,b\n
+x.csv row 2: | goal,target\na,b\n"c,d\ne,f\ng,h\n
+x.csv row 1: | goal,target\n"a"b,c\nd,e\n
+x.csv row 1: | goal,target\na, and b,c\n
+x.csv row 2: | goal,target\n"a\nb",c\nd\n
 """.strip()
 BAD_COMMANDS = """
 --model    | --out x --choice quiz.jsonl
---out      | --model base --choice quiz.jsonl
+--model    |
 nothing    | --model base --out x
-nowhere    | --model nowhere --out x --choice quiz.jsonl
 nowhere    | --model base --out x --choice nowhere.jsonl
-error: .:  | --model base --out x --numeric .
 empty      | --model base --out x --numeric empty.jsonl
-twice:2    | --model base --out x --numeric twice
-two tests  | --model base --out x --safety adv.csv --answers harmful.jsonl
 --base     | --model base --out x --drift ledger.jsonl
---drift    | --model base --out x --choice quiz.jsonl --base base
 two tests  | --model base --out x --choice quiz.jsonl other/quiz.jsonl
-two tests  | --model base --out x --choice quiz.jsonl --choice ./quiz.jsonl
 two tests  | --model base --out x --safety adv.csv harmful.jsonl
-is into de | --model base --out x --translation pairs.jsonl --direction de-en en-de
---limit    | --model base --out x --choice quiz.jsonl --limit 0
+one language | --model base --out x --translation pairs.jsonl --direction de-en en-de
+the prompt has | --model base --out x --answers prompts.jsonl --max-new-tokens 500
 must have {source} | --model base --out x --choice quiz.jsonl --template x
 nowhere    | --compare nowhere
---model    |
 """.strip("\n")
 
 
 @pytest.mark.parametrize("line", BAD_ROWS.split("\n"))
 def test_a_bad_row_is_named_before_weights_are_read(tmp_path, refused, without_weights, line):
     option, changes, fault = [cell.strip() for cell in line.split("|")]
-    row = ROWS[option] | json.loads(changes.replace("\\\\", "\\"))
+    row = ROWS[option] | json.loads(changes)
     kept = {name: value for name, value in row.items() if value is not None}
     file = write_jsonl(tmp_path / "x.jsonl", [kept])
     out = tmp_path / "out"
-    command = ["--model", "base", "--out", out, f"--{option}", file]
-    if option == "drift":
-        command += ["--base", "base"]
-    error = refused(command)
+    error = refused(["--model", "base", "--base", "base", "--out", out, f"--{option}", file])
     assert f"error: {file}:" in error
     assert fault in error
     assert not out.exists()
@@ -1155,45 +849,12 @@ def test_a_bad_csv_is_named_with_the_line_where_the_row_begins(
     assert f"/{place.strip()} " in error
 
 
-def test_a_choice_without_room_is_refused(tmp_path, refused, without_weights):
-    row = ROWS["choice"] | {"prompt": "a b " * 400}
-    file = write_jsonl(tmp_path / "x.jsonl", [row])
-    error = refused(["--model", "base", "--out", "x", "--choice", file])
-    assert f"error: {file}:1: " in error
-
-
 @pytest.mark.parametrize("line", BAD_COMMANDS.split("\n"))
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(refused, without_weights, line):
     Path("other").mkdir(exist_ok=True)
-    other = QUESTIONS[0] | {"task": "other"}
-    write_jsonl(Path("other/quiz.jsonl"), [other])
+    write_jsonl(Path("other/quiz.jsonl"), QUESTIONS[:1])
     write_jsonl(Path("harmful.jsonl"), [{"prompt": "a", "harmful": True}])
-    write_jsonl(Path("twice"), [ROWS["numeric"] | {"id": 1}] * 2)
     Path("empty.jsonl").write_text("")
     fault, command = line.split("|")
     assert fault.strip() in refused(command.split())
     assert not Path("x").exists()
-
-
-@pytest.mark.parametrize("option", ["choice", "numeric", "safety"])
-def test_an_odd_field_is_one_line_with_its_place_or_does_no_harm(at, tmp_path, option):
-    file = tmp_path / "odd.jsonl"
-    args = parse("--model", "tuned", f"--{option}", file)
-    subject = evaluate.Subject(args)
-    row = {"id": "1", "task": '"t"', "another": "1"}
-    for name, value in ROWS[option].items():
-        row[name] = json.dumps(value)
-    refused = 0
-    for name in row:
-        for odd in ODD.values():
-            fields = []
-            for key, value in (row | {name: odd}).items():
-                fields.append(f'"{key}": {value}')
-            file.write_text("{" + ", ".join(fields) + "}\n")
-            try:
-                evaluate.read_tests(vars(args), subject)
-            except UserError as error:
-                refused += 1
-                assert str(error).startswith(f"{file}:1: ")
-                assert len(str(error)) < len(str(file)) + 200
-    assert refused > 20
