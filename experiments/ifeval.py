@@ -195,14 +195,14 @@ CHECKS: dict[str, Callable] = BUILT | {
 
 
 def follows(kind: str, arguments: dict, text: str) -> tuple[bool, bool]:
-    """Whether an answer follows an instruction: loosely, and strictly."""
+    """Whether an answer follows an instruction: strictly, and loosely."""
     versions = []
     for lines in LINES:
         version = "\n".join(text.split("\n")[lines]).strip()
         versions += [version, version.replace("*", "")]
     versions[0] = text
     verdicts = [bool(x.strip()) and bool(CHECKS[kind](x, arguments)) for x in versions]
-    return any(verdicts), verdicts[0]
+    return verdicts[0], any(verdicts)
 
 
 def score_item(item: dict) -> dict:
@@ -211,13 +211,13 @@ def score_item(item: dict) -> dict:
     for kind, arguments in zip(item["instruction_id_list"], item["kwargs"]):
         half = "built" if kind in BUILT else "other"
         both = follows(kind, arguments, item["output"])
-        for name, followed in zip(("loose", "strict"), both):
+        for name, followed in zip(("strict", "loose"), both):
             for part in ("all", half):
                 count, total = scores.get(f"ifeval_{name}/{part}", (0, 0))
                 scores[f"ifeval_{name}/{part}"] = (count + followed, total + 1)
-    for name in ("loose", "strict"):
+    for name in ("strict", "loose"):
         count, total = scores[f"ifeval_{name}/all"]
-        scores[f"ifeval_prompt_{name}/all"] = count == total
+        scores[f"ifeval_prompt_{name}/all"] = (count == total, 1)
     return scores
 
 
@@ -227,8 +227,13 @@ def read_scores(folder: Path, file: str) -> dict[str, Statistic]:
     answers = folder / f"items/answers/{Path(file).stem}.jsonl"
     items = [item for _, item in data.read_json(answers)]
     same = [x["prompt"] for x in items] == [x["prompt"] for x in questions]
-    require(same, answers, f"its prompts are not those of {file}; answer these by evaluate.py")
-    return evaluate.means(score_item, [x | y for x, y in zip(questions, items)])
+    fault = "its prompts are not those of --data; answer them by evaluate.py --answers"
+    require(same, answers, fault)
+    pairs = {}
+    for question, item in zip(questions, items):
+        for name, pair in score_item(question | item).items():
+            pairs.setdefault(name, []).append(pair)
+    return {name: evaluate.bootstrap(pairs[name]) for name in sorted(pairs)}
 
 
 def main(args: argparse.Namespace):
