@@ -63,7 +63,6 @@ METHODS = {
     "soft replay 3": Method(replay=1, teacher=True, weight=3),
     "soft replay 3, twice the answers": Method(replay=2, teacher=True, weight=3),
     "soft RaDis + soft replay": Method("rationale", replay=1, teacher=True),
-    "no EOS": Method("no-eos"),  # a control: the reference, one more token, and no end
     "SeqKD": Method("translation"),
     "SDFT": Method("paraphrase"),
     "vanilla, middle frozen": Method(weight=0, ends=1 / 6),
@@ -82,8 +81,8 @@ def eaft(logits, targets):
     """Each token's loss times its entropy over the 20 most likely tokens, as a share of the largest
     possible one (Entropy-Adaptive Fine-Tuning, arXiv 2601.02151). No gradient of the weight.
     """
-    top = logits.float().topk(min(20, logits.shape[1])).values
-    weights = torch.distributions.Categorical(logits=top).entropy() / math.log(top.shape[1])
+    top = logits.float().topk(20).values.log_softmax(-1)
+    weights = -(top.exp() * top).sum(-1) / math.log(20)
     losses, gradient = cross_entropy(logits, targets)
     return weights * losses, weights[:, None] * gradient
 
@@ -174,15 +173,10 @@ def prepare(options, seed: int):
     pairs = [row for file in options.pairs for row in read_jsonl(file)]
     count = min(len(pairs), options.steps * options.batch_size)  # of fewer, several epochs
     write_jsonl(folder / "pairs.jsonl", random.Random(seed).sample(pairs, count))
-    tasks = {"rationale" if method.pairs == "no-eos" else method.pairs for method in methods}
-    for task in sorted(tasks - {"pairs"}):
+    for task in sorted({method.pairs for method in methods} - {"pairs"}):
         flags = options.rationale_flags if task == "rationale" else options.answer_flags
         source = folder / "pairs.jsonl"
         generate(options, options.model, seed, task, source, folder / f"{task}.jsonl", flags)
-    if METHODS["no EOS"] in methods:
-        tokenizer = Tokenizer(options.model)
-        rows = read_jsonl(folder / "rationale.jsonl")
-        write_jsonl(folder / "no-eos.jsonl", [truncate(row, tokenizer) for row in rows])
     for replay in sorted({method.replay for method in methods} - {0}):
         source = folder / f"prompts-{replay}.jsonl"
         write_prompts(options, seed, replay * options.replayed * options.steps, source)
@@ -206,15 +200,6 @@ def unmeasured_prompts(options) -> list[dict]:
         require(new, row.where, "this prompt is also in --drift; remove it")
         prompts.append({"messages": row.messages})
     return prompts
-
-
-def truncate(row: dict, tokenizer: Tokenizer) -> dict:
-    """The row with the first token of its rationale alone, and no EOS after it."""
-    ids = row["rationale_ids"][:1]
-    if not ids:  # the model ended its answer at once
-        return row
-    text = tokenizer.decode_after(row["reference_ids"], ids)
-    return row | {"rationale": text, "rationale_ids": ids, "finish": "length"}
 
 
 def slug(method: str) -> str:

@@ -56,7 +56,7 @@ COSTS = {"trained": "trained on", "taught": "by the teacher", "sampled": "sample
 def read_points(folders: list[str], rate: str, seeds: list[int]) -> dict[str, dict]:
     """-> points[title][seed][measure]"""
     points = {"base": {}, "vanilla": {}}
-    for name in METHODS:
+    for name in (*METHODS, "no EOS"):  # an earlier control: the answer continues without an end
         for folder in map(Path, folders):
             files = folder.glob(f"points/seed-*/{rate}/{slug(name)}/*.npz")
             for file in sorted(files, reverse=True):

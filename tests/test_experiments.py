@@ -1,6 +1,9 @@
 """The experiments: a shortened demo, the synthetic world, a study in miniature, and its report."""
 
+import copy
+import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -159,6 +162,10 @@ def study(folder, tmp_path_factory):
     write_jsonl(here / "task.jsonl", PAIRS[3:5])
     question = {"question_id": 1, "turns": ["Who is it?", "And now?"]}
     write_jsonl(here / "general.jsonl", [question])
+    rows = []
+    for kind in ("punctuation:no_comma", "detectable_format:title"):
+        rows.append({"prompt": f"Write {kind}", "instruction_id_list": [kind], "kwargs": [{}]})
+    write_jsonl(here / "ifeval.jsonl", rows)
     rows = [{"prompt": f"What is {i}?"} for i in range(3)]
     write_jsonl(here / "prompts.jsonl", rows)
     command = f"""
@@ -166,7 +173,7 @@ def study(folder, tmp_path_factory):
         --drift {here}/general.jsonl {here}/task.jsonl --prompts {here}/prompts.jsonl
         --seeds 0 --rate 1e-3 --steps 2 --batch-size 4 --weights 0.5
         --rationale-flags="--max-new-tokens 6 --cue '\\n'" --answer-flags="--max-new-tokens 8"
-        --only vanilla "soft replay 3" "no EOS"
+        --only vanilla "soft replay 3" EAFT --ifeval {here}/ifeval.jsonl
         """
     call(methods, command)
     return here, command
@@ -179,24 +186,26 @@ def points(study):
 
 
 def test_a_study_measures_methods_and_models_between_them_and_the_base(points):
-    kl = {title: by_seed[0]["KL"][0] for title, by_seed in points.items()}
+    kl = {title: by_seed[0]["KL"] for title, by_seed in points.items()}
     assert kl.pop("base") == 0
-    assert list(kl)[::2] == ["vanilla", "soft replay 3", "no EOS"]
+    assert list(kl)[::2] == ["vanilla", "soft replay 3", "EAFT"]
     for method in list(kl)[::2]:
         between = kl[f"{method}, interpolated 0.5"]
         assert 0 < between < kl[method]
     base = points["base"][0]
-    assert base["answer length"][0] > 1
+    assert base["answer length"] > 1
+    assert 0 <= base["IFEval"] <= 100
+    assert base["IFEval"] == (base["IFEval built"] + base["IFEval other"]) / 2
 
 
 def test_a_study_counts_tokens_and_keeps_no_models(points, study):
     here, _ = study
     vanilla = points["vanilla"][0]
-    assert vanilla["trained"] > 0
-    assert vanilla["taught"] == vanilla["sampled"] == 0
+    assert vanilla["trained on"] > 0
+    assert vanilla["by the teacher"] == vanilla["sampled"] == 0
     soft = points["soft replay 3"][0]
-    assert soft["trained"] > vanilla["trained"]
-    assert soft["taught"] == soft["trained"]
+    assert soft["trained on"] > vanilla["trained on"]
+    assert soft["by the teacher"] == soft["trained on"]
     assert soft["sampled"] > 0
     models = here.glob("out/models/**/*.safetensors")
     assert not list(models)
@@ -207,11 +216,13 @@ def test_the_report_prints_what_was_measured(points, study, capsys):
     call(report, f"--out {here}/out --rate 1e-3 --minus vanilla base")
     printed = capsys.readouterr().out
     vanilla = points["vanilla"][0]
-    chrf = vanilla["chrF++"][0]
-    kl = vanilla["KL"][0]
-    assert f"| vanilla | 1 | {chrf:.1f}, {kl:.3f} |" in printed
-    assert "### vanilla minus base" in printed
-    assert f"| KL | 1 | {kl:.3f} |" in printed
+    assert f"| vanilla | 1 | {vanilla['chrF++']:.1f} | {vanilla['KL']:.3f} |" in printed
+    result = [100, 100]
+    result += [vanilla[name] for name in ("IFEval", "IFEval built", "IFEval other")]
+    result.append(vanilla["answer length"])
+    assert f"| vanilla | 1 | {' | '.join(f'{x:.1f}' for x in result)} |" in printed
+    assert printed.count("| vanilla minus base | 1 |") == 2
+    assert "Rank correlation with IFEval minus base, over 6 models" in printed
     with pytest.raises(UserError, match="no point of vanilla at the rate 2e-3"):
         call(report, f"--out {here}/out --rate 2e-3")
     with pytest.raises(UserError, match="--minus SDFT: must be one of base, vanilla"):
@@ -249,16 +260,89 @@ def test_other_settings_are_refused(words, fault, study):
         call(methods, command + words.format(here=here))
 
 
-def test_without_eos_the_answer_ends_after_the_reference_and_one_token(study, folder):
-    here, _ = study
-    tokenizer = Tokenizer(folder)
-    rows = read_rows([here / "out/seed-0/no-eos.jsonl"])
-    assert len(rows) == 8
-    for row in rows:
-        example = Encoder(tokenizer).example(row)
-        ids = example.reference + example.rationale
-        assert tokenizer.end_id not in ids
-        assert tokenizer.decode(ids) == row.reference + "\n"
+CHANGED = ["vanilla, middle frozen", "soft RaDis, middle frozen", "repair", "EAFT", "DFT"]
+
+
+def test_methods_that_change_the_loss_or_freeze_layers_run_and_say_so(study, points, folder):
+    here, command = study
+    call(methods, f'{command} --keep --only "{CHANGED[0]}" "{CHANGED[1]}" repair DFT')
+    kl = {}
+    for name in CHANGED:
+        file = here / f"out/points/seed-0/1e-3/{methods.slug(name)}/step-2.npz"
+        kl[name] = report.read_point(file)["KL"]
+    vanilla = points["vanilla"][0]["KL"]
+    assert len({0, vanilla, *kl.values()}) == 7
+    start = Transformer.from_pretrained(folder).model
+    for name in CHANGED[:2]:
+        model = here / f"out/models/seed-0/1e-3/{methods.slug(name)}/step-2"
+        end = Transformer.from_pretrained(model).model
+        assert torch.equal(start["embed_tokens"].weight, end["embed_tokens"].weight)
+    answers = read_jsonl(here / "out/models/seed-0/1e-3/repair/answers.jsonl")
+    assert len(answers) == 4, "a quarter of the steps, at least one"
+    log = (here / "out/logs/train.txt").read_text("utf-8")
+    assert log.count("# with {'changed_loss': 'DFT', 'layers_at_ends': None}") == 1
+    tuned = here / "out/models/seed-0/1e-3/DFT/step-2"
+    assert json.loads((tuned / "args.json").read_text())["changed_loss"] == "DFT"
+
+
+def test_a_run_is_not_resumed_with_another_loss(study, monkeypatch):
+    _, command = study
+    options = methods.parser().parse_args(shlex.split(command))
+    options.out = Path(options.out).resolve()
+    other = dataclasses.replace(methods.METHODS["DFT"], loss="EAFT")
+    monkeypatch.setitem(methods.METHODS, "DFT", other)
+    with pytest.raises(UserError, match="changed_loss was .DFT., now .EAFT."):
+        methods.train_method(options, 0, "DFT")
+    tuned = options.out / "models/seed-0/1e-3/DFT/step-2"
+    (tuned / "config.json").unlink()  # as of a run that was stopped
+    with pytest.raises(UserError, match="changed_loss was .DFT., now .EAFT."):
+        methods.train_method(options, 0, "DFT")
+
+
+def test_only_the_layers_at_both_ends_are_trained(folder):
+    model = Transformer.from_pretrained(folder)
+    layers = model.model["layers"]
+    layers.extend(copy.deepcopy(layers[:1]))  # three layers
+    optimizer = methods.train_ends(1 / 6, model, 0.0)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[2] for name in trained} == {"0", "2"}
+    assert all(name.startswith("model.layers") for name in trained)
+    frozen = layers[1].parameters()
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in frozen)
+
+
+@pytest.mark.parametrize("name", ["EAFT", "DFT"])
+def test_the_gradient_of_a_weighted_loss_is_autograds(name):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(8, 50)).requires_grad_()
+    targets = torch.arange(8)
+    losses, gradient = methods.LOSSES[name](logits.detach(), targets)
+    probs = logits.softmax(-1)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    if name == "DFT":
+        weights = probs[targets, targets]
+    else:
+        top = probs.sort(descending=True).values[:, :20]
+        top = top / top.sum(1, keepdim=True)
+        weights = -(top * top.log()).sum(1) / math.log(20)
+    expected = expected * weights.detach()
+    assert torch.allclose(losses, expected, atol=1e-6)
+    expected.sum().backward()
+    assert torch.allclose(gradient, logits.grad, atol=1e-6)
+
+
+def test_points_of_an_earlier_study_get_the_answers_that_are_there(study, capsys):
+    here, command = study
+    file = here / "out/points/base.npz"
+    content = dict(np.load(file))
+    known = [not name.startswith("ifeval") for name in content["names"]]
+    assert known.count(False) == 8
+    for name in ("names", "values", "draws"):
+        content[name] = content[name][known]
+    np.savez(file, **content)
+    call(methods, command)
+    assert "$ python" not in capsys.readouterr().out
+    assert np.load(file)["names"].size == len(known)
 
 
 def test_the_weight_of_replay_compares_means_and_not_tokens(study, folder):
@@ -322,9 +406,7 @@ def test_interpolation_overwrites_nothing_and_needs_the_same_tensors(folder, tun
 
 
 def point(chrf: float, kl: float) -> dict:
-    """A point whose 21 bootstrap draws all equal the score."""
-    values = {"chrF++": chrf, "KL": kl, "KL, task prompts": kl, "answer length": 9 - kl**0.5}
-    return {name: np.full(22, value) for name, value in values.items()}
+    return {"chrF++": chrf, "KL": kl, "KL, task prompts": kl, "answer length": 9 - kl**0.5}
 
 
 GAINS = {0: 9.0, 1: 10.0, 2: 11.0}  # of vanilla, by seed
@@ -347,45 +429,54 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     return rows
 
 
-def test_shares_of_gain_and_kl_and_the_distances_from_the_goal(capsys):
+def test_shares_of_gain_and_kl_and_the_seeds_that_have_a_value(capsys):
     points = {"base": between(0, 0), "vanilla": between(1, 1)}
     method = between(0.99, 0.04)
+    method[1]["answer length"] += 2
     del method[2]
     points["soft RaDis"] = method
-    report.compare_with_goal(points)
-    report.print_values(points, [])
-    table = capsys.readouterr().out.split("###")[1]
-    cells = rows_of(table)["soft RaDis"]
-    assert cells[:3] == ["2", "99", "4"]
-    # a is 4% of gains of 9 and 10, b -6% of KLs of 0.18 and 0.2; t of two seeds is 12.7
-    assert cells[3:5] == ["0.38 [0.13, 0.63]", "0.38 [0.38, 0.38]"]
-    assert cells[5:] == ["-0.011 [-0.019, -0.004]", "-0.011 [-0.011, -0.011]"]
+    report.add_comparisons(points)
+    method[0]["IFEval"] = 30
+    columns = {"gain, %": 1, "KL, %": 1, "answer length": 1, "IFEval": 1}
+    report.print_table("", points, columns)
+    cells = rows_of(capsys.readouterr().out)["soft RaDis"]
+    # the lengths are 8.9 and 10.9; t of two seeds is 12.7
+    assert cells == ["2", "99.0", "4.0", "9.9 [-2.8, 22.6]", "30.0 (1 seeds)"]
 
 
-def test_a_method_is_compared_with_interpolated_vanilla_at_its_kl(capsys):
-    points = {"base": between(0, 0), "vanilla": between(1, 1)}
-    for weight in (0.8, 0.4, 0.2):
-        points[f"vanilla, interpolated {weight}"] = between(weight, weight**2)
-    points["RaDis"] = between(0.5, 1.1)  # vanilla never has this KL
-    points["soft RaDis"] = between(0.98, 0.6**2)
-    for each in points["soft RaDis"].values():
-        each["answer length"] = each["answer length"] + 24
-    report.print_equal_kl(points)
-    rows = rows_of(capsys.readouterr().out)
-    assert "RaDis" not in rows
-    cells = rows["soft RaDis"]
-    assert cells[1:3] == ["3.80 [2.86, 4.74]", "3.80 [3.80, 3.80]"]
-    assert cells[5:7] == ["24.0 [24.0, 24.0]", "24.0 [24.0, 24.0]"]
-    assert cells[7] == "0.003"
+def test_p_values_of_the_questions_are_corrected_together():
+    points = {"base": between(0, 0), "vanilla": between(1, 1), "RaDis": between(0.9, 0.3)}
+    for title, change in {"base": 0, "vanilla": -5, "RaDis": 2}.items():
+        for seed, each in points[title].items():
+            each["IFEval"] = 30 + change * (1 + seed / 10)
+    pairs = [("vanilla", "base"), ("RaDis", "vanilla")]
+    rows = report.compare(points, pairs, ["IFEval"])
+    [first] = {change["p, IFEval"] for change in rows["vanilla minus base"].values()}
+    [second] = {change["p, IFEval"] for change in rows["RaDis minus vanilla"].values()}
+    # both t are 11 sqrt(3), so both p are that of t = 19.05 with 2 degrees of freedom, twice
+    assert first == pytest.approx(2 * 0.00274, rel=1e-2)
+    assert second == pytest.approx(first)
+    assert rows["vanilla minus base"][2]["IFEval"] == pytest.approx(-6)
+
+
+def test_the_rank_correlation_is_spearmans(capsys):
+    points = {"base": between(0, 0)}
+    for seed, (kl, lost) in enumerate([(0.1, -1), (0.2, -1), (0.3, -4), (0.9, -3)]):
+        each = point(20, kl) | {"IFEval minus base": lost, "KL, task prompts": -lost}
+        points.setdefault("vanilla", {})[seed] = each
+    report.print_predictions(points)
+    printed = capsys.readouterr().out
+    # ranks 1 2 3 4 against 3.5 3.5 1 2
+    assert "- KL: -0.74" in printed
+    assert "- KL, task prompts: -1.00" in printed
 
 
 def test_intervals_over_seeds_are_students():
-    values = np.array([[1.0], [2.0], [3.0]])
-    mean, low, _, p = report.over_seeds(values)
+    mean, low, _, p = report.over_seeds([1.0, 2.0, 3.0])
     assert mean == 2
     assert round(low, 3) == -0.484
     assert round(p, 4) == 0.0742
-    _, low, _, _ = report.over_seeds(values[:1])
+    _, low, _, _ = report.over_seeds([1.0])
     assert np.isnan(low), "one seed has no interval"
 
 
@@ -393,7 +484,7 @@ def test_intervals_over_seeds_are_students():
 def test_quantiles_of_students_t(n, quantile):
     values = np.arange(float(n))
     error = values.std(ddof=1) / n**0.5
-    mean, low, *_ = report.over_seeds(values[:, None])
+    mean, low, *_ = report.over_seeds(values)
     assert mean - low == pytest.approx(quantile * error, rel=1e-4)
 
 
@@ -413,7 +504,7 @@ def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_pat
     call(report, words)
     printed = capsys.readouterr().out
     tables = re.findall(r"### .*\n\n(?:\|.*\n)+", printed)
-    assert len(tables) == 9
+    assert len(tables) == 4
     for table in tables:
         assert table in appendix
     assert picture.exists()
