@@ -15,15 +15,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from evaluate import Statistic  # noqa: E402
 from model import read_object, require  # noqa: E402
 
 SMALL = re.IGNORECASE
@@ -35,15 +32,20 @@ ABBREVIATION = re.compile(
     r"(\b(mr|mrs|ms|dr|prof|st|vs|p\.m|a\.m|u\.s|ph\.d|[a-z])|\.\.)\.$", SMALL
 )
 FENCE = re.compile(r"^```(json)?|```$", SMALL)
-CONSTRAINED = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
 
 
 # 1. The 25 kinds: text, and arguments by their names in the data -> is the instruction followed?
 
 
-def satisfies(count: int, relation: str, limit: int) -> bool:
-    """relation: "less than" or "at least"."""
-    return count < limit if relation == "less than" else count >= limit
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def enough(number: int, a: dict) -> bool:
+    """Compares with the number among the arguments; they can ask for less than it."""
+    [limit] = [value for value in a.values() if isinstance(value, int)]
+    less = any(a.get(f"{name}relation") == "less than" for name in ("", "let_", "capital_"))
+    return number < limit if less else number >= limit
 
 
 def is_language(text: str, language: str) -> bool:
@@ -104,11 +106,10 @@ def is_json(text, a):
     return True
 
 
-def has_highlights(text, a):
+def count_highlights(text: str) -> int:
     """*one* and **two** asterisks, each with something between them."""
-    single = [x for x in re.findall(r"\*[^\n*]*\*", text) if x.strip("*").strip()]
-    double = [x for x in re.findall(r"\*\*([^\n*]*)\*\*", text) if x.strip()]
-    return len(single) + len(double) >= a["num_highlights"]
+    found = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
+    return sum(bool(x.strip("*").strip()) for x in found)
 
 
 def has_two_responses(text, a):
@@ -122,21 +123,10 @@ def has_title(text, a):
     return any(x.lstrip("<").rstrip(">").strip() for x in titles)
 
 
-def has_capitals(text, a):
+def count_capitals(text: str) -> int:
     # an apostrophe separates words: the I of I'm is one
     words = re.findall(r"[^\W_]+(?:[-.&/][^\W_]+)*", text)
-    count = sum(word.isupper() for word in words)
-    return satisfies(count, a["capital_relation"], a["capital_frequency"])
-
-
-def has_keyword(text, a):
-    count = len(re.findall(a["keyword"], text, SMALL))
-    return satisfies(count, a["relation"], a["frequency"])
-
-
-def has_letter(text, a):
-    count = text.lower().count(a["letter"].lower())
-    return satisfies(count, a["let_relation"], a["let_frequency"])
+    return sum(word.isupper() for word in words)
 
 
 def repeats_prompt(text, a):
@@ -150,44 +140,42 @@ def has_end(text, a):
 # what an answer has to build; a short answer follows the other kinds by accident
 BUILT = {
     "combination:two_responses": has_two_responses,
-    "detectable_content:number_placeholders": lambda text, a: (
-        len(re.findall(r"\[.*?\]", text)) >= a["num_placeholders"]
-    ),
+    "detectable_content:number_placeholders": lambda text, a: enough(count(r"\[.*?\]", text), a),
     "detectable_content:postscript": has_postscript,
     "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, a: (
-        len(re.findall(rf"{a['section_spliter']}\s?\d+", text)) >= a["num_sections"]
+    "detectable_format:multiple_sections": lambda text, a: enough(
+        count(rf"{a['section_spliter']}\s?\d+", text), a
     ),
     "detectable_format:number_bullet_lists": lambda text, a: (
-        len(re.findall(r"(?m)^\s*(?:\*[^*]|-).*$", text)) == a["num_bullets"]
+        count(r"(?m)^\s*(?:\*[^*]|-).*$", text) == a["num_bullets"]
     ),
-    "detectable_format:number_highlighted_sections": has_highlights,
+    "detectable_format:number_highlighted_sections": lambda text, a: enough(
+        count_highlights(text), a
+    ),
     "detectable_format:title": has_title,
-    "keywords:existence": lambda text, a: all(re.search(x, text, SMALL) for x in a["keywords"]),
-    "keywords:frequency": has_keyword,
+    "keywords:existence": lambda text, a: all(count(f"(?i){x}", text) for x in a["keywords"]),
+    "keywords:frequency": lambda text, a: enough(count(f"(?i){a['keyword']}", text), a),
     "length_constraints:nth_paragraph_first_word": starts_paragraph,
     "length_constraints:number_paragraphs": has_paragraphs,
     "startend:end_checker": has_end,
 }
-CHECKS: dict[str, Callable] = BUILT | {
-    "change_case:capital_word_frequency": has_capitals,
+CHECKS = BUILT | {
+    "change_case:capital_word_frequency": lambda text, a: enough(count_capitals(text), a),
     "change_case:english_capital": lambda text, a: text.isupper() and is_language(text, "en"),
     "change_case:english_lowercase": lambda text, a: text.islower() and is_language(text, "en"),
     "combination:repeat_prompt": repeats_prompt,
-    "detectable_format:constrained_response": lambda text, a: any(x in text for x in CONSTRAINED),
+    "detectable_format:constrained_response": lambda text, a: (
+        count(r"My answer is (?:yes|no|maybe)\.", text) > 0
+    ),
     "keywords:forbidden_words": lambda text, a: (
-        not any(re.search(rf"\b{x}\b", text, SMALL) for x in a["forbidden_words"])
+        not any(count(rf"(?i)\b{x}\b", text) for x in a["forbidden_words"])
     ),
-    "keywords:letter_frequency": has_letter,
+    "keywords:letter_frequency": lambda text, a: enough(text.lower().count(a["letter"].lower()), a),
     "language:response_language": lambda text, a: is_language(text, a["language"]),
-    "length_constraints:number_sentences": lambda text, a: satisfies(
-        count_sentences(text), a["relation"], a["num_sentences"]
-    ),
-    "length_constraints:number_words": lambda text, a: satisfies(
-        len(re.findall(r"\w+", text)), a["relation"], a["num_words"]
-    ),
+    "length_constraints:number_sentences": lambda text, a: enough(count_sentences(text), a),
+    "length_constraints:number_words": lambda text, a: enough(count(r"\w+", text), a),
     "punctuation:no_comma": lambda text, a: "," not in text,
-    "startend:quotation": lambda text, a: re.fullmatch('(?s)".*"', text.strip()) is not None,
+    "startend:quotation": lambda text, a: count(r'(?s)^".*"$', text.strip()) > 0,
 }
 
 
@@ -221,7 +209,7 @@ def score_item(item: dict) -> dict:
     return scores
 
 
-def read_scores(folder: Path, file: str) -> dict[str, Statistic]:
+def read_scores(folder: Path, file: str) -> dict[str, evaluate.Statistic]:
     """The scores of the answers to `file` that evaluate.py has stored in a folder."""
     questions = [fields for _, fields in data.read_json(file)]
     answers = folder / f"items/answers/{Path(file).stem}.jsonl"

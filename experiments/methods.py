@@ -213,23 +213,22 @@ def run_method(options, seed: int, name: str):
     missing = [point for point in weights if not is_measured(options, point)]
     if not missing:
         return
-    tuned, cost = train_method(options, seed, name)
+    tuned = train_method(options, seed, name)
     for point in missing:
         model = tuned
         if weights[point] != 1:
             model = tuned / "interpolated"
             shutil.rmtree(model, ignore_errors=True)
             run(options, "interpolate", [options.model, tuned, weights[point], model])
-        measure(options, model, point, cost)
+        measure(options, model, point)
     if not options.keep:
         shutil.rmtree(tuned)
 
 
-def train_method(options, seed: int, name: str) -> tuple[Path, dict]:
-    """-> the folder of the trained model, and what it cost."""
+def train_method(options, seed: int, name: str) -> Path:
+    """-> the folder of the trained model."""
     method = METHODS[name]
     tuned = options.out / f"models/seed-{seed}/{options.rate}/{slug(name)}/step-{options.steps}"
-    cost = {"trained": 0, "taught": 0, "sampled": 0}
     steps = options.steps
     start = options.model
     weight = method.weight
@@ -239,7 +238,7 @@ def train_method(options, seed: int, name: str) -> tuple[Path, dict]:
         if method.pairs == "pairs":
             weight *= ratio_of_means(options, files)
     if method.after:
-        start, cost = train_method(options, seed, method.after)
+        start = train_method(options, seed, method.after)
         steps = math.ceil(REPAIR * steps)
         source = tuned.with_name("prompts.jsonl")
         write_prompts(options, seed, steps * options.batch_size, source)
@@ -260,12 +259,7 @@ def train_method(options, seed: int, name: str) -> tuple[Path, dict]:
         loss = LOSSES[method.loss]
         with mock.patch.multiple(train, cross_entropy=loss, make_optimizer=make):
             run(options, "train", words, **changes)
-    trained = sum(line["tokens"] for line in read_jsonl(tuned / "metrics.jsonl"))
-    generated = [row.get("rationale_ids", []) for file in files for row in read_jsonl(file)]
-    cost["trained"] += trained
-    cost["taught"] += trained * method.teacher
-    cost["sampled"] += sum(map(len, generated))
-    return tuned, cost
+    return tuned
 
 
 def ratio_of_means(options, files: list) -> float:
@@ -287,7 +281,7 @@ def is_measured(options, name: str) -> bool:
     return not options.ifeval or "ifeval_loose/all" in np.load(file)["names"]
 
 
-def measure(options, model: Path, name: str, cost: dict):
+def measure(options, model: Path, name: str):
     """Measures a model, and keeps the scores with their bootstrap draws."""
     if not point_file(options, name).exists():
         out = options.out / f"results/{name}"
@@ -296,7 +290,7 @@ def measure(options, model: Path, name: str, cost: dict):
         words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
         run(options, "evaluate", words)
         _, statistics = evaluate.read_results(out)
-        keep(options, name, statistics, cost)
+        keep(options, name, statistics)
     if not is_measured(options, name):
         out = options.out / f"ifeval/{name}"
         answers = out / f"items/answers/{Path(options.ifeval).stem}.jsonl"
@@ -305,10 +299,10 @@ def measure(options, model: Path, name: str, cost: dict):
             run(options, "evaluate", [*words, *shlex.split(f"{IFEVAL} {options.flags}")])
         settings = {"model_hash": hash_model(model), "max_new_tokens": 384, "limit": None}
         data.require_same(out, read_object(out / "settings.json"), settings)
-        keep(options, name, ifeval.read_scores(out, options.ifeval), cost)
+        keep(options, name, ifeval.read_scores(out, options.ifeval))
 
 
-def keep(options, name: str, statistics: dict, cost: dict):
+def keep(options, name: str, statistics: dict):
     """Adds scores to a point."""
     table = np.array([statistic.values for statistic in statistics.values()])
     # of each draw the distance from the score of all items: three digits of it are enough
@@ -321,7 +315,7 @@ def keep(options, name: str, statistics: dict, cost: dict):
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     with open(temporary, "wb") as f:
-        np.savez_compressed(f, **arrays, cost=json.dumps(cost))
+        np.savez_compressed(f, **arrays)
     temporary.rename(file)
 
 
@@ -354,7 +348,7 @@ def main(options: argparse.Namespace):
         for file in options.drift:
             write_drift(options, Path(file))
         if not is_measured(options, "base"):
-            measure(options, Path(options.model), "base", {})
+            measure(options, Path(options.model), "base")
         for seed in options.seeds:
             prepare(options, seed)
     for seed in options.seeds:

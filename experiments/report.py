@@ -7,7 +7,6 @@ results.json of each model, and in the tables of `evaluate.py --compare` and ife
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -42,15 +41,10 @@ MEASURES = {
     "skills in rationales": (3, "acc/facts", "acc/meaning"),
     "replayed skills": (3, "acc/format", "flexible/arithmetic", "refusal/harmful"),
     "other skills": (3, "acc/spelling", "flexible/backwards", "flexible/ages"),
-    # tokens
-    "trained on": (0,),
-    "by the teacher": (0,),
-    "sampled": (0,),
 }
 RESULT = [*MEASURES][:6]  # the first table
 COMPARED = [*MEASURES][2:8]  # in the table of differences
 TESTED = ["IFEval", "IFEval built"]  # the p-values are corrected together
-COSTS = {"trained": "trained on", "taught": "by the teacher", "sampled": "sampled"}
 
 
 def read_points(folders: list[str], rate: str, seeds: list[int]) -> dict[str, dict]:
@@ -73,10 +67,8 @@ def read_points(folders: list[str], rate: str, seeds: list[int]) -> dict[str, di
 
 
 def read_point(file: Path) -> dict:
-    """The measures, and what the training cost."""
     content = np.load(file)
-    cost = json.loads(str(content["cost"]))
-    point = {title: cost.get(name, 0) for name, title in COSTS.items()}
+    point = {}
     scores = dict(zip(content["names"].tolist(), content["values"].tolist()))
     for measure, (_, *starts) in MEASURES.items():
         parts = [scores[name] for name in scores if name.startswith(tuple(starts))]
@@ -115,15 +107,12 @@ def over_seeds(values: list[float]) -> list[float]:
     return [mean, mean - half, mean + half, p]
 
 
-def holm(p_values: list[float]) -> list[float]:
-    """p adjusted for the number of tests (Holm 1979); NaN is not a test."""
-    count = int(np.sum(~np.isnan(p_values)))
-    adjusted = [np.nan] * len(p_values)
-    largest = 0.0
-    for rank, i in enumerate(np.argsort(p_values)[:count]):
-        largest = max(largest, min(1.0, p_values[i] * (count - rank)))
-        adjusted[i] = largest
-    return adjusted
+def holm(p_values: list[float]) -> np.ndarray:
+    """p adjusted for the number of tests (Holm 1979)."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(order), 0, -1)
+    adjusted = np.maximum.accumulate(factors * np.array(p_values)[order])
+    return np.minimum(1, adjusted)[np.argsort(order)]
 
 
 def values_of(by_seed: dict, measure: str) -> list[float]:
@@ -135,7 +124,7 @@ def show(measure: str, digits: int, by_seed: dict) -> str:
     values = values_of(by_seed, measure)
     if not values:
         return ""
-    mean, low, high = (f"{x:,.{digits}f}" for x in over_seeds(values)[:3])
+    mean, low, high = (f"{x:.{digits}f}" for x in over_seeds(values)[:3])
     cell = mean if low in (mean, "nan") else f"{mean} [{low}, {high}]"
     return cell if len(values) == len(by_seed) else f"{cell} ({len(values)} seeds)"
 

@@ -198,15 +198,8 @@ def test_a_study_measures_methods_and_models_between_them_and_the_base(points):
     assert base["IFEval"] == (base["IFEval built"] + base["IFEval other"]) / 2
 
 
-def test_a_study_counts_tokens_and_keeps_no_models(points, study):
+def test_a_study_keeps_no_models(study):
     here, _ = study
-    vanilla = points["vanilla"][0]
-    assert vanilla["trained on"] > 0
-    assert vanilla["by the teacher"] == vanilla["sampled"] == 0
-    soft = points["soft replay 3"][0]
-    assert soft["trained on"] > vanilla["trained on"]
-    assert soft["by the teacher"] == soft["trained on"]
-    assert soft["sampled"] > 0
     models = here.glob("out/models/**/*.safetensors")
     assert not list(models)
 
@@ -489,9 +482,8 @@ def test_quantiles_of_students_t(n, quantile):
 
 
 def test_holm_adjusts_for_the_number_of_tests():
-    adjusted = report.holm([0.01, 0.04, np.nan, 0.03])
-    expected = [0.03, 0.06, np.nan, 0.06]
-    assert np.allclose(adjusted, expected, equal_nan=True)
+    adjusted = report.holm([0.01, 0.04, 0.9, 0.03])
+    assert np.allclose(adjusted, [0.04, 0.09, 0.9, 0.09])
 
 
 def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_path):
