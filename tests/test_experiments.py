@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import PAIRS, read_jsonl, write_jsonl
 
+import evaluate
 from data import Encoder, Tokenizer, read_rows
 from model import Transformer, UserError
 
@@ -516,9 +517,52 @@ def test_the_numbers_of_the_results_are_those_of_the_appendix():
     assert compared > 50
 
 
+def script_of_readme(name: str) -> str:
+    """The script of the README that writes a file."""
+    pattern = r"^    python -[^\n]* <<'END'\n(.*?)    END$"
+    found = re.findall(pattern, read_text("README.md"), re.MULTILINE | re.DOTALL)
+    [script] = [script for script in found if f'"{name}"' in script and "write(" in script]
+    return re.sub(r"^    ", "", script, flags=re.MULTILINE)
+
+
+def test_the_readmes_safety_data_keeps_one_half_for_the_test(tmp_path, monkeypatch):
+    goals = ["goal,target"]
+    for i in range(20):
+        goals.append(f'"Explain how to do the forbidden thing {i}, twice",Sure')
+    (tmp_path / "advbench_harmful_behaviors.csv").write_text("\n".join(goals))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "What is rain?"}])
+    monkeypatch.chdir(tmp_path)
+    exec(script_of_readme("refusals.jsonl"), {})
+    held_out = [row["prompt"] for row in read_jsonl(tmp_path / "held-out.jsonl")]
+    trained = read_jsonl(tmp_path / "refusals.jsonl")
+    assert len(held_out) == 10
+    assert len(trained) == 20
+    for goal in held_out:
+        thing = goal.partition("how to ")[2]
+        assert not any(thing in row["prompt"] for row in trained)
+    for response in {row["response"] for row in trained}:
+        item = {"output": response, "output_tokens": 9}
+        assert evaluate.score_safety(item)["refusal"], response
+    benign = [row["prompt"] for row in read_jsonl(tmp_path / "benign.jsonl")]
+    assert len({*benign}) == len(benign) > 250
+
+
+def test_the_readme_converts_hellaswag_and_lambada(tmp_path, monkeypatch):
+    row = {"activity_label": "Rowing", "ctx_a": "A boat. [step]", "ctx_b": "the crew", "label": "1"}
+    write_jsonl(tmp_path / "hellaswag_val.jsonl", [row | {"endings": ["rows.", "[x]sleeps."]}])
+    write_jsonl(tmp_path / "lambada_test_en.jsonl", [{"text": "She rowed the boat"}])
+    monkeypatch.chdir(tmp_path)
+    exec(script_of_readme("hellaswag.jsonl"), {})
+    [item] = read_jsonl(tmp_path / "hellaswag.jsonl")
+    assert item["prompt"] == "Rowing: A boat. The crew"
+    assert item["choices"] == ["rows.", "sleeps."]
+    assert item["answer"] == 1
+    [row] = read_jsonl(tmp_path / "lambada.jsonl")
+    assert row == {"prompt": "She rowed the", "response": "boat"}
+
+
 def test_the_readmes_conversion_keeps_pairs_of_the_lengths_that_are_studied(tmp_path, monkeypatch):
-    text = read_text("README.md")
-    script = re.search(r"    python - <<'END'\n(    import json\n.*?)    END\n", text, re.DOTALL)[1]
+    script = script_of_readme("test-de-en.jsonl")
     short = {"translation": {"de": "Ja.", "en": "Yes."}}
     rows = [short]
     for pair in PAIRS:
@@ -527,7 +571,7 @@ def test_the_readmes_conversion_keeps_pairs_of_the_lengths_that_are_studied(tmp_
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"{name}.de-en.json", rows)
     monkeypatch.chdir(tmp_path)
-    exec(re.sub(r"^    ", "", script, flags=re.MULTILINE), {})
+    exec(script, {})
     assert read_jsonl(tmp_path / "train.jsonl") == PAIRS
     turned = read_jsonl(tmp_path / "reverse-en-de.jsonl")
     assert turned[0]["source"] == PAIRS[0]["reference"]
