@@ -129,14 +129,6 @@ def count_capitals(text: str) -> int:
     return sum(word.isupper() for word in words)
 
 
-def repeats_prompt(text, a):
-    return text.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
-
-
-def has_end(text, a):
-    return text.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower())
-
-
 # what an answer has to build; a short answer follows the other kinds by accident
 BUILT = {
     "combination:two_responses": has_two_responses,
@@ -157,13 +149,17 @@ BUILT = {
     "keywords:frequency": lambda text, a: enough(count(f"(?i){a['keyword']}", text), a),
     "length_constraints:nth_paragraph_first_word": starts_paragraph,
     "length_constraints:number_paragraphs": has_paragraphs,
-    "startend:end_checker": has_end,
+    "startend:end_checker": lambda text, a: (
+        text.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower())
+    ),
 }
 CHECKS = BUILT | {
     "change_case:capital_word_frequency": lambda text, a: enough(count_capitals(text), a),
     "change_case:english_capital": lambda text, a: text.isupper() and is_language(text, "en"),
     "change_case:english_lowercase": lambda text, a: text.islower() and is_language(text, "en"),
-    "combination:repeat_prompt": repeats_prompt,
+    "combination:repeat_prompt": lambda text, a: (
+        text.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
+    ),
     "detectable_format:constrained_response": lambda text, a: (
         count(r"My answer is (?:yes|no|maybe)\.", text) > 0
     ),
@@ -228,8 +224,7 @@ def main(args: argparse.Namespace):
     folders = [Path(folder) for folder in args.results]
     for folder in folders:
         settings = [read_object(x / "settings.json") for x in (folders[0], folder)]
-        free = (*data.NOT_COMPARED, "model_hash")
-        data.require_same(folder, *settings, free=free)
+        data.require_same(folder, *settings, free=(*data.NOT_COMPARED, "model_hash"))
     names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
     evaluate.print_table(names, [read_scores(folder, args.data) for folder in folders])
 

@@ -4,11 +4,9 @@
         --drift general-vicuna.jsonl --prompts prompts.jsonl --out DIR --only vanilla RaDis
 
 The commands of the scripts are printed and run one by one; DIR/points keeps the measures for
-report.py. The same command runs what is missing; others can run at the same time. Losses and layers
-that train.py has no option for are changed in this process: see LOSSES and `train_ends`.
+report.py. The same command runs what is missing; others can run at the same time.
 """
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -78,9 +76,7 @@ FREE = ("out", "seeds", "rate", "only", "weights", "keep", "ifeval")
 
 
 def eaft(logits, targets):
-    """Each token's loss times its entropy over the 20 most likely tokens, as a share of the largest
-    possible one (Entropy-Adaptive Fine-Tuning, arXiv 2601.02151). No gradient of the weight.
-    """
+    """The loss times the entropy of the 20 most likely tokens / log 20 (arXiv 2601.02151)."""
     top = logits.float().topk(20).values.log_softmax(-1)
     weights = -(top.exp() * top).sum(-1) / math.log(20)
     losses, gradient = cross_entropy(logits, targets)
@@ -88,14 +84,13 @@ def eaft(logits, targets):
 
 
 def dft(logits, targets):
-    """Each token's loss times its probability (Dynamic Fine-Tuning, arXiv 2508.05629). No gradient
-    of the weight.
-    """
+    """The loss times the probability of the target (arXiv 2508.05629)."""
     losses, gradient = cross_entropy(logits, targets)
     weights = (-losses).exp()
     return weights * losses, weights[:, None] * gradient
 
 
+# no gradient flows through the weights of the last two
 LOSSES = {"": cross_entropy, "EAFT": eaft, "DFT": dft}
 
 
@@ -149,10 +144,6 @@ def generate(options, model: Path, seed: int, task: str, source: Path, out: Path
         run(options, "generate", words)
 
 
-def read_jsonl(file: Path) -> list[dict]:
-    return [row for _, row in data.read_json(file)]
-
-
 def write_drift(options, file: Path):
     """The base model's answers to prompts, as a ledger for --drift."""
     answers = options.out / f"tests/answers/{file.stem}.jsonl"
@@ -162,7 +153,8 @@ def write_drift(options, file: Path):
     if not file.name.startswith("general"):  # the length of the models' own answers is not measured
         meta["max_new_tokens"] = 1
     ledger = options.out / f"tests/drift/{file.stem}.jsonl"
-    write_jsonl(ledger, read_jsonl(answers))
+    ledger.parent.mkdir(exist_ok=True)
+    shutil.copyfile(answers, ledger)
     write_text(ledger.with_suffix(".meta.json"), json.dumps(meta))
 
 
@@ -170,7 +162,7 @@ def prepare(options, seed: int):
     """Writes what the methods train on, for one seed, to DIR/seed-N."""
     folder = options.out / f"seed-{seed}"
     methods = [METHODS[name] for name in options.only]
-    pairs = [row for file in options.pairs for row in read_jsonl(file)]
+    pairs = [row for file in options.pairs for _, row in data.read_json(file)]
     count = min(len(pairs), options.steps * options.batch_size)  # of fewer, several epochs
     write_jsonl(folder / "pairs.jsonl", random.Random(seed).sample(pairs, count))
     for task in sorted({method.pairs for method in methods} - {"pairs"}):
@@ -185,13 +177,7 @@ def prepare(options, seed: int):
 
 
 def write_prompts(options, seed: int, count: int, file: Path):
-    prompts = unmeasured_prompts(options)
-    random.Random(seed).shuffle(prompts)
-    write_jsonl(file, list(itertools.islice(itertools.cycle(prompts), count)))
-
-
-def unmeasured_prompts(options) -> list[dict]:
-    """The prompts for replay, without ids. Raises UserError if one is also measured."""
+    """Writes prompts for replay, without ids. Raises UserError if one is also measured."""
     measured = data.read_rows(options.drift, prompts=True)
     texts = {row.messages[-1]["content"].strip() for row in measured if row.messages}
     prompts = []
@@ -199,7 +185,8 @@ def unmeasured_prompts(options) -> list[dict]:
         new = row.messages[-1]["content"].strip() not in texts
         require(new, row.where, "this prompt is also in --drift; remove it")
         prompts.append({"messages": row.messages})
-    return prompts
+    random.Random(seed).shuffle(prompts)
+    write_jsonl(file, list(itertools.islice(itertools.cycle(prompts), count)))
 
 
 def slug(method: str) -> str:
@@ -332,7 +319,7 @@ def check_settings(options):
         write_text(file, json.dumps(settings, indent=2))
 
 
-def main(options: argparse.Namespace):
+def main(options):
     options.only = options.only or ["vanilla", "RaDis", "soft RaDis", "soft RaDis + soft replay"]
     options.seeds = options.seeds or [0, 1, 2]
     options.out = Path(options.out).resolve()
@@ -381,7 +368,7 @@ OPTIONS = """
 """
 
 
-def parser() -> argparse.ArgumentParser:
+def parser():
     return data.make_parser("Trains and measures methods of fine-tuning.", OPTIONS)
 
 

@@ -165,7 +165,10 @@ def study(folder, tmp_path_factory):
     write_jsonl(here / "general.jsonl", [question])
     rows = []
     for kind in ("punctuation:no_comma", "detectable_format:title"):
-        rows.append({"prompt": f"Write {kind}", "instruction_id_list": [kind], "kwargs": [{}]})
+        row = {"prompt": f"Write {kind}"}
+        row["instruction_id_list"] = [kind]
+        row["kwargs"] = [{}]
+        rows.append(row)
     write_jsonl(here / "ifeval.jsonl", rows)
     rows = [{"prompt": f"What is {i}?"} for i in range(3)]
     write_jsonl(here / "prompts.jsonl", rows)
@@ -210,11 +213,14 @@ def test_the_report_prints_what_was_measured(points, study, capsys):
     call(report, f"--out {here}/out --rate 1e-3 --minus vanilla base")
     printed = capsys.readouterr().out
     vanilla = points["vanilla"][0]
-    assert f"| vanilla | 1 | {vanilla['chrF++']:.1f} | {vanilla['KL']:.3f} |" in printed
-    result = [100, 100]
-    result += [vanilla[name] for name in ("IFEval", "IFEval built", "IFEval other")]
-    result.append(vanilla["answer length"])
-    assert f"| vanilla | 1 | {' | '.join(f'{x:.1f}' for x in result)} |" in printed
+    chrf = vanilla["chrF++"]
+    kl = vanilla["KL"]
+    assert f"| vanilla | 1 | {chrf:.1f} | {kl:.3f} |" in printed
+    cells = ["100.0", "100.0"]
+    for name in report.RESULT[2:]:
+        cells.append(f"{vanilla[name]:.1f}")
+    row = " | ".join(cells)
+    assert f"| vanilla | 1 | {row} |" in printed
     assert printed.count("| vanilla minus base | 1 |") == 2
     assert "Rank correlation with IFEval minus base, over 6 models" in printed
     with pytest.raises(UserError, match="no point of vanilla at the rate 2e-3"):
@@ -298,11 +304,10 @@ def test_only_the_layers_at_both_ends_are_trained(folder):
     layers = model.model["layers"]
     layers.extend(copy.deepcopy(layers[:1]))  # three layers
     optimizer = methods.train_ends(1 / 6, model, 0.0)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[2] for name in trained} == {"0", "2"}
-    assert all(name.startswith("model.layers") for name in trained)
-    frozen = layers[1].parameters()
-    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in frozen)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == name.startswith(("model.layers.0.", "model.layers.2."))
+    for p in layers[1].parameters():
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
 
 
 @pytest.mark.parametrize("name", ["EAFT", "DFT"])
@@ -312,13 +317,14 @@ def test_the_gradient_of_a_weighted_loss_is_autograds(name):
     targets = torch.arange(8)
     losses, gradient = methods.LOSSES[name](logits.detach(), targets)
     probs = logits.softmax(-1)
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    expected = -probs.log()[targets, targets]
     if name == "DFT":
         weights = probs[targets, targets]
     else:
-        top = probs.sort(descending=True).values[:, :20]
+        top, _ = probs.topk(20)
         top = top / top.sum(1, keepdim=True)
-        weights = -(top * top.log()).sum(1) / math.log(20)
+        entropy = -(top * top.log()).sum(1)
+        weights = entropy / math.log(20)
     expected = expected * weights.detach()
     assert torch.allclose(losses, expected, atol=1e-6)
     expected.sum().backward()
@@ -329,14 +335,17 @@ def test_points_of_an_earlier_study_get_the_answers_that_are_there(study, capsys
     here, command = study
     file = here / "out/points/base.npz"
     content = dict(np.load(file))
-    known = [not name.startswith("ifeval") for name in content["names"]]
-    assert known.count(False) == 8
+    names = content["names"]
+    old = ~np.char.startswith(names, "ifeval")
+    assert len(names) - old.sum() == 8
     for name in ("names", "values", "draws"):
-        content[name] = content[name][known]
+        content[name] = content[name][old]
     np.savez(file, **content)
     call(methods, command)
-    assert "$ python" not in capsys.readouterr().out
-    assert np.load(file)["names"].size == len(known)
+    printed = capsys.readouterr().out
+    assert "$ python" not in printed
+    found = np.load(file)["names"]
+    assert sorted(found) == sorted(names)
 
 
 def test_the_weight_of_replay_compares_means_and_not_tokens(study, folder):
@@ -360,7 +369,7 @@ def test_a_prompt_that_is_measured_is_not_replayed(study):
     options = methods.parser().parse_args(shlex.split(command))
     options.prompts = [here / "replayed.jsonl"]
     with pytest.raises(UserError, match="replayed.jsonl:1: this prompt is also in --drift"):
-        methods.unmeasured_prompts(options)
+        methods.write_prompts(options, 0, 3, here / "written.jsonl")
 
 
 @pytest.fixture
@@ -431,34 +440,41 @@ def test_shares_of_gain_and_kl_and_the_seeds_that_have_a_value(capsys):
     points["soft RaDis"] = method
     report.add_comparisons(points)
     method[0]["IFEval"] = 30
-    columns = {"gain, %": 1, "KL, %": 1, "answer length": 1, "IFEval": 1}
-    report.print_table("", points, columns)
-    cells = rows_of(capsys.readouterr().out)["soft RaDis"]
+    columns = ["gain, %", "KL, %", "answer length", "IFEval"]
+    report.print_table("", points, dict.fromkeys(columns, 1))
+    printed = capsys.readouterr().out
+    cells = rows_of(printed)["soft RaDis"]
     # the lengths are 8.9 and 10.9; t of two seeds is 12.7
     assert cells == ["2", "99.0", "4.0", "9.9 [-2.8, 22.6]", "30.0 (1 seeds)"]
 
 
 def test_p_values_of_the_questions_are_corrected_together():
-    points = {"base": between(0, 0), "vanilla": between(1, 1), "RaDis": between(0.9, 0.3)}
+    points = {}
     for title, change in {"base": 0, "vanilla": -5, "RaDis": 2}.items():
-        for seed, each in points[title].items():
-            each["IFEval"] = 30 + change * (1 + seed / 10)
+        points[title] = {}
+        for seed in range(3):
+            value = 30 + change * (1 + seed / 10)
+            points[title][seed] = {"IFEval": value}
     pairs = [("vanilla", "base"), ("RaDis", "vanilla")]
     rows = report.compare(points, pairs, ["IFEval"])
-    [first] = {change["p, IFEval"] for change in rows["vanilla minus base"].values()}
-    [second] = {change["p, IFEval"] for change in rows["RaDis minus vanilla"].values()}
-    # both t are 11 sqrt(3), so both p are that of t = 19.05 with 2 degrees of freedom, twice
-    assert first == pytest.approx(2 * 0.00274, rel=1e-2)
-    assert second == pytest.approx(first)
-    assert rows["vanilla minus base"][2]["IFEval"] == pytest.approx(-6)
+    first = rows["vanilla minus base"]
+    second = rows["RaDis minus vanilla"]
+    # both t are 11 sqrt(3) = 19.05, with 2 degrees of freedom; Holm doubles p
+    p = pytest.approx(2 * 0.00274, rel=1e-2)
+    assert first[2]["IFEval"] == pytest.approx(-6)
+    for seed in range(3):
+        assert first[seed]["p, IFEval"] == p
+        assert second[seed]["p, IFEval"] == p
 
 
 def test_the_rank_correlation_is_spearmans(capsys):
-    points = {"base": between(0, 0)}
-    for seed, (kl, lost) in enumerate([(0.1, -1), (0.2, -1), (0.3, -4), (0.9, -3)]):
-        each = point(20, kl) | {"IFEval minus base": lost, "KL, task prompts": -lost}
-        points.setdefault("vanilla", {})[seed] = each
-    report.print_predictions(points)
+    by_seed = {}
+    changes = {0.1: -1, 0.2: -1, 0.3: -4, 0.9: -3}
+    for seed, (kl, change) in enumerate(changes.items()):
+        by_seed[seed] = {"KL": kl}
+        by_seed[seed]["IFEval minus base"] = change
+        by_seed[seed]["KL, task prompts"] = -change
+    report.print_predictions({"base": {}, "vanilla": by_seed})
     printed = capsys.readouterr().out
     # ranks 1 2 3 4 against 3.5 3.5 1 2
     assert "- KL: -0.74" in printed
@@ -529,22 +545,25 @@ def test_the_readmes_safety_data_keeps_one_half_for_the_test(tmp_path, monkeypat
     goals = ["goal,target"]
     for i in range(20):
         goals.append(f'"Explain how to do the forbidden thing {i}, twice",Sure')
-    (tmp_path / "advbench_harmful_behaviors.csv").write_text("\n".join(goals))
+    file = tmp_path / "advbench_harmful_behaviors.csv"
+    file.write_text("\n".join(goals))
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "What is rain?"}])
     monkeypatch.chdir(tmp_path)
     exec(script_of_readme("refusals.jsonl"), {})
-    held_out = [row["prompt"] for row in read_jsonl(tmp_path / "held-out.jsonl")]
+    held_out = read_jsonl(tmp_path / "held-out.jsonl")
     trained = read_jsonl(tmp_path / "refusals.jsonl")
     assert len(held_out) == 10
     assert len(trained) == 20
-    for goal in held_out:
-        thing = goal.partition("how to ")[2]
-        assert not any(thing in row["prompt"] for row in trained)
-    for response in {row["response"] for row in trained}:
-        item = {"output": response, "output_tokens": 9}
-        assert evaluate.score_safety(item)["refusal"], response
-    benign = [row["prompt"] for row in read_jsonl(tmp_path / "benign.jsonl")]
-    assert len({*benign}) == len(benign) > 250
+    prompts = " ".join(row["prompt"] for row in trained)
+    for row in held_out:
+        thing = row["prompt"].partition("how to ")[2]
+        assert thing not in prompts
+    for row in trained:
+        item = {"output": row["response"], "output_tokens": 9}
+        assert evaluate.score_safety(item)["refusal"], item
+    benign = (tmp_path / "benign.jsonl").read_text().splitlines()
+    assert len(benign) > 250
+    assert len({*benign}) == len(benign)
 
 
 def test_the_readme_converts_hellaswag_and_lambada(tmp_path, monkeypatch):
