@@ -15,17 +15,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from evaluate import Statistic  # noqa: E402
 from model import require  # noqa: E402
 
 SMALL = re.IGNORECASE
@@ -82,11 +79,9 @@ def starts_paragraph(text, num_paragraphs, nth_paragraph, first_word):
 
 
 def has_postscript(text, postscript_marker):
-    pattern = re.escape(postscript_marker.lower())
-    pattern = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}.get(
-        postscript_marker.lower(), pattern
-    )
-    return re.search(pattern, text.lower()) is not None
+    pattern = r"\.\s?".join(re.findall("[a-z]", postscript_marker.lower()))
+    end = r"\." if postscript_marker.endswith(".") else ""
+    return re.search(pattern + end, text.lower()) is not None
 
 
 def is_json(text):
@@ -135,7 +130,7 @@ def count_capital_words(text: str) -> int:
     return sum(word.isupper() for word in words)
 
 
-CHECKS: dict[str, Callable] = {
+CHECKS = {
     "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency: (
         satisfies(count_capital_words(text), capital_relation, capital_frequency)
     ),
@@ -186,8 +181,9 @@ CHECKS: dict[str, Callable] = {
 BUILT = """number_placeholders postscript multiple_sections number_bullet_lists
     number_highlighted_sections title json_format existence frequency nth_paragraph_first_word
     number_paragraphs two_responses end_checker""".split()
-HALVES = ("built", "other")
-NAMES = [f"ifeval_{name}/{half}" for name in ("loose", "strict") for half in ("all", *HALVES)]
+NAMES = [
+    f"ifeval_{name}/{half}" for name in ("loose", "strict") for half in ("all", "built", "other")
+]
 NAMES += ["ifeval_prompt_loose/all", "ifeval_prompt_strict/all"]
 
 
@@ -205,37 +201,28 @@ def follows(kind: str, arguments: dict, text: str) -> tuple[bool, bool]:
     return verdicts[0], any(verdicts)
 
 
-def score(items: list[dict], questions: list[dict], where) -> dict[str, Statistic]:
-    """Scores by name. items: of evaluate.py, those of the questions, in their order."""
+def read_scores(folder: Path, file: str) -> dict[str, evaluate.Statistic]:
+    """The scores of the answers to `file` that evaluate.py has stored in a folder, by name."""
+    questions = [fields for _, fields in data.read_json(file)]
+    answers = folder / f"items/answers/{Path(file).stem}.jsonl"
+    items = [item for _, item in data.read_json(answers)]
     same = [x["prompt"] for x in items] == [x["prompt"] for x in questions]
-    require(
-        same, where, "its prompts are not those of --data; answer them by evaluate.py --answers"
-    )
-    sums = {}
+    require(same, answers, f"its prompts are not those of {file}; answer them by evaluate.py")
+    sums = {name: [] for name in NAMES}
     for item, question in zip(items, questions):
-        row = {}
+        row = {name: [] for name in NAMES}
         for kind, arguments in zip(question["instruction_id_list"], question["kwargs"]):
             given = {name: value for name, value in arguments.items() if value is not None}
             half = "built" if kind.partition(":")[2] in BUILT else "other"
             for name, followed in zip(("strict", "loose"), follows(kind, given, item["output"])):
-                row.setdefault(f"ifeval_prompt_{name}/all", []).append(followed)
-                row.setdefault(f"ifeval_{name}/all", []).append(followed)
-                row.setdefault(f"ifeval_{name}/{half}", []).append(followed)
-        for name in NAMES:
-            followed = row.get(name, [])
-            pair = (sum(followed), len(followed))
-            if "prompt" in name:
-                pair = (all(followed), 1)
-            sums.setdefault(name, []).append(pair)
+                row[f"ifeval_{name}/all"].append(followed)
+                row[f"ifeval_{name}/{half}"].append(followed)
+                row[f"ifeval_prompt_{name}/all"].append(followed)
+        for name, followed in row.items():
+            pair = (all(followed), 1) if "prompt" in name else (sum(followed), len(followed))
+            sums[name].append(pair)
     with np.errstate(invalid="ignore"):  # a prompt may have no instruction of a half
         return {name: evaluate.bootstrap(pairs) for name, pairs in sums.items()}
-
-
-def read_scores(folder: Path, file: str) -> dict[str, Statistic]:
-    """The scores of the answers to `file` that evaluate.py has stored in a folder."""
-    questions = [fields for _, fields in data.read_json(file)]
-    answers = folder / f"items/answers/{Path(file).stem}.jsonl"
-    return score([item for _, item in data.read_json(answers)], questions, answers)
 
 
 def main(args: argparse.Namespace):

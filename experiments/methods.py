@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
+import ifeval  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from world import write_jsonl  # noqa: E402
@@ -218,6 +219,11 @@ def measure(options, model: Path, name: str, cost: dict):
     words += shlex.split(f"{options.answer_flags} {options.evaluate_flags} {options.flags}")
     run(options, "evaluate", words)
     _, statistics = evaluate.read_results(out)
+    for file in options.ifeval:
+        out = options.out / f"ifeval/{name}"
+        words = ["--model", model, "--out", out, "--answers", file]
+        run(options, "evaluate", words + shlex.split(f"{options.ifeval_flags} {options.flags}"))
+        statistics |= evaluate.read_results(out)[1] | ifeval.read_scores(out, file)
     table = np.array([statistic.values for statistic in statistics.values()])
     # of each draw the distance from the score of all items: three digits of it are enough
     draws = (table[:, 1:] - table[:, :1]).astype(np.float16)
@@ -234,7 +240,7 @@ def check_settings(options):
     """Raises UserError if --out has points of other settings."""
     settings = {name: value for name, value in vars(options).items() if name not in FREE}
     settings["model"] = hash_model(options.model)
-    for name in ("pairs", "test", "drift", "prompts"):
+    for name in ("pairs", "test", "drift", "prompts", "ifeval"):
         settings[name] = [f"{Path(x).name} {hash_model(x)}" for x in settings[name]]
     file = options.out / "settings.json"
     if file.exists():
@@ -272,6 +278,7 @@ OPTIONS = """
 --test! FILE...         pairs to translate
 --drift! FILE...        prompts or pairs, for KL to base; of general*.jsonl also answer length
 --prompts FILE...       prompts whose answers are replayed
+--ifeval FILE...        IFEval's prompts: the models answer them too, and are scored
 --only METHOD...        methods (default: vanilla, RaDis, soft RaDis, soft RaDis + soft replay)
 --seeds N...            default 0 1 2
 --rate RATE=1e-4        peak learning rate
@@ -282,6 +289,7 @@ OPTIONS = """
 --measured COUNT=40     rows of each file of --drift
 --rationale-flags WORDS=--max-new-tokens 64 --cue '\\n'   for rationales, as one word
 --answer-flags WORDS=--max-new-tokens 128   for answers and evaluate.py
+--ifeval-flags WORDS=--max-new-tokens 384   for these answers
 --train-flags WORDS=--micro-batch-size 16   for train.py
 --evaluate-flags WORDS=--batch-size 64   for evaluate.py, such as "--choice piqa.jsonl"
 --flags WORDS=--dtype float32   for all scripts, such as --template

@@ -28,6 +28,9 @@ MEASURES = {
     "KL, task prompts": (3, "drift_kl/task"),
     "KL, opposite direction": (3, "drift_kl/reverse"),
     "answer length": (1, "drift_length/general"),
+    "IFEval": (3, "ifeval_loose/all"),
+    "IFEval, built": (3, "ifeval_loose/built"),
+    "IFEval, other": (3, "ifeval_loose/other"),
     "BLiMP": (3, "acc/blimp"),
     "PIQA": (3, "acc/piqa"),
     # of the synthetic world

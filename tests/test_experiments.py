@@ -161,7 +161,10 @@ def study(folder, tmp_path_factory):
     write_jsonl(here / "general.jsonl", [question])
     rows = [{"prompt": f"What is {i}?"} for i in range(3)]
     write_jsonl(here / "prompts.jsonl", rows)
+    no_comma = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    write_jsonl(here / "ifeval.jsonl", [row | no_comma for row in rows])
     command = f"""
+        --ifeval {here}/ifeval.jsonl --ifeval-flags "--max-new-tokens 4"
         --model {folder} --out {here}/out --pairs {here}/pairs.jsonl --test {here}/test.jsonl
         --drift {here}/general.jsonl {here}/task.jsonl --prompts {here}/prompts.jsonl
         --seeds 0 --rate 1e-3 --steps 2 --batch-size 4 --weights 0.5
@@ -187,6 +190,8 @@ def test_a_study_measures_methods_and_models_between_them_and_the_base(points):
         assert 0 < between < kl[method]
     base = points["base"][0]
     assert base["answer length"][0] > 1
+    assert 0 <= base["IFEval"][0] <= 1
+    assert "IFEval, built" in base
 
 
 def test_a_study_counts_tokens_and_keeps_no_models(points, study):
@@ -231,7 +236,7 @@ def test_the_same_command_runs_what_is_missing(study, capsys):
         assert file.stat().st_mtime_ns == time
     scripts = re.findall(r"\$ python (\w+)\.py", capsys.readouterr().out)
     assert scripts.count("train") == 1
-    assert scripts.count("evaluate") == 1
+    assert scripts.count("evaluate") == 2
 
 
 @pytest.mark.parametrize(
