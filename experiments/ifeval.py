@@ -85,9 +85,8 @@ def has_postscript(text, postscript_marker):
 
 
 def is_json(text):
-    text = FENCE.sub("", text.strip()).strip()
     try:
-        json.loads(text)
+        json.loads(FENCE.sub("", text.strip()).strip())
     except ValueError:
         return False
     return True
@@ -120,8 +119,7 @@ def has_title(text):
 
 
 def is_quoted(text):
-    text = text.strip()
-    return len(text) > 1 and text[0] == text[-1] == '"'
+    return re.fullmatch('"(.|\n)*"', text.strip()) is not None
 
 
 def count_capital_words(text: str) -> int:
