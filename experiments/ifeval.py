@@ -29,8 +29,8 @@ SMALL = re.IGNORECASE
 # the versions of an answer, without lines from the first and from the last on, that are loose
 LINES = (slice(None), slice(1, None), slice(None, -1), slice(1, -1))
 ABBREVIATION = re.compile(r"(\d+|[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e)\.", SMALL)
+ANSWER = r"My answer is (yes|no|maybe)\."
 FENCE = re.compile(r"^```(json)?|```$", SMALL)
-CONSTRAINED = [f"My answer is {word}." for word in ("yes", "no", "maybe")]
 
 
 # 1. The 25 kinds: text and arguments -> whether the instruction is followed
@@ -118,10 +118,6 @@ def has_title(text):
     return any(x.lstrip("<").rstrip(">").strip() for x in titles)
 
 
-def is_quoted(text):
-    return re.fullmatch('"(.|\n)*"', text.strip()) is not None
-
-
 def count_capital_words(text: str) -> int:
     # an apostrophe separates words: the I of I'm is one
     words = re.findall(r"[^\W_]+(?:[-.&/][^\W_]+)*", text)
@@ -142,7 +138,7 @@ CHECKS = {
         len(re.findall(r"\[.*?\]", text)) >= num_placeholders
     ),
     "detectable_content:postscript": has_postscript,
-    "detectable_format:constrained_response": lambda text: any(x in text for x in CONSTRAINED),
+    "detectable_format:constrained_response": lambda text: re.search(ANSWER, text),
     "detectable_format:json_format": is_json,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
         len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
@@ -173,7 +169,7 @@ CHECKS = {
     "startend:end_checker": lambda text, end_phrase: (
         text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
     ),
-    "startend:quotation": is_quoted,
+    "startend:quotation": lambda text: re.fullmatch('"(.|\n)*"', text.strip()),
 }
 # what an answer has to build; a short answer follows the other kinds by accident
 BUILT = """number_placeholders postscript multiple_sections number_bullet_lists

@@ -156,6 +156,8 @@ def stack(by_seed: dict, measure: str) -> np.ndarray:
 
 
 def show_interval(interval, measure: str, digits: int, by_seed: dict) -> str:
+    if any(measure not in point for point in by_seed.values()):
+        return "not measured"
     numbers = interval(stack(by_seed, measure))[:3]
     mean, low, high = (f"{x:.{digits}f}" for x in numbers)
     return mean if low == "nan" else f"{mean} [{low}, {high}]"
