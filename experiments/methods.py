@@ -90,7 +90,6 @@ def dft(logits, targets):
     return weights * losses, weights[:, None] * gradient
 
 
-# no gradient flows through the weights of the last two
 LOSSES = {"": cross_entropy, "EAFT": eaft, "DFT": dft}
 
 
@@ -286,7 +285,8 @@ def measure(options, model: Path, name: str):
             run(options, "evaluate", [*words, *shlex.split(f"{IFEVAL} {options.flags}")])
         settings = {"model_hash": hash_model(model), "max_new_tokens": 384, "limit": None}
         data.require_same(out, read_object(out / "settings.json"), settings)
-        keep(options, name, ifeval.read_scores(out, options.ifeval))
+        scores = evaluate.read_results(out)[1] | ifeval.read_scores(out, options.ifeval)
+        keep(options, name, scores)
 
 
 def keep(options, name: str, statistics: dict):

@@ -52,6 +52,7 @@ from sentencepiece import SentencePieceProcessor
 
 import data
 from data import Encoder, Tokenizer, claim, collate, make_parser, read_rows, read_template, share
+from generate import DEFAULTS
 from model import UserError, start_processes
 
 BRIEF = "Be brief."
@@ -881,6 +882,22 @@ def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
         assert ids == theirs.encode(text, add_special_tokens=False)
 
 
+@pytest.mark.parametrize("name", data.NAMES)
+def test_a_format_keeps_every_text_and_ends_where_the_answer_begins(tmp_path, name):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path), name)
+    talk = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    talk.append({"role": "user", "content": "How?"})
+    prompt = tokenizer.render(talk[:1], "a test")
+    whole = tokenizer.render(talk, "a test")
+    assert "Why?" in prompt
+    assert whole.startswith(prompt)
+    rest = whole.removeprefix(prompt)
+    assert rest.lstrip().startswith("So.")
+    assert "How?" in rest
+    system = {"role": "system", "content": "Be kind."}
+    assert "Be kind." in tokenizer.render([system, *talk], "a test")
+
+
 @legacies
 @pytest.mark.parametrize("name", [*data.NAMES, "mistral v3", "x.jinja"])
 def test_exported_files_have_the_ids_of_chat_in_transformers(tmp_path, name, legacy):
@@ -1389,3 +1406,14 @@ def test_an_odd_row_is_one_line_with_its_place_or_does_no_harm(
             assert line.startswith(f"error: {file}:2: ")
             refused += 1
     assert 0 < refused < 200
+
+
+@pytest.mark.parametrize("script", ["data", "generate", "train", "evaluate"])
+def test_every_option_is_read(script):
+    source = (Path(data.__file__).parent / f"{script}.py").read_text("utf-8")
+    options = re.findall(r"(?m)^--([\w-]+)", source)
+    assert len(options) > 2
+    for option in options:
+        name = option.replace("-", "_")
+        read = re.search(rf"\b(args|options)\.{name}\b", source)
+        assert read or (script == "generate" and name in DEFAULTS), option

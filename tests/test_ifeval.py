@@ -29,7 +29,7 @@ existence | {"keywords": ["rain", "sun"]} | Sun, then rain | Sun, then snow
 forbidden_words | {"forbidden_words": ["rain"]} | a train | Rain!
 frequency | {"relation": "less than", "keyword": "ha", "frequency": 3} | haha | ha ha Ha
 letter_frequency | {"let_relation": "at least", "letter": "o", "let_frequency": 3} | Oo, o | otto
-nth_paragraph_first_word | {"num_paragraphs":2,"nth_paragraph":2,"first_word":"b"} | a\n\n"B | B\n\na
+nth_paragraph_first_word | {"num_paragraphs":2,"nth_paragraph":2,"first_word":"b"} | a\n\nB | B\n\na
 number_paragraphs | {"num_paragraphs": 2} | a\n***\nb\n*** | a\n***\n***\nb
 number_sentences | {"relation": "less than", "num_sentences": 3} | Dr. No left. | One. Two. 3
 number_words | {"relation": "at least", "num_words": 3} | it's it | only two
@@ -86,7 +86,7 @@ def test_scores_count_instructions_prompts_and_both_halves(tmp_path):
     file.parent.mkdir(parents=True)
     write_jsonl(file, [{"prompt": "a", "output": "Yes"}])
     write_jsonl(tmp_path / "x.jsonl", QUESTIONS)
-    with pytest.raises(UserError, match=r"x\.jsonl: its prompts are not those of --data"):
+    with pytest.raises(UserError, match=r"x\.jsonl: its prompts are not those of "):
         ifeval.read_scores(tmp_path, str(tmp_path / "x.jsonl"))
     answers = [{"prompt": "a", "output": "Yes"}, {"prompt": "b", "output": "Yes, or\n<<No>>"}]
     write_jsonl(file, answers)
