@@ -31,6 +31,7 @@ MEASURES = {
     "IFEval": (3, "ifeval_loose/all"),
     "IFEval, built": (3, "ifeval_loose/built"),
     "IFEval, other": (3, "ifeval_loose/other"),
+    "IFEval, answer length": (1, "length/ifeval"),
     "BLiMP": (3, "acc/blimp"),
     "PIQA": (3, "acc/piqa"),
     # of the synthetic world
