@@ -29,7 +29,7 @@ MEASURES = {
     "BLEU": (1, "bleu/test"),
     "IFEval strict": (1, "ifeval_strict/all"),
     "IFEval, prompts": (1, "ifeval_prompt_loose/all"),
-    "tokens of an answer": (0, "length/ifeval"),
+    "IFEval, answer length": (0, "length/ifeval"),
     "refused, harmful": (3, "refusal/harmful"),
     "refused, safe": (3, "refusal/benign"),
     "BLiMP": (3, "acc/blimp"),
@@ -71,7 +71,7 @@ def read_point(file: Path) -> dict:
     for measure, (_, *starts) in MEASURES.items():
         parts = [scores[name] for name in scores if name.startswith(tuple(starts))]
         if parts:
-            point[measure] = np.mean(parts) * (100 if measure.startswith("IFEval") else 1)
+            point[measure] = np.mean(parts) * (100 if starts[0].startswith("ifeval") else 1)
     return point
 
 

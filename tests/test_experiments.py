@@ -519,19 +519,32 @@ def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_pat
     assert picture.exists()
 
 
-def test_the_numbers_of_the_results_are_those_of_the_appendix_and_the_points(capsys):
+RUNNING = ("the base", "vanilla at 1e-4", "vanilla at 2e-4")  # of the study with IFEval
+
+
+@pytest.mark.parametrize("name", RUNNING)
+def test_the_numbers_of_the_running_study_are_those_of_its_points(name):
+    rate = name.partition(" at ")[2] or "1e-4"
+    points = report.read_points([EXPERIMENTS / "smollm2-ifeval"], rate, [])
+    point = points["base" if name == "the base" else "vanilla"][0]
+    cells = [f"{point['chrF++']:.1f}", f"{point['KL']:.3f}"]
+    for half in ("IFEval", "IFEval built", "IFEval other"):
+        cells.append(f"{point[half]:.1f}")
+    cells.append(f"{point['IFEval, answer length']:.0f}")
+    assert f"| {name} | {' | '.join(cells)} |" in read_text("RESULTS.md")
+
+
+def test_the_numbers_of_the_results_are_those_of_the_appendix():
     appendix = read_text("APPENDIX.md")
-    for rate in ("1e-4", "2e-4"):
-        call(report, f"--out {EXPERIMENTS}/smollm2-ifeval --rate {rate}")
-        printed = capsys.readouterr().out
-        appendix += printed.replace("| vanilla |", f"| vanilla, {rate} |")
     rows = re.findall(r"^\| (.*) \|$", read_text("RESULTS.md"), re.MULTILINE)
     compared = 0
     for row in rows:
         name, *cells = row.split(" | ")
+        if name in RUNNING:
+            continue
         lines = re.findall(rf"^\| {re.escape(name)} \|.*", appendix, re.MULTILINE)
         for cell in filter(str.strip, cells):
-            if name not in ("method", "model"):
+            if name != "method":
                 assert any(f" {cell} " in line for line in lines), (name, cell)
                 compared += 1
     assert compared > 50
