@@ -17,28 +17,35 @@ import re
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
-
-import numpy as np  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import evaluate  # noqa: E402
-from model import require  # noqa: E402
+from model import read_object, require  # noqa: E402
 
 SMALL = re.IGNORECASE
 # the versions of an answer, without lines from the first and from the last on, that are loose
 LINES = (slice(None), slice(1, None), slice(None, -1), slice(1, -1))
-ABBREVIATION = re.compile(r"(\d+|[a-z]|mr|mrs|ms|dr|prof|st|vs|etc|e\.g|i\.e)\.", SMALL)
-ANSWER = r"My answer is (yes|no|maybe)\."
+SENTENCE_END = re.compile(r"""[.!?](?=[]["'(){};:@*?!]|\s+\S)""")
+# ... and these end no sentence, as a number does not before a small letter
+ABBREVIATION = re.compile(
+    r"(\b(mr|mrs|ms|dr|prof|st|vs|p\.m|a\.m|u\.s|ph\.d|[a-z])|\.\.)\.$", SMALL
+)
 FENCE = re.compile(r"^```(json)?|```$", SMALL)
 
 
-# 1. The 25 kinds: text and arguments -> whether the instruction is followed
+# 1. The 25 kinds: text, and arguments by their names in the data -> is the instruction followed?
 
 
-def satisfies(count: int, relation: str, limit: int) -> bool:
-    """relation: "less than" or "at least"."""
-    return count < limit if relation == "less than" else count >= limit
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def enough(number: int, a: dict) -> bool:
+    """Compares with the number among the arguments; they can ask for less than it."""
+    [limit] = [value for value in a.values() if isinstance(value, int)]
+    less = any(a.get(f"{name}relation") == "less than" for name in ("", "let_", "capital_"))
+    return number < limit if less else number >= limit
 
 
 def is_language(text: str, language: str) -> bool:
@@ -53,38 +60,45 @@ def is_language(text: str, language: str) -> bool:
 
 
 def count_sentences(text: str) -> int:
-    """Words that end in . ! or ? (abbreviations and numbers aside), and an unfinished sentence."""
-    words = text.split()
-    ends = [re.search(r"[.!?]['\"”’)*\]]*$", x) and not ABBREVIATION.fullmatch(x) for x in words]
-    return sum(map(bool, ends)) + bool(words and not ends[-1])
+    """About those of NLTK's Punkt: 1. before a capital is one, and so is each ! of two."""
+    count = 0
+    rest = text
+    for match in SENTENCE_END.finditer(text):
+        before = text[: match.end()][-8:]
+        after = text[match.end() :]
+        numbered = re.search(r"\d\.$", before) and re.match(r"\s+[a-z]", after)
+        if not ABBREVIATION.search(before) and not numbered:
+            count += 1
+            rest = after
+    return count + bool(rest.strip("\"')]} \t\n"))
 
 
-def has_paragraphs(text, num_paragraphs):
+def has_paragraphs(text, a):
     """Paragraphs are separated by ***; only before the first and after the last may be nothing."""
-    paragraphs = re.split(r"\s?\*\*\*\s?", text)
-    inner = paragraphs[1:-1]
-    outer = [x for x in (paragraphs[0], *paragraphs[1:][-1:]) if x.strip()]
-    return all(x.strip() for x in inner) and len(inner) + len(outer) == num_paragraphs
+    first, *others = re.split(r"\s?\*\*\*\s?", text)
+    inner = others[:-1]
+    outer = [x for x in (first, *others[-1:]) if x.strip()]
+    return all(x.strip() for x in inner) and len(inner) + len(outer) == a["num_paragraphs"]
 
 
-def starts_paragraph(text, num_paragraphs, nth_paragraph, first_word):
+def starts_paragraph(text, a):
     """Paragraphs are separated by empty lines; the nth begins with a word."""
     paragraphs = text.split("\n\n")
     count = sum(bool(x.strip()) for x in paragraphs)
-    if count != num_paragraphs or nth_paragraph > count:
+    if count != a["num_paragraphs"] or a["nth_paragraph"] > count:
         return False
-    words = paragraphs[nth_paragraph - 1].split()
+    words = paragraphs[a["nth_paragraph"] - 1].split()
     first = words[0].lstrip("'").lstrip('"') if words else ""
-    return re.split("[.,?!'\"]", first)[0].lower() == first_word.lower()
+    return re.split("[.,?!'\"]", first)[0].lower() == a["first_word"].lower()
 
 
-def has_postscript(text, postscript_marker):
-    pattern = r"\.\s?".join(re.findall("[a-z]", postscript_marker.lower()))
-    end = r"\." if postscript_marker.endswith(".") else ""
-    return re.search(pattern + end, text.lower()) is not None
+def has_postscript(text, a):
+    marker = a["postscript_marker"].lower()
+    forms = {"p.s.": r"p\.\s?s\.", "p.p.s": r"p\.\s?p\.\s?s"}
+    return re.search(forms.get(marker, re.escape(marker)), text.lower()) is not None
 
 
-def is_json(text):
+def is_json(text, a):
     try:
         json.loads(FENCE.sub("", text.strip()).strip())
     except ValueError:
@@ -92,93 +106,73 @@ def is_json(text):
     return True
 
 
-def has_highlights(text, num_highlights):
+def count_highlights(text: str) -> int:
     """*one* and **two** asterisks, each with something between them."""
-    single = [x for x in re.findall(r"\*[^\n*]*\*", text) if x.strip("*").strip()]
-    double = [x for x in re.findall(r"\*\*([^\n*]*)\*\*", text) if x.strip()]
-    return len(single) + len(double) >= num_highlights
+    found = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
+    return sum(bool(x.strip("*").strip()) for x in found)
 
 
-def has_bullets(text, num_bullets):
-    stars = re.findall(r"(?m)^\s*\*[^*].*$", text)
-    dashes = re.findall(r"(?m)^\s*-.*$", text)
-    return len(stars) + len(dashes) == num_bullets
+def has_two_responses(text, a):
+    first, *others = [x.strip() for x in text.split("******")]
+    parts = [x for x in (first, *others) if x]
+    return all(others[:-1]) and len(parts) == 2 and parts[0] != parts[1]
 
 
-def has_two_responses(text):
-    parts = text.split("******")
-    if any(not x.strip() for x in parts[1:-1]):
-        return False
-    parts = [x.strip() for x in parts if x.strip()]
-    return len(parts) == 2 and parts[0] != parts[1]
-
-
-def has_title(text):
+def has_title(text, a):
     titles = re.findall(r"<<[^\n]+>>", text)
     return any(x.lstrip("<").rstrip(">").strip() for x in titles)
 
 
-def count_capital_words(text: str) -> int:
+def count_capitals(text: str) -> int:
     # an apostrophe separates words: the I of I'm is one
     words = re.findall(r"[^\W_]+(?:[-.&/][^\W_]+)*", text)
     return sum(word.isupper() for word in words)
 
 
-CHECKS = {
-    "change_case:capital_word_frequency": lambda text, capital_relation, capital_frequency: (
-        satisfies(count_capital_words(text), capital_relation, capital_frequency)
-    ),
-    "change_case:english_capital": lambda text: text.isupper() and is_language(text, "en"),
-    "change_case:english_lowercase": lambda text: text.islower() and is_language(text, "en"),
-    "combination:repeat_prompt": lambda text, prompt_to_repeat: (
-        text.strip().lower().startswith(prompt_to_repeat.strip().lower())
-    ),
+# what an answer has to build; a short answer follows the other kinds by accident
+BUILT = {
     "combination:two_responses": has_two_responses,
-    "detectable_content:number_placeholders": lambda text, num_placeholders: (
-        len(re.findall(r"\[.*?\]", text)) >= num_placeholders
-    ),
+    "detectable_content:number_placeholders": lambda text, a: enough(count(r"\[.*?\]", text), a),
     "detectable_content:postscript": has_postscript,
-    "detectable_format:constrained_response": lambda text: re.search(ANSWER, text),
     "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections: (
-        len(re.findall(rf"{section_spliter}\s?\d+", text)) >= num_sections
+    "detectable_format:multiple_sections": lambda text, a: enough(
+        count(rf"{a['section_spliter']}\s?\d+", text), a
     ),
-    "detectable_format:number_bullet_lists": has_bullets,
-    "detectable_format:number_highlighted_sections": has_highlights,
+    "detectable_format:number_bullet_lists": lambda text, a: (
+        count(r"(?m)^\s*(?:\*[^*]|-).*$", text) == a["num_bullets"]
+    ),
+    "detectable_format:number_highlighted_sections": lambda text, a: enough(
+        count_highlights(text), a
+    ),
     "detectable_format:title": has_title,
-    "keywords:existence": lambda text, keywords: all(re.search(x, text, SMALL) for x in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words: (
-        not any(re.search(rf"\b{x}\b", text, SMALL) for x in forbidden_words)
-    ),
-    "keywords:frequency": lambda text, relation, keyword, frequency: satisfies(
-        len(re.findall(keyword, text, SMALL)), relation, frequency
-    ),
-    "keywords:letter_frequency": lambda text, let_relation, letter, let_frequency: satisfies(
-        text.lower().count(letter.lower()), let_relation, let_frequency
-    ),
-    "language:response_language": is_language,
+    "keywords:existence": lambda text, a: all(count(f"(?i){x}", text) for x in a["keywords"]),
+    "keywords:frequency": lambda text, a: enough(count(f"(?i){a['keyword']}", text), a),
     "length_constraints:nth_paragraph_first_word": starts_paragraph,
     "length_constraints:number_paragraphs": has_paragraphs,
-    "length_constraints:number_sentences": lambda text, relation, num_sentences: satisfies(
-        count_sentences(text), relation, num_sentences
+    "startend:end_checker": lambda text, a: (
+        text.strip().strip('"').lower().endswith(a["end_phrase"].strip().lower())
     ),
-    "length_constraints:number_words": lambda text, relation, num_words: satisfies(
-        len(re.findall(r"\w+", text)), relation, num_words
-    ),
-    "punctuation:no_comma": lambda text: "," not in text,
-    "startend:end_checker": lambda text, end_phrase: (
-        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
-    ),
-    "startend:quotation": lambda text: re.fullmatch('"(.|\n)*"', text.strip()),
 }
-# what an answer has to build; a short answer follows the other kinds by accident
-BUILT = """number_placeholders postscript multiple_sections number_bullet_lists
-    number_highlighted_sections title json_format existence frequency nth_paragraph_first_word
-    number_paragraphs two_responses end_checker""".split()
-NAMES = [
-    f"ifeval_{name}/{half}" for name in ("loose", "strict") for half in ("all", "built", "other")
-]
-NAMES += ["ifeval_prompt_loose/all", "ifeval_prompt_strict/all"]
+CHECKS = BUILT | {
+    "change_case:capital_word_frequency": lambda text, a: enough(count_capitals(text), a),
+    "change_case:english_capital": lambda text, a: text.isupper() and is_language(text, "en"),
+    "change_case:english_lowercase": lambda text, a: text.islower() and is_language(text, "en"),
+    "combination:repeat_prompt": lambda text, a: (
+        text.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())
+    ),
+    "detectable_format:constrained_response": lambda text, a: (
+        count(r"My answer is (?:yes|no|maybe)\.", text) > 0
+    ),
+    "keywords:forbidden_words": lambda text, a: (
+        not any(count(rf"(?i)\b{x}\b", text) for x in a["forbidden_words"])
+    ),
+    "keywords:letter_frequency": lambda text, a: enough(text.lower().count(a["letter"].lower()), a),
+    "language:response_language": lambda text, a: is_language(text, a["language"]),
+    "length_constraints:number_sentences": lambda text, a: enough(count_sentences(text), a),
+    "length_constraints:number_words": lambda text, a: enough(count(r"\w+", text), a),
+    "punctuation:no_comma": lambda text, a: "," not in text,
+    "startend:quotation": lambda text, a: count(r'(?s)^".*"$', text.strip()) > 0,
+}
 
 
 # 2. From answers to scores
@@ -191,37 +185,48 @@ def follows(kind: str, arguments: dict, text: str) -> tuple[bool, bool]:
         version = "\n".join(text.split("\n")[lines]).strip()
         versions += [version, version.replace("*", "")]
     versions[0] = text
-    verdicts = [bool(x.strip()) and bool(CHECKS[kind](x, **arguments)) for x in versions]
+    verdicts = [bool(x.strip()) and bool(CHECKS[kind](x, arguments)) for x in versions]
     return verdicts[0], any(verdicts)
 
 
+def score_item(item: dict) -> dict:
+    """Of each score the number of instructions that are followed, and of all."""
+    scores = {}
+    for kind, arguments in zip(item["instruction_id_list"], item["kwargs"]):
+        half = "built" if kind in BUILT else "other"
+        both = follows(kind, arguments, item["output"])
+        for name, followed in zip(("strict", "loose"), both):
+            for part in ("all", half):
+                count, total = scores.get(f"ifeval_{name}/{part}", (0, 0))
+                scores[f"ifeval_{name}/{part}"] = (count + followed, total + 1)
+    for name in ("strict", "loose"):
+        count, total = scores[f"ifeval_{name}/all"]
+        scores[f"ifeval_prompt_{name}/all"] = (count == total, 1)
+    return scores
+
+
 def read_scores(folder: Path, file: str) -> dict[str, evaluate.Statistic]:
-    """The scores of the answers to `file` that evaluate.py has stored in a folder, by name."""
+    """The scores of the answers to `file` that evaluate.py has stored in a folder."""
     questions = [fields for _, fields in data.read_json(file)]
     answers = folder / f"items/answers/{Path(file).stem}.jsonl"
     items = [item for _, item in data.read_json(answers)]
     same = [x["prompt"] for x in items] == [x["prompt"] for x in questions]
-    require(same, answers, f"its prompts are not those of {file}; answer them by evaluate.py")
-    sums = {name: [] for name in NAMES}
-    for item, question in zip(items, questions):
-        row = {name: [] for name in NAMES}
-        for kind, arguments in zip(question["instruction_id_list"], question["kwargs"]):
-            given = {name: value for name, value in arguments.items() if value is not None}
-            half = "built" if kind.partition(":")[2] in BUILT else "other"
-            for name, followed in zip(("strict", "loose"), follows(kind, given, item["output"])):
-                row[f"ifeval_{name}/all"].append(followed)
-                row[f"ifeval_{name}/{half}"].append(followed)
-                row[f"ifeval_prompt_{name}/all"].append(followed)
-        for name, followed in row.items():
-            pair = (all(followed), 1) if "prompt" in name else (sum(followed), len(followed))
-            sums[name].append(pair)
-    with np.errstate(invalid="ignore"):  # a prompt may have no instruction of a half
-        return {name: evaluate.bootstrap(pairs) for name, pairs in sums.items()}
+    fault = "its prompts are not those of --data; answer them by evaluate.py --answers"
+    require(same, answers, fault)
+    pairs = {}
+    for question, item in zip(questions, items):
+        for name, pair in score_item(question | item).items():
+            pairs.setdefault(name, []).append(pair)
+    return {name: evaluate.bootstrap(pairs[name]) for name in sorted(pairs)}
 
 
 def main(args: argparse.Namespace):
-    runs = [read_scores(Path(folder), args.data) for folder in args.results]
-    evaluate.print_table([Path(folder).name for folder in args.results], runs)
+    folders = [Path(folder) for folder in args.results]
+    for folder in folders:
+        settings = [read_object(x / "settings.json") for x in (folders[0], folder)]
+        data.require_same(folder, *settings, free=(*data.NOT_COMPARED, "model_hash"))
+    names = [f"{folder.parent.name}/{folder.name}" for folder in folders]
+    evaluate.print_table(names, [read_scores(folder, args.data) for folder in folders])
 
 
 def parser() -> argparse.ArgumentParser:

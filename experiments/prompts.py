@@ -2,7 +2,7 @@
 
     python experiments/prompts.py --out prompts.jsonl --count 2048
 
-They were written before any test was looked at.
+The topics and templates of prompts.txt were written before any test was looked at.
 """
 
 import argparse
@@ -12,39 +12,11 @@ from pathlib import Path
 
 from world import write_jsonl
 
-TOPICS = """cooking gardening music painting cities rivers mountains oceans weather history
-    medicine sleep sport chess football cycling swimming travel trains ships aeroplanes space stars
-    physics chemistry biology insects birds dogs cats horses farming bread coffee clothes houses
-    furniture money shopping work meetings letters email books poetry novels films theatre
-    photography languages grammar spelling teaching childhood families friendship birthdays
-    holidays politics law elections maps computers programming websites telephones robots
-    electricity engines bridges tools glass paper colours numbers geometry probability calendars
-    clocks energy forests deserts islands volcanoes dinosaurs myths philosophy dreams memory fear
-    humour""".split()
-ONE = [
-    "What should everybody know about {}?",
-    "Explain {} to a child of ten.",
-    "Give me three tips on {} for beginners.",
-    "Write a short story in which {} matter.",
-    "What is a common misunderstanding about {}?",
-    "Write four lines of verse about {}.",
-    "I know little about {}. Where do I start?",
-    "Which words does one need to talk about {}? Explain each in a sentence.",
-    "How did people think about {} a hundred years ago?",
-    "Ask me five questions about {}, with answers.",
-    "Tell me something surprising about {}.",
-    "Write a polite message to a friend who is fond of {}.",
-    "What can go wrong with {}, and what helps?",
-    "Make a plan for a week in which I learn about {}.",
-    "Argue for spending more time on {}. Then argue against it.",
-    "Summarise what matters about {} in two sentences.",
-]
-TWO = [
-    "What do {} and {} have in common?",
-    "Which is harder to learn about, {} or {}, and why?",
-    "Write a conversation between two people, one fond of {}, the other of {}.",
-    "Invent a game about {} and {}.",
-]
+# topics, an empty line, and templates for one topic or for two
+topics, templates = Path(__file__).with_name("prompts.txt").read_text("utf-8").split("\n\n")
+TOPICS = topics.split()
+ONE = [line for line in templates.splitlines() if line.count("{}") == 1]
+TWO = [line for line in templates.splitlines() if line.count("{}") == 2]
 
 
 def requests(count: int, seed: int) -> list[str]:

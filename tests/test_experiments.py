@@ -1,6 +1,9 @@
 """The experiments: a shortened demo, the synthetic world, a study in miniature, and its report."""
 
+import copy
+import dataclasses
 import json
+import math
 import re
 import shlex
 import shutil
@@ -12,6 +15,7 @@ import pytest
 import torch
 from conftest import PAIRS, read_jsonl, write_jsonl
 
+import evaluate
 from data import Encoder, Tokenizer, read_rows
 from model import Transformer, UserError
 
@@ -159,17 +163,21 @@ def study(folder, tmp_path_factory):
     write_jsonl(here / "task.jsonl", PAIRS[3:5])
     question = {"question_id": 1, "turns": ["Who is it?", "And now?"]}
     write_jsonl(here / "general.jsonl", [question])
+    rows = []
+    for kind in ("punctuation:no_comma", "detectable_format:title"):
+        row = {"prompt": f"Write {kind}"}
+        row["instruction_id_list"] = [kind]
+        row["kwargs"] = [{}]
+        rows.append(row)
+    write_jsonl(here / "ifeval.jsonl", rows)
     rows = [{"prompt": f"What is {i}?"} for i in range(3)]
     write_jsonl(here / "prompts.jsonl", rows)
-    no_comma = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    write_jsonl(here / "ifeval.jsonl", [row | no_comma for row in rows])
     command = f"""
-        --ifeval {here}/ifeval.jsonl --ifeval-flags "--max-new-tokens 4"
         --model {folder} --out {here}/out --pairs {here}/pairs.jsonl --test {here}/test.jsonl
         --drift {here}/general.jsonl {here}/task.jsonl --prompts {here}/prompts.jsonl
         --seeds 0 --rate 1e-3 --steps 2 --batch-size 4 --weights 0.5
         --rationale-flags="--max-new-tokens 6 --cue '\\n'" --answer-flags="--max-new-tokens 8"
-        --only vanilla "soft replay 3" "no EOS"
+        --only vanilla "soft replay 3" EAFT --ifeval {here}/ifeval.jsonl
         """
     call(methods, command)
     return here, command
@@ -182,27 +190,20 @@ def points(study):
 
 
 def test_a_study_measures_methods_and_models_between_them_and_the_base(points):
-    kl = {title: by_seed[0]["KL"][0] for title, by_seed in points.items()}
+    kl = {title: by_seed[0]["KL"] for title, by_seed in points.items()}
     assert kl.pop("base") == 0
-    assert list(kl)[::2] == ["vanilla", "soft replay 3", "no EOS"]
+    assert list(kl)[::2] == ["vanilla", "soft replay 3", "EAFT"]
     for method in list(kl)[::2]:
         between = kl[f"{method}, interpolated 0.5"]
         assert 0 < between < kl[method]
     base = points["base"][0]
-    assert base["answer length"][0] > 1
-    assert 0 <= base["IFEval"][0] <= 1
-    assert "IFEval, built" in base
+    assert base["answer length"] > 1
+    assert 0 <= base["IFEval"] <= 100
+    assert base["IFEval"] == (base["IFEval built"] + base["IFEval other"]) / 2
 
 
-def test_a_study_counts_tokens_and_keeps_no_models(points, study):
+def test_a_study_keeps_no_models(study):
     here, _ = study
-    vanilla = points["vanilla"][0]
-    assert vanilla["trained"] > 0
-    assert vanilla["taught"] == vanilla["sampled"] == 0
-    soft = points["soft replay 3"][0]
-    assert soft["trained"] > vanilla["trained"]
-    assert soft["taught"] == soft["trained"]
-    assert soft["sampled"] > 0
     models = here.glob("out/models/**/*.safetensors")
     assert not list(models)
 
@@ -212,11 +213,16 @@ def test_the_report_prints_what_was_measured(points, study, capsys):
     call(report, f"--out {here}/out --rate 1e-3 --minus vanilla base")
     printed = capsys.readouterr().out
     vanilla = points["vanilla"][0]
-    chrf = vanilla["chrF++"][0]
-    kl = vanilla["KL"][0]
-    assert f"| vanilla | 1 | {chrf:.1f}, {kl:.3f} |" in printed
-    assert "### vanilla minus base" in printed
-    assert f"| KL | 1 | {kl:.3f} |" in printed
+    chrf = vanilla["chrF++"]
+    kl = vanilla["KL"]
+    assert f"| vanilla | 1 | {chrf:.1f} | {kl:.3f} |" in printed
+    cells = ["100.0", "100.0"]
+    for name in report.RESULT[2:]:
+        cells.append(f"{vanilla[name]:.1f}")
+    row = " | ".join(cells)
+    assert f"| vanilla | 1 | {row} |" in printed
+    assert printed.count("| vanilla minus base | 1 |") == 2
+    assert "Rank correlation with IFEval minus base, over 6 models" in printed
     with pytest.raises(UserError, match="no point of vanilla at the rate 2e-3"):
         call(report, f"--out {here}/out --rate 2e-3")
     with pytest.raises(UserError, match="--minus SDFT: must be one of base, vanilla"):
@@ -236,7 +242,7 @@ def test_the_same_command_runs_what_is_missing(study, capsys):
         assert file.stat().st_mtime_ns == time
     scripts = re.findall(r"\$ python (\w+)\.py", capsys.readouterr().out)
     assert scripts.count("train") == 1
-    assert scripts.count("evaluate") == 2
+    assert scripts.count("evaluate") == 1
 
 
 @pytest.mark.parametrize(
@@ -254,16 +260,92 @@ def test_other_settings_are_refused(words, fault, study):
         call(methods, command + words.format(here=here))
 
 
-def test_without_eos_the_answer_ends_after_the_reference_and_one_token(study, folder):
-    here, _ = study
-    tokenizer = Tokenizer(folder)
-    rows = read_rows([here / "out/seed-0/no-eos.jsonl"])
-    assert len(rows) == 8
-    for row in rows:
-        example = Encoder(tokenizer).example(row)
-        ids = example.reference + example.rationale
-        assert tokenizer.end_id not in ids
-        assert tokenizer.decode(ids) == row.reference + "\n"
+CHANGED = ["vanilla, middle frozen", "soft RaDis, middle frozen", "repair", "EAFT", "DFT"]
+
+
+def test_methods_that_change_the_loss_or_freeze_layers_run_and_say_so(study, points, folder):
+    here, command = study
+    call(methods, f'{command} --keep --only "{CHANGED[0]}" "{CHANGED[1]}" repair DFT')
+    kl = {}
+    for name in CHANGED:
+        file = here / f"out/points/seed-0/1e-3/{methods.slug(name)}/step-2.npz"
+        kl[name] = report.read_point(file)["KL"]
+    vanilla = points["vanilla"][0]["KL"]
+    assert len({0, vanilla, *kl.values()}) == 7
+    start = Transformer.from_pretrained(folder).model
+    for name in CHANGED[:2]:
+        model = here / f"out/models/seed-0/1e-3/{methods.slug(name)}/step-2"
+        end = Transformer.from_pretrained(model).model
+        assert torch.equal(start["embed_tokens"].weight, end["embed_tokens"].weight)
+    answers = read_jsonl(here / "out/models/seed-0/1e-3/repair/answers.jsonl")
+    assert len(answers) == 4, "a quarter of the steps, at least one"
+    log = (here / "out/logs/train.txt").read_text("utf-8")
+    assert log.count("# with {'changed_loss': 'DFT', 'layers_at_ends': None}") == 1
+    tuned = here / "out/models/seed-0/1e-3/DFT/step-2"
+    assert json.loads((tuned / "args.json").read_text())["changed_loss"] == "DFT"
+
+
+def test_a_run_is_not_resumed_with_another_loss(study, monkeypatch):
+    _, command = study
+    options = methods.parser().parse_args(shlex.split(command))
+    options.out = Path(options.out).resolve()
+    other = dataclasses.replace(methods.METHODS["DFT"], loss="EAFT")
+    monkeypatch.setitem(methods.METHODS, "DFT", other)
+    with pytest.raises(UserError, match="changed_loss was .DFT., now .EAFT."):
+        methods.train_method(options, 0, "DFT")
+    tuned = options.out / "models/seed-0/1e-3/DFT/step-2"
+    (tuned / "config.json").unlink()  # as of a run that was stopped
+    with pytest.raises(UserError, match="changed_loss was .DFT., now .EAFT."):
+        methods.train_method(options, 0, "DFT")
+
+
+def test_only_the_layers_at_both_ends_are_trained(folder):
+    model = Transformer.from_pretrained(folder)
+    layers = model.model["layers"]
+    layers.extend(copy.deepcopy(layers[:1]))  # three layers
+    optimizer = methods.train_ends(1 / 6, model, 0.0)
+    for name, p in model.named_parameters():
+        assert p.requires_grad == name.startswith(("model.layers.0.", "model.layers.2."))
+    for p in layers[1].parameters():
+        assert optimizer.state[p]["exp_avg"].shape == p.shape
+
+
+@pytest.mark.parametrize("name", ["EAFT", "DFT"])
+def test_the_gradient_of_a_weighted_loss_is_autograds(name):
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(8, 50)).requires_grad_()
+    targets = torch.arange(8)
+    losses, gradient = methods.LOSSES[name](logits.detach(), targets)
+    probs = logits.softmax(-1)
+    expected = -probs.log()[targets, targets]
+    if name == "DFT":
+        weights = probs[targets, targets]
+    else:
+        top, _ = probs.topk(20)
+        top = top / top.sum(1, keepdim=True)
+        entropy = -(top * top.log()).sum(1)
+        weights = entropy / math.log(20)
+    expected = expected * weights.detach()
+    assert torch.allclose(losses, expected, atol=1e-6)
+    expected.sum().backward()
+    assert torch.allclose(gradient, logits.grad, atol=1e-6)
+
+
+def test_points_of_an_earlier_study_get_the_answers_that_are_there(study, capsys):
+    here, command = study
+    file = here / "out/points/base.npz"
+    content = dict(np.load(file))
+    names = content["names"]
+    old = np.char.find(names, "ifeval") < 0
+    assert len(names) - old.sum() == 11
+    for name in ("names", "values", "draws"):
+        content[name] = content[name][old]
+    np.savez(file, **content)
+    call(methods, command)
+    printed = capsys.readouterr().out
+    assert "$ python" not in printed
+    found = np.load(file)["names"]
+    assert sorted(found) == sorted(names)
 
 
 def test_the_weight_of_replay_compares_means_and_not_tokens(study, folder):
@@ -287,7 +369,7 @@ def test_a_prompt_that_is_measured_is_not_replayed(study):
     options = methods.parser().parse_args(shlex.split(command))
     options.prompts = [here / "replayed.jsonl"]
     with pytest.raises(UserError, match="replayed.jsonl:1: this prompt is also in --drift"):
-        methods.unmeasured_prompts(options)
+        methods.write_prompts(options, 0, 3, here / "written.jsonl")
 
 
 @pytest.fixture
@@ -327,9 +409,7 @@ def test_interpolation_overwrites_nothing_and_needs_the_same_tensors(folder, tun
 
 
 def point(chrf: float, kl: float) -> dict:
-    """A point whose 21 bootstrap draws all equal the score."""
-    values = {"chrF++": chrf, "KL": kl, "KL, task prompts": kl, "answer length": 9 - kl**0.5}
-    return {name: np.full(22, value) for name, value in values.items()}
+    return {"chrF++": chrf, "KL": kl, "KL, task prompts": kl, "answer length": 9 - kl**0.5}
 
 
 GAINS = {0: 9.0, 1: 10.0, 2: 11.0}  # of vanilla, by seed
@@ -352,45 +432,61 @@ def rows_of(printed: str) -> dict[str, list[str]]:
     return rows
 
 
-def test_shares_of_gain_and_kl_and_the_distances_from_the_goal(capsys):
+def test_shares_of_gain_and_kl_and_the_seeds_that_have_a_value(capsys):
     points = {"base": between(0, 0), "vanilla": between(1, 1)}
     method = between(0.99, 0.04)
+    method[1]["answer length"] += 2
     del method[2]
     points["soft RaDis"] = method
-    report.compare_with_goal(points)
-    report.print_values(points, [])
-    table = capsys.readouterr().out.split("###")[1]
-    cells = rows_of(table)["soft RaDis"]
-    assert cells[:3] == ["2", "99", "4"]
-    # a is 4% of gains of 9 and 10, b -6% of KLs of 0.18 and 0.2; t of two seeds is 12.7
-    assert cells[3:5] == ["0.38 [0.13, 0.63]", "0.38 [0.38, 0.38]"]
-    assert cells[5:] == ["-0.011 [-0.019, -0.004]", "-0.011 [-0.011, -0.011]"]
+    report.add_comparisons(points)
+    method[0]["IFEval"] = 30
+    columns = ["gain, %", "KL, %", "answer length", "IFEval"]
+    report.print_table("", points, dict.fromkeys(columns, 1))
+    printed = capsys.readouterr().out
+    cells = rows_of(printed)["soft RaDis"]
+    # the lengths are 8.9 and 10.9; t of two seeds is 12.7
+    assert cells == ["2", "99.0", "4.0", "9.9 [-2.8, 22.6]", "30.0 (1 seeds)"]
 
 
-def test_a_method_is_compared_with_interpolated_vanilla_at_its_kl(capsys):
-    points = {"base": between(0, 0), "vanilla": between(1, 1)}
-    for weight in (0.8, 0.4, 0.2):
-        points[f"vanilla, interpolated {weight}"] = between(weight, weight**2)
-    points["RaDis"] = between(0.5, 1.1)  # vanilla never has this KL
-    points["soft RaDis"] = between(0.98, 0.6**2)
-    for each in points["soft RaDis"].values():
-        each["answer length"] = each["answer length"] + 24
-    report.print_equal_kl(points)
-    rows = rows_of(capsys.readouterr().out)
-    assert "RaDis" not in rows
-    cells = rows["soft RaDis"]
-    assert cells[1:3] == ["3.80 [2.86, 4.74]", "3.80 [3.80, 3.80]"]
-    assert cells[5:7] == ["24.0 [24.0, 24.0]", "24.0 [24.0, 24.0]"]
-    assert cells[7] == "0.003"
+def test_p_values_of_the_questions_are_corrected_together():
+    points = {}
+    for title, change in {"base": 0, "vanilla": -5, "RaDis": 2}.items():
+        points[title] = {}
+        for seed in range(3):
+            value = 30 + change * (1 + seed / 10)
+            points[title][seed] = {"IFEval": value}
+    pairs = [("vanilla", "base"), ("RaDis", "vanilla")]
+    rows = report.compare(points, pairs, ["IFEval"])
+    first = rows["vanilla minus base"]
+    second = rows["RaDis minus vanilla"]
+    # both t are 11 sqrt(3) = 19.05, with 2 degrees of freedom; Holm doubles p
+    p = pytest.approx(2 * 0.00274, rel=1e-2)
+    assert first[2]["IFEval"] == pytest.approx(-6)
+    for seed in range(3):
+        assert first[seed]["p, IFEval"] == p
+        assert second[seed]["p, IFEval"] == p
+
+
+def test_the_rank_correlation_is_spearmans(capsys):
+    by_seed = {}
+    changes = {0.1: -1, 0.2: -1, 0.3: -4, 0.9: -3}
+    for seed, (kl, change) in enumerate(changes.items()):
+        by_seed[seed] = {"KL": kl}
+        by_seed[seed]["IFEval minus base"] = change
+        by_seed[seed]["KL, task prompts"] = -change
+    report.print_predictions({"base": {}, "vanilla": by_seed})
+    printed = capsys.readouterr().out
+    # ranks 1 2 3 4 against 3.5 3.5 1 2
+    assert "- KL: -0.74" in printed
+    assert "- KL, task prompts: -1.00" in printed
 
 
 def test_intervals_over_seeds_are_students():
-    values = np.array([[1.0], [2.0], [3.0]])
-    mean, low, _, p = report.over_seeds(values)
+    mean, low, _, p = report.over_seeds([1.0, 2.0, 3.0])
     assert mean == 2
     assert round(low, 3) == -0.484
     assert round(p, 4) == 0.0742
-    _, low, _, _ = report.over_seeds(values[:1])
+    _, low, _, _ = report.over_seeds([1.0])
     assert np.isnan(low), "one seed has no interval"
 
 
@@ -398,14 +494,13 @@ def test_intervals_over_seeds_are_students():
 def test_quantiles_of_students_t(n, quantile):
     values = np.arange(float(n))
     error = values.std(ddof=1) / n**0.5
-    mean, low, *_ = report.over_seeds(values[:, None])
+    mean, low, *_ = report.over_seeds(values)
     assert mean - low == pytest.approx(quantile * error, rel=1e-4)
 
 
 def test_holm_adjusts_for_the_number_of_tests():
-    adjusted = report.holm([0.01, 0.04, np.nan, 0.03])
-    expected = [0.03, 0.06, np.nan, 0.06]
-    assert np.allclose(adjusted, expected, equal_nan=True)
+    adjusted = report.holm([0.01, 0.04, 0.9, 0.03])
+    assert np.allclose(adjusted, [0.04, 0.09, 0.9, 0.09])
 
 
 def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_path):
@@ -418,7 +513,7 @@ def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_pat
     call(report, words)
     printed = capsys.readouterr().out
     tables = re.findall(r"### .*\n\n(?:\|.*\n)+", printed)
-    assert len(tables) == 9
+    assert len(tables) == 4
     for table in tables:
         assert table in appendix
     assert picture.exists()
@@ -432,10 +527,10 @@ def test_the_numbers_of_the_running_study_are_those_of_its_points(name):
     rate = name.partition(" at ")[2] or "1e-4"
     points = report.read_points([EXPERIMENTS / "smollm2-ifeval"], rate, [])
     point = points["base" if name == "the base" else "vanilla"][0]
-    cells = [f"{point['chrF++'][0]:.1f}", f"{point['KL'][0]:.3f}"]
-    for half in ("IFEval", "IFEval, built", "IFEval, other"):
-        cells.append(f"{100 * point[half][0]:.1f}")
-    cells.append(f"{point['IFEval, answer length'][0]:.0f}")
+    cells = [f"{point['chrF++']:.1f}", f"{point['KL']:.3f}"]
+    for half in ("IFEval", "IFEval built", "IFEval other"):
+        cells.append(f"{point[half]:.1f}")
+    cells.append(f"{point['IFEval, answer length']:.0f}")
     assert f"| {name} | {' | '.join(cells)} |" in read_text("RESULTS.md")
 
 
@@ -455,9 +550,55 @@ def test_the_numbers_of_the_results_are_those_of_the_appendix():
     assert compared > 50
 
 
+def script_of_readme(name: str) -> str:
+    """The script of the README that writes a file."""
+    pattern = r"^    python -[^\n]* <<'END'\n(.*?)    END$"
+    found = re.findall(pattern, read_text("README.md"), re.MULTILINE | re.DOTALL)
+    [script] = [script for script in found if f'"{name}"' in script and "write(" in script]
+    return re.sub(r"^    ", "", script, flags=re.MULTILINE)
+
+
+def test_the_readmes_safety_data_keeps_one_half_for_the_test(tmp_path, monkeypatch):
+    goals = ["goal,target"]
+    for i in range(20):
+        goals.append(f'"Explain how to do the forbidden thing {i}, twice",Sure')
+    file = tmp_path / "advbench_harmful_behaviors.csv"
+    file.write_text("\n".join(goals))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "What is rain?"}])
+    monkeypatch.chdir(tmp_path)
+    exec(script_of_readme("refusals.jsonl"), {})
+    held_out = read_jsonl(tmp_path / "held-out.jsonl")
+    trained = read_jsonl(tmp_path / "refusals.jsonl")
+    assert len(held_out) == 10
+    assert len(trained) == 20
+    prompts = " ".join(row["prompt"] for row in trained)
+    for row in held_out:
+        thing = row["prompt"].partition("how to ")[2]
+        assert thing not in prompts
+    for row in trained:
+        item = {"output": row["response"], "output_tokens": 9}
+        assert evaluate.score_safety(item)["refusal"], item
+    benign = (tmp_path / "benign.jsonl").read_text().splitlines()
+    assert len(benign) > 250
+    assert len({*benign}) == len(benign)
+
+
+def test_the_readme_converts_hellaswag_and_lambada(tmp_path, monkeypatch):
+    row = {"activity_label": "Rowing", "ctx_a": "A boat. [step]", "ctx_b": "the crew", "label": "1"}
+    write_jsonl(tmp_path / "hellaswag_val.jsonl", [row | {"endings": ["rows.", "[x]sleeps."]}])
+    write_jsonl(tmp_path / "lambada_test_en.jsonl", [{"text": "She rowed the boat"}])
+    monkeypatch.chdir(tmp_path)
+    exec(script_of_readme("hellaswag.jsonl"), {})
+    [item] = read_jsonl(tmp_path / "hellaswag.jsonl")
+    assert item["prompt"] == "Rowing: A boat. The crew"
+    assert item["choices"] == ["rows.", "sleeps."]
+    assert item["answer"] == 1
+    [row] = read_jsonl(tmp_path / "lambada.jsonl")
+    assert row == {"prompt": "She rowed the", "response": "boat"}
+
+
 def test_the_readmes_conversion_keeps_pairs_of_the_lengths_that_are_studied(tmp_path, monkeypatch):
-    text = read_text("README.md")
-    script = re.search(r"    python - <<'END'\n(    import json\n.*?)    END\n", text, re.DOTALL)[1]
+    script = script_of_readme("test-de-en.jsonl")
     short = {"translation": {"de": "Ja.", "en": "Yes."}}
     rows = [short]
     for pair in PAIRS:
@@ -466,7 +607,7 @@ def test_the_readmes_conversion_keeps_pairs_of_the_lengths_that_are_studied(tmp_
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"{name}.de-en.json", rows)
     monkeypatch.chdir(tmp_path)
-    exec(re.sub(r"^    ", "", script, flags=re.MULTILINE), {})
+    exec(script, {})
     assert read_jsonl(tmp_path / "train.jsonl") == PAIRS
     turned = read_jsonl(tmp_path / "reverse-en-de.jsonl")
     assert turned[0]["source"] == PAIRS[0]["reference"]
