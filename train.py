@@ -260,9 +260,9 @@ def make_examples(rows, name, encoder, config, max_length):
         if len(example.prompt) < len(example) <= max_length:
             examples.append(example)
     dropped = len(rows) - len(examples)
-    fault = f"{dropped} of {len(rows)} rows have no target or over {max_length} tokens"
-    say(f"{name}: {fault} (--max-length): dropped; {unused} rationales are not used")
-    require(examples, name, f"{fault}; raise --max-length")
+    counts = f"{dropped} of {len(rows)} rows dropped (no target, or over {max_length} tokens)"
+    say(f"{name}: {counts}; {unused} rationales not used")
+    require(examples, name, f"{counts}; raise --max-length")
     largest = max(max(example.tokens) for example in examples)
     fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)

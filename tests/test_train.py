@@ -431,7 +431,7 @@ def test_a_row_that_is_too_long_is_dropped_whole_and_counted(at, tmp_path, capsy
     capsys.readouterr()
     less = run(tmp_path / "less", f"{command} {longest - 1}")
     assert less.steps[0]["tokens"] == sum(lengths) - longest
-    expected = f"1 of 7 rows have no target or over {longest - 1} tokens"
+    expected = f"1 of 7 rows dropped (no target, or over {longest - 1} tokens)"
     assert expected in capsys.readouterr().out
 
 
@@ -445,7 +445,7 @@ def test_only_ok_and_coverage_drop_rationales_and_keep_the_rows(at, tmp_path, ca
     rows = [*at.joint]
     rows[1:3] = at.vanilla[1:3]
     assert counts[1.0] == (count(rows, 1), count(rows, 2))
-    assert "1 rationales are not used" in capsys.readouterr().out
+    assert "1 rationales not used" in capsys.readouterr().out
     references, rationales = counts[0.5]
     assert 0 < rationales < count(rows, 2)
     assert references > count(rows, 1)  # an EOS for each that is dropped
@@ -773,7 +773,7 @@ def test_data_with_nothing_to_learn_is_refused(at, tmp_path, error):
     row |= {"reference": "", "reference_ids": [], "rationale_ids": [], "finish": "length"}
     ledger = write_jsonl(tmp_path / "nothing.jsonl", [row])
     message = error(f"{at.start} --data {ledger} --out {tmp_path}/out")
-    assert "--data: 1 of 1 rows have no target" in message
+    assert "--data: 1 of 1 rows dropped" in message
 
 
 # 7. The folder of a run
