@@ -520,13 +520,15 @@ def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_pat
 
 
 RUNNING = ("the base", "vanilla at 1e-4", "vanilla at 2e-4")  # of the study with IFEval
+RUNNING += ("vanilla at 2e-4, interpolated 0.5",)
 
 
 @pytest.mark.parametrize("name", RUNNING)
 def test_the_numbers_of_the_running_study_are_those_of_its_points(name):
-    rate = name.partition(" at ")[2] or "1e-4"
-    points = report.read_points([EXPERIMENTS / "smollm2-ifeval"], rate, [])
-    point = points["base" if name == "the base" else "vanilla"][0]
+    method, _, setting = name.removeprefix("the ").partition(" at ")
+    rate, _, weight = setting.partition(",")
+    points = report.read_points([EXPERIMENTS / "smollm2-ifeval"], rate or "1e-4", [])
+    point = points[f"{method},{weight}" if weight else method][0]
     cells = [f"{point['chrF++']:.1f}", f"{point['KL']:.3f}"]
     for half in ("IFEval", "IFEval built", "IFEval other"):
         cells.append(f"{point[half]:.1f}")
