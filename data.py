@@ -40,6 +40,7 @@ from model import (
     Shared,
     UserError,
     flush_to_disk,
+    from_first_rank,
     parse_json,
     quote,
     read_field,
@@ -580,10 +581,6 @@ class Tokenizer:
                 sp = self.sp_within
         return ids
 
-    def list_tokens(self) -> dict[int, str]:
-        """The text of each id."""
-        return self.tokens
-
     def decode(self, ids: list[int]) -> str:
         """Ids to text; control tokens are left out."""
         text = ""
@@ -696,7 +693,7 @@ def require_vocabulary(folder, tokenizer, config):
     """Raises UserError unless the model in `folder` has the tokens of this one."""
     other = Tokenizer(folder)
     require(
-        other.list_tokens() == tokenizer.list_tokens()
+        other.tokens == tokenizer.tokens
         and ModelConfig.from_file(folder).vocab_size == config.vocab_size,
         folder,
         "its vocabulary is not that of --model",
@@ -917,28 +914,23 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
     """
     file = folder / name
     text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
-    known = [False]
-    lock = None
-    try:
-        if dist.get_rank() == 0:
-            lock = lock_folder(file, text)
-            known[0] = is_own(file)
-            if known[0]:
-                require_same(file, (defaults or {}) | read_object(file), settings, free)
-            else:
-                with writing(file):
-                    file.write_bytes(text)
-                flush_to_disk(file)
-        dist.broadcast_object_list(known)
+    if dist.get_rank() > 0:
+        yield from_first_rank(None)
+        return
+    with lock_folder(file, text):
+        known = is_own(file)
+        if known:
+            require_same(file, (defaults or {}) | read_object(file), settings, free)
+        else:
+            with writing(file):
+                file.write_bytes(text)
+            flush_to_disk(file)
         try:
-            yield known[0]
+            yield from_first_rank(known)
         finally:
-            if lock is not None and os.listdir(folder) == [name]:  # the run has left nothing else
+            if os.listdir(folder) == [name]:  # the run has left nothing else
                 file.unlink()
                 folder.rmdir()
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def lock_folder(file, text):
@@ -954,11 +946,11 @@ def lock_folder(file, text):
         begun = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
     fault = "is not empty and not written by this script; choose another --out"
     require(begun or not names or is_own(file), folder, fault)
-    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    lock = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
     try:
         with writing(file):  # some file systems have no locks
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.fstat(lock).st_nlink > 0  # a file that was just removed protects nothing
+        held = os.fstat(lock.fileno()).st_nlink > 0  # a file just removed protects nothing
     except BlockingIOError:
         held = False
     require(held, folder, "another process is writing it; wait for it, or choose another --out")
@@ -1110,11 +1102,10 @@ def main(args):
     examples = [encoder.example(row) for row in rows]
     shown = examples[: args.show + 1][-1]
     print(f"{len(rows)} rows; below, row {shown.id}: its reference and rationale carry loss")
-    pieces = tokenizer.list_tokens()
     for name, color in COLORS.items():
         n = sorted(len(getattr(example, name)) for example in examples)
         print(f"{name}: {sum(n):,} tokens, median {n[len(n) // 2]}, longest {n[-1]}")
-        text = "".join(pieces.get(id, "?") for id in getattr(shown, name))
+        text = "".join(tokenizer.tokens.get(id, "?") for id in getattr(shown, name))
         print(f"\033[{color}m{text}\033[0m" if sys.stdout.isatty() else text)
     ledger = [row for row in rows if row.rationale_ids is not None]
     statuses = Counter(f"of status {row.status}" for row in ledger)

@@ -34,6 +34,7 @@ from model import (
     ModelConfig,
     Transformer,
     UserError,
+    from_first_rank,
     hash_model,
     parse_json,
     read_object,
@@ -418,12 +419,11 @@ def complete(path, rows, produce, settings=None):
         require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
         by_id[row.id] = row
     with data.claim(parts, "settings.json", settings or {}, DEFAULTS):
-        missing = [None]
+        missing = None
         if rank == 0:
             finished = read_finished(path, parts, by_id, settings)
-            missing[0] = [id for id in by_id if id not in finished]
-        dist.broadcast_object_list(missing)  # another rank may see an older state of the disk
-        mine = [by_id[id] for id in missing[0][rank :: dist.get_world_size()]]
+            missing = [id for id in by_id if id not in finished]
+        mine = [by_id[id] for id in from_first_rank(missing)[rank :: dist.get_world_size()]]
         part = parts / f"rank{rank}.jsonl"
         for row in produce(mine) if mine else []:
             known = by_id[row["id"]]

@@ -422,6 +422,13 @@ def is_first_rank():
     return dist.get_rank() == 0
 
 
+def from_first_rank(value):
+    """Returns the value of rank 0: ranks may see different states of a shared folder."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def local_rows(p):
     """Returns the rows of a parameter that this rank holds, and which of all rows they are."""
     if not isinstance(p, DTensor):
@@ -440,7 +447,7 @@ def hash_model(path) -> str:
     All ranks call it; rank 0 reads the files.
     """
     path = Path(path)
-    result = [None]
+    result = None
     if start_processes()[0] == 0:
         files = [path]
         if path.is_dir():
@@ -449,9 +456,8 @@ def hash_model(path) -> str:
         for file in files:
             with open(file, "rb") as f:
                 digests += hashlib.file_digest(f, "sha256").digest()
-        result = [hashlib.sha256(digests).hexdigest()[:16]]
-    dist.broadcast_object_list(result)
-    return result[0]
+        result = hashlib.sha256(digests).hexdigest()[:16]
+    return from_first_rank(result)
 
 
 FLOATS = ("F64", "F32", "F16", "BF16")

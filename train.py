@@ -38,6 +38,7 @@ from model import (
     ModelConfig,
     Transformer,
     flush_to_disk,
+    from_first_rank,
     hash_model,
     is_first_rank,
     load_weights,
@@ -318,13 +319,6 @@ def say(text):
     """Prints from rank 0."""
     if is_first_rank():
         print(text, flush=True)
-
-
-def from_first_rank(value):
-    """Returns the value of rank 0: ranks may see different states of a shared folder."""
-    values = [value]
-    dist.broadcast_object_list(values)
-    return values[0]
 
 
 def record(line, out):
