@@ -220,8 +220,13 @@ def attend(q, k, v, mask):
         # heads that share a key/value head become more queries of it: no copy of the cache
         y = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask)
         return y.reshape(q.shape)
+    dtype = q.dtype
+    if q.device.type == "cpu":  # where the backward pass in bfloat16 takes twice as long
+        dtype = torch.promote_types(dtype, torch.float32)
+    new = (q.to(dtype), k.to(dtype), v.to(dtype))
     # padding is on the right of every real token: causal attention alone hides it
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > K)
+    y = F.scaled_dot_product_attention(*new, is_causal=True, enable_gqa=q.shape[1] > K)
+    return y.to(q.dtype)
 
 
 # no weight matrix of these models has a bias
