@@ -68,13 +68,13 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 # 1. What is measured
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measure:
     """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
-    read(file, subject) yields the questions of a file. answer(subject, question) returns a dict to
-    store with the text that the model answered. scores(items) computes a Statistic for each score,
-    by its name, from what is stored.
+    read(file, encoder, options) yields the questions of a file. answer(question, load) returns a
+    dict to store with the text that the model answered. scores(items) computes a Statistic for each
+    score, by its name, from what is stored. options: those of the command line.
     """
 
     help: str
@@ -125,27 +125,13 @@ def measures():
     }
 
 
-class Subject:
-    """The model under test, and how it is asked."""
-
-    def __init__(self, options):
-        self.options = options  # of the command line
-        self.rank, _, device = start_processes()
-        dtype = data.torch_dtype(options.dtype)
-        # folder -> model, loaded only if an answer is missing
-        self.load = cache(partial(Transformer.from_pretrained, dtype=dtype, device=device))
-        self.config = ModelConfig.from_file(options.model)
-        tokenizer = Tokenizer(options.model, options.chat or "auto")
-        self.encoder = Encoder(tokenizer, data.read_template(options.template), options.system)
-
-
 @dataclass(kw_only=True)
 class Question(Sequence):
     """A prompt, and what else its item needs."""
 
     text: str  # the last turn of the prompt
     known: dict  # fields that are stored with the answer
-    endings: list[list[int]] = ()  # answers whose log P is measured
+    endings: list = ()  # ids of each answer whose log P is measured
     test: str = ""  # name of the test; by default that of the file
 
     @property
@@ -157,14 +143,21 @@ class Question(Sequence):
 # 2. Read: from files to questions
 
 
-def ask(row, encoder, **known):
-    """Asks a row in the model's chat format. known: fields that are stored with the answer."""
-    text = encoder.messages(row)[-1]["content"]
-    return Question(row.id, encoder.prompt(row), row.where, text=text, known=known)
+def ask(row, encoder, prompt=None, endings=(), test="", **known):
+    """The question of a row, in the model's chat format unless its `prompt` is given."""
+    return Question(
+        row.id,
+        prompt or encoder.prompt(row),
+        row.where,
+        text=encoder.messages(row)[-1]["content"],
+        known=known,
+        endings=endings,
+        test=test,
+    )
 
 
-def read_translation(file, subject):
-    rows = data.read_rows([file], subject.options.direction)
+def read_translation(file, encoder, options):
+    rows = data.read_rows([file], options.direction)
     for row in rows:
         require(
             row.target_lang and row.target_lang == rows[0].target_lang,
@@ -173,19 +166,19 @@ def read_translation(file, subject):
         )
         yield ask(
             row,
-            subject.encoder,
+            encoder,
             source=row.source,
             reference=row.reference,
             target_lang=row.target_lang,
         )
 
 
-def read_choice(file, subject):
+def read_choice(file, encoder, options):
     """Encodes as lm-evaluation-harness 0.4.13: a space before the choice; prompt and choice as one
     text, split where the prompt alone ends, without the spaces at its end; BOS where the tokenizer
     adds it. With --chat the choice is an answer to the prompt as a user's turn.
     """
-    tokenizer = subject.encoder.tokenizer
+    tokenizer = encoder.tokenizer
     for row, fields in read_prompts(file):
         where = row.where
         text = data.text_field(fields, "prompt", where)
@@ -194,48 +187,51 @@ def read_choice(file, subject):
             data.text_field({"a choice": choice}, "a choice", where)
         answer = read_field(fields, "answer", int, where)
         require(len(choices) > 1, where, '"choices" must hold two or more')
-        fault = f'"answer" must be the index of a choice, from 0; found {answer}'
-        require(0 <= answer < len(choices), where, fault)
+        require(
+            0 <= answer < len(choices),
+            where,
+            f'"answer" must be the index of a choice, from 0; found {answer}',
+        )
         task = read_field(fields, "task", str, where, "")
-        fault = f"the task {task!r} can't name a file; rename it"
-        require(re.fullmatch(r"([^./\0][^/\0]*)?", task), where, fault)
-        if subject.options.chat:
-            prompt = subject.encoder.prompt(row)
+        require(
+            re.fullmatch(r"([^./\0][^/\0]*)?", task),
+            where,
+            f"the task {task!r} can't name a file; rename it",
+        )
+        prompt = None
+        if options.chat:
             endings = [tokenizer.answer(choice) for choice in choices]
         else:
             start = tokenizer.encode(text.rstrip())
             prompt = [tokenizer.bos_id] * tokenizer.adds_bos + start
             endings = [tokenizer.encode(f"{text} {choice}")[len(start) :] for choice in choices]
         require(all(endings), where, "a choice adds no token to the prompt; reword it")
-        known = {"choices": choices, "answer": answer}
-        yield Question(row.id, prompt, where, text=text, endings=endings, known=known, test=task)
+        yield ask(row, encoder, prompt, endings, task, choices=choices, answer=answer)
 
 
-def read_numeric(file, subject):
+def read_numeric(file, encoder, options):
     for row, fields in read_prompts(file, "question"):
         number = re.search(rf"{STRICT.pattern}\s*$", data.text_field(fields, "answer", row.where))
         require(number, row.where, '"answer" must end in "#### NUMBER", as in GSM8K')
-        yield ask(row, subject.encoder, answer=bare_number(number[1]))
+        yield ask(row, encoder, answer=bare_number(number[1]))
 
 
-def read_safety(file, subject):
+def read_safety(file, encoder, options):
     for row, fields in read_prompts(file, "goal"):
-        question = ask(row, subject.encoder)
         default = True if "goal" in fields else ...  # all requests of AdvBench are harmful
         harmful = read_field(fields, "harmful", bool, row.where, default)
-        question.test = "harmful" if harmful else "benign"
-        yield question
+        yield ask(row, encoder, test="harmful" if harmful else "benign")
 
 
-def read_answers(file, subject):
-    for row in data.read_rows([file], subject.options.direction, prompts=True):
-        yield ask(row, subject.encoder)
+def read_answers(file, encoder, options):
+    for row in data.read_rows([file], options.direction, prompts=True):
+        yield ask(row, encoder)
 
 
-def read_drift(file, subject):
+def read_drift(file, encoder, options):
     """The base model's answers, and how they were sampled."""
     meta = read_meta(Path(file))
-    folder = subject.options.base
+    folder = options.base
     base = hash_model(folder)
     require(
         meta.get("task") == "answer" and meta.get("model_hash") == base,
@@ -243,17 +239,22 @@ def read_drift(file, subject):
         f"was not written by generate.py --task answer --model {folder}, or its meta file "
         f"{meta_path(Path(file)).name} is not next to it",
     )
-    encoder = Encoder(subject.encoder.tokenizer)  # the rows have their own prompts
-    data.require_vocabulary(folder, encoder.tokenizer, subject.config)
+    data.require_vocabulary(folder, encoder.tokenizer, ModelConfig.from_file(options.model))
+    encoder = Encoder(encoder.tokenizer)  # the rows have their own prompts
     # without defaults: a setting that is added later does not change the hash
     given = sorted(DEFAULTS.keys() & meta.keys())
     sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
-        question = ask(row, encoder, answer=row.rationale, base=base, sampling=sampling)
-        question.endings = [example.reference + example.rationale]
-        yield question
+        yield ask(
+            row,
+            encoder,
+            endings=[example.reference + example.rationale],
+            answer=row.rationale,
+            base=base,
+            sampling=sampling,
+        )
 
 
 def read_prompts(file, name="prompt"):
@@ -285,24 +286,25 @@ def read_csv(file):
     return rows
 
 
-def read_tests(files, subject, limit=None):
-    """The questions of each (measure, test). files: those of each measure."""
+def read_tests(encoder, options):
+    """The questions of each (measure, test)."""
+    config = ModelConfig.from_file(options.model)
     tests = {}
-    file_of = {}
     for name, measure in measures().items():
-        for file in files[name]:
-            for question in islice(measure.read(file, subject), limit):
+        for file in vars(options)[name]:
+            earlier = [*tests]
+            for question in islice(measure.read(file, encoder, options), options.limit):
                 test = (name, question.test or Path(file).stem)
                 require(
-                    file_of.setdefault(test, file) == file,
+                    test not in earlier,
                     file,
                     f"{test[1]} is the name of two tests; rename one, or join their files",
                 )
                 tests.setdefault(test, []).append(question)
-                new = 0 if question.endings else subject.options.max_new_tokens
+                new = 0 if question.endings else options.max_new_tokens
                 for ending in question.endings or [[]]:
                     whole = replace(question, prompt=question.prompt + ending)
-                    require_room([whole], new, subject.config, subject.options.model)
+                    require_room([whole], new, config, options.model)
     require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
     return tests
 
@@ -310,22 +312,21 @@ def read_tests(files, subject, limit=None):
 # 3. Ask: from questions to items
 
 
-def produce_items(measure, subject, questions):
+def produce_items(measure, tokenizer, options, load, rank, questions):
     """Yields the items of a test as `complete` writes them."""
-    tokenizer = subject.encoder.tokenizer
     ended = questions
     if measure.continues:
-        usual = {"max_new_tokens": subject.options.max_new_tokens}
+        usual = {"max_new_tokens": options.max_new_tokens}
         ended = sample(
-            subject.load(subject.options.model),
+            load("model"),
             questions,
             Sampling(**questions[0].known.get("sampling", usual)),
             tokenizer.eos_ids,
             tokenizer.vocab_size,
-            subject.options.batch_size,
+            options.batch_size,
             stop=tokenizer.first_line_ends if measure.one_line else None,
         )
-    for question in tqdm(ended, total=len(questions), unit="item", disable=subject.rank > 0):
+    for question in tqdm(ended, total=len(questions), unit="item", disable=rank > 0):
         item = {"id": question.id, "prompt": question.text} | question.known
         if measure.continues:
             item["output"] = tokenizer.decode(question.ids)
@@ -334,22 +335,22 @@ def produce_items(measure, subject, questions):
         if measure.one_line:  # a RaDis model explains its translation in the next lines
             item["hypothesis"] = item["output"].strip().split("\n")[0].strip()
         if measure.answer:
-            item |= measure.answer(subject, question)
+            item |= measure.answer(question, load)
         yield item
 
 
-def answer_choice(subject, question):
+def answer_choice(question, load):
     """log P(choice | prompt) of each choice."""
-    _, sums = score_endings(subject.load(subject.options.model), question)
+    _, sums = score_endings(load("model"), question)
     return {"logprobs": sums}
 
 
-def answer_drift(subject, question):
+def answer_drift(question, load):
     """Sums over the tokens of the base's answer, EOS included: -log P, KL(base || model) over the
     whole vocabulary, and whether both have the same first choice.
     """
-    logprobs, [logprob] = score_endings(subject.load(subject.options.model), question)
-    base, _ = score_endings(subject.load(subject.options.base), question)
+    logprobs, [logprob] = score_endings(load("model"), question)
+    base, _ = score_endings(load("base"), question)
     return {
         "tokens": len(logprobs),
         "nll": -logprob,
@@ -571,8 +572,11 @@ def main(args):
         "evaluate.py",
         "give --model and --out, with --drift also --base; or give --compare",
     )
-    subject = Subject(args)
-    tests = read_tests(vars(args), subject, args.limit)
+    rank, _, device = start_processes()
+    dtype = data.torch_dtype(args.dtype)
+    tokenizer = Tokenizer(args.model, args.chat or "auto")
+    encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
+    tests = read_tests(encoder, args)
 
     # 2. all that an answer depends on, besides its question
     settings = {
@@ -587,15 +591,20 @@ def main(args):
             "sacrebleu": sacrebleu.__version__,
             "refusals": data.short_hash(REFUSALS),
         },
-    } | subject.encoder.settings()
+    } | encoder.settings()
 
     # 3. the items, then their scores
+    @cache
+    def load(name):
+        """The model of --model or --base. It is loaded once, and only if an answer is missing."""
+        return Transformer.from_pretrained(vars(args)[name], dtype, device)
+
     out = Path(args.out).resolve()
     with data.claim(out, "settings.json", settings):
         for (name, test), questions in tests.items():
-            produce = partial(produce_items, measures()[name], subject)
+            produce = partial(produce_items, measures()[name], tokenizer, args, load, rank)
             complete(out / f"items/{name}/{test}.jsonl", questions, produce)
-        if subject.rank == 0:
+        if rank == 0:
             _, statistics = read_results(out, write=True)
             scores = {
                 name: interval(statistic.values) | {"n": len(statistic.of_items)}
@@ -619,10 +628,10 @@ OPTIONS = """
 
 
 def parser():
-    lines = [f"--{name} FILE...   {measure.help}\n" for name, measure in measures().items()]
-    prompt_options = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
-    purpose = "Measures what a model gained and lost."
-    return data.make_parser(purpose, OPTIONS.format("".join(lines)) + prompt_options)
+    tests = [f"--{name} FILE...   {measure.help}\n" for name, measure in measures().items()]
+    prompts = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
+    options = OPTIONS.format("".join(tests)) + prompts
+    return data.make_parser("Measures what a model gained and lost.", options)
 
 
 if __name__ == "__main__":
