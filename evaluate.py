@@ -20,7 +20,7 @@ import io
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,6 @@ from pathlib import Path
 import numpy as np
 import sacrebleu
 import torch
-from sacrebleu.metrics import BLEU, CHRF
 from tqdm import tqdm
 
 import data
@@ -125,14 +124,20 @@ def measures():
     }
 
 
-@dataclass(kw_only=True)
 class Question(Sequence):
-    """A prompt, and what else its item needs."""
+    """The prompt of a row, and what else its item needs.
 
-    text: str  # the last turn of the prompt
-    known: dict  # fields that are stored with the answer
-    endings: list = ()  # ids of each answer whose log P is measured
-    test: str = ""  # name of the test; by default that of the file
+    The prompt is in the model's chat format unless it is given. endings: ids of the answers whose
+    log P is measured. test: its name, by default that of the file. known: fields that are stored
+    with the answer.
+    """
+
+    def __init__(self, row, encoder, prompt=None, endings=(), test="", **known):
+        super().__init__(row.id, prompt or encoder.prompt(row), row.where)
+        self.text = encoder.messages(row)[-1]["content"]
+        self.endings = endings
+        self.test = test
+        self.known = known
 
     @property
     def input_hash(self):
@@ -143,19 +148,6 @@ class Question(Sequence):
 # 2. Read: from files to questions
 
 
-def ask(row, encoder, prompt=None, endings=(), test="", **known):
-    """The question of a row, in the model's chat format unless its `prompt` is given."""
-    return Question(
-        row.id,
-        prompt or encoder.prompt(row),
-        row.where,
-        text=encoder.messages(row)[-1]["content"],
-        known=known,
-        endings=endings,
-        test=test,
-    )
-
-
 def read_translation(file, encoder, options):
     rows = data.read_rows([file], options.direction)
     for row in rows:
@@ -164,7 +156,7 @@ def read_translation(file, encoder, options):
             row.where,
             "--translation needs pairs into one language; give one --direction, or two files",
         )
-        yield ask(
+        yield Question(
             row,
             encoder,
             source=row.source,
@@ -206,48 +198,49 @@ def read_choice(file, encoder, options):
             prompt = [tokenizer.bos_id] * tokenizer.adds_bos + start
             endings = [tokenizer.encode(f"{text} {choice}")[len(start) :] for choice in choices]
         require(all(endings), where, "a choice adds no token to the prompt; reword it")
-        yield ask(row, encoder, prompt, endings, task, choices=choices, answer=answer)
+        yield Question(row, encoder, prompt, endings, task, choices=choices, answer=answer)
 
 
 def read_numeric(file, encoder, options):
     for row, fields in read_prompts(file, "question"):
         number = re.search(rf"{STRICT.pattern}\s*$", data.text_field(fields, "answer", row.where))
         require(number, row.where, '"answer" must end in "#### NUMBER", as in GSM8K')
-        yield ask(row, encoder, answer=bare_number(number[1]))
+        yield Question(row, encoder, answer=bare_number(number[1]))
 
 
 def read_safety(file, encoder, options):
     for row, fields in read_prompts(file, "goal"):
         default = True if "goal" in fields else ...  # all requests of AdvBench are harmful
         harmful = read_field(fields, "harmful", bool, row.where, default)
-        yield ask(row, encoder, test="harmful" if harmful else "benign")
+        yield Question(row, encoder, test="harmful" if harmful else "benign")
 
 
 def read_answers(file, encoder, options):
     for row in data.read_rows([file], options.direction, prompts=True):
-        yield ask(row, encoder)
+        yield Question(row, encoder)
 
 
 def read_drift(file, encoder, options):
     """The base model's answers, and how they were sampled."""
     meta = read_meta(Path(file))
-    folder = options.base
-    base = hash_model(folder)
+    base = hash_model(options.base)
     require(
         meta.get("task") == "answer" and meta.get("model_hash") == base,
         file,
-        f"was not written by generate.py --task answer --model {folder}, or its meta file "
+        f"was not written by generate.py --task answer --model {options.base}, or its meta file "
         f"{meta_path(Path(file)).name} is not next to it",
     )
-    data.require_vocabulary(folder, encoder.tokenizer, ModelConfig.from_file(options.model))
+    data.require_vocabulary(options.base, encoder.tokenizer, ModelConfig.from_file(options.model))
     encoder = Encoder(encoder.tokenizer)  # the rows have their own prompts
     # without defaults: a setting that is added later does not change the hash
-    given = sorted(DEFAULTS.keys() & meta.keys())
-    sampling = {name: meta[name] for name in given if meta[name] != DEFAULTS[name]}
+    sampling = {}
+    for name, default in sorted(DEFAULTS.items()):
+        if meta.get(name, default) != default:
+            sampling[name] = meta[name]
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
-        yield ask(
+        yield Question(
             row,
             encoder,
             endings=[example.reference + example.rationale],
@@ -303,7 +296,7 @@ def read_tests(encoder, options):
                 tests.setdefault(test, []).append(question)
                 new = 0 if question.endings else options.max_new_tokens
                 for ending in question.endings or [[]]:
-                    whole = replace(question, prompt=question.prompt + ending)
+                    whole = Sequence(question.id, question.prompt + ending, question.where)
                     require_room([whole], new, config, options.model)
     require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
     return tests
@@ -341,8 +334,7 @@ def produce_items(measure, tokenizer, options, load, rank, questions):
 
 def answer_choice(question, load):
     """log P(choice | prompt) of each choice."""
-    _, sums = score_endings(load("model"), question)
-    return {"logprobs": sums}
+    return {"logprobs": score_endings(load("model"), question)[1]}
 
 
 def answer_drift(question, load):
@@ -369,7 +361,7 @@ def score_endings(model, question):
     batch = data.collate(examples, model.device)
     logits = model(batch.tokens, batch.places, shared=batch.shared)
     logprobs = logits.double().log_softmax(-1)
-    chosen = logprobs.gather(-1, batch.targets[:, None])[:, 0]
+    chosen = logprobs[torch.arange(len(logprobs)), batch.targets]
     parts = chosen.split([len(ending) for ending in question.endings])
     return logprobs, [part.sum().item() for part in parts]
 
@@ -424,11 +416,12 @@ def score_translation(items):
     """BLEU and chrF++ by sacreBLEU, with its tokenizer for the target language."""
     language = items[0]["target_lang"]
     try:
-        bleu = BLEU(trg_lang=language)
+        bleu = sacrebleu.BLEU(trg_lang=language)
     except (ImportError, RuntimeError):
         print(f"sacrebleu[{language}] is not installed: BLEU counts characters (tok:char)")
-        bleu = BLEU(tokenize="char")
-    return {"bleu": by_sacrebleu(bleu, items), "chrf++": by_sacrebleu(CHRF(word_order=2), items)}
+        bleu = sacrebleu.BLEU(tokenize="char")
+    chrf = sacrebleu.CHRF(word_order=2)
+    return {"bleu": by_sacrebleu(bleu, items), "chrf++": by_sacrebleu(chrf, items)}
 
 
 def by_sacrebleu(metric, items):
@@ -535,8 +528,8 @@ def compare(folders):
     base = settings[0]
     for folder, own in zip(folders, settings):
         for name in sorted((base | own).keys() - {*data.NOT_COMPARED, "model_hash"}):
-            same = base.get(name) == own.get(name)
-            require(same, folder, f"its {name} differs from {folders[0]}; measure both alike")
+            fault = f"its {name} differs from {folders[0]}; measure both alike"
+            require(base.get(name) == own.get(name), folder, fault)
     print_table([Path(folder).name for folder in folders], runs)
 
 
@@ -610,8 +603,8 @@ def main(args):
                 name: interval(statistic.values) | {"n": len(statistic.of_items)}
                 for name, statistic in statistics.items()
             }
-            content = {"settings": settings, "measures": scores}
-            write_text(out / "results.json", json.dumps(content, indent=2))
+            text = json.dumps({"settings": settings, "measures": scores}, indent=2)
+            write_text(out / "results.json", text)
             print_table([out.name], [statistics])
 
 
@@ -629,8 +622,8 @@ OPTIONS = """
 
 def parser():
     tests = [f"--{name} FILE...   {measure.help}\n" for name, measure in measures().items()]
-    prompts = data.PROMPT_OPTIONS.replace("CHAT=auto", "CHAT")  # None: not given
-    options = OPTIONS.format("".join(tests)) + prompts
+    options = OPTIONS.format("".join(tests)) + data.PROMPT_OPTIONS
+    options = options.replace("CHAT=auto", "CHAT")  # None: not given
     return data.make_parser("Measures what a model gained and lost.", options)
 
 

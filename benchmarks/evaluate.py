@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import bounds  # noqa: E402
 
 import evaluate  # noqa: E402
+from data import Encoder, Tokenizer  # noqa: E402
 from model import Transformer  # noqa: E402
 
 
@@ -53,8 +54,8 @@ def main(args: argparse.Namespace):
     rates = bounds.describe_machine(torch.device("cpu"))
     words = ["--model", args.model, "--choice", *args.choice]
     options = evaluate.parser().parse_args(words)
-    subject = evaluate.Subject(options)
-    tests = evaluate.read_tests(vars(options), subject, args.limit)
+    options.limit = args.limit
+    tests = evaluate.read_tests(Encoder(Tokenizer(args.model)), options)
     ours = Transformer.from_pretrained(args.model)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
     totals = [0.0, 0.0]
