@@ -279,9 +279,8 @@ def read_csv(file):
     return rows
 
 
-def read_tests(encoder, options):
+def read_tests(encoder, config, options):
     """The questions of each (measure, test)."""
-    config = ModelConfig.from_file(options.model)
     tests = {}
     for name, measure in measures().items():
         for file in vars(options)[name]:
@@ -567,9 +566,10 @@ def main(args):
     )
     rank, _, device = start_processes()
     dtype = data.torch_dtype(args.dtype)
+    config = ModelConfig.from_file(args.model)
     tokenizer = Tokenizer(args.model, args.chat or "auto")
     encoder = Encoder(tokenizer, data.read_template(args.template), args.system)
-    tests = read_tests(encoder, args)
+    tests = read_tests(encoder, config, args)
 
     # 2. all that an answer depends on, besides its question
     settings = {
@@ -587,9 +587,8 @@ def main(args):
     } | encoder.settings()
 
     # 3. the items, then their scores
-    @cache
+    @cache  # it is loaded once, and only if an answer is missing
     def load(name):
-        """The model of --model or --base. It is loaded once, and only if an answer is missing."""
         return Transformer.from_pretrained(vars(args)[name], dtype, device)
 
     out = Path(args.out).resolve()

@@ -55,8 +55,8 @@ def main(args: argparse.Namespace):
     words = ["--model", args.model, "--choice", *args.choice]
     options = evaluate.parser().parse_args(words)
     options.limit = args.limit
-    tests = evaluate.read_tests(Encoder(Tokenizer(args.model)), options)
     ours = Transformer.from_pretrained(args.model)
+    tests = evaluate.read_tests(Encoder(Tokenizer(args.model)), ours.config, options)
     theirs = AutoModelForCausalLM.from_pretrained(args.model).float()
     totals = [0.0, 0.0]
     operations = bounds.record_operations(ours)
