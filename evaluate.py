@@ -360,7 +360,7 @@ def score_endings(model, question):
     batch = data.collate(examples, model.device)
     logits = model(batch.tokens, batch.places, shared=batch.shared)
     logprobs = logits.double().log_softmax(-1)
-    chosen = logprobs[torch.arange(len(logprobs)), batch.targets]
+    chosen = logprobs.gather(-1, batch.targets[:, None])[:, 0]
     parts = chosen.split([len(ending) for ending in question.endings])
     return logprobs, [part.sum().item() for part in parts]
 
