@@ -90,24 +90,24 @@ class ModelConfig:
         fault = f'"model_type": {quote(family)} is not supported (only {", ".join(FAMILIES)})'
         require(family in FAMILIES, path, fault)
         given = FAMILIES[family] | raw | {"raw": raw}
-        given |= read_rope(given, path)
+        add_rope(given, path)
         if family == "llama":
             given["sliding_window"] = None  # LlamaForCausalLM ignores it
-        heads = read_field(given, "num_attention_heads", int, path)
-        if given.get("num_key_value_heads") is None:
-            given["num_key_value_heads"] = heads
-        if given.get("head_dim") is None:
-            given["head_dim"] = read_field(given, "hidden_size", int, path) // max(heads, 1)
         values = {}
         for name, kind in cls.__annotations__.items():
-            value = read_field(given, name, kind, path, getattr(cls, name, ...))
+            default = getattr(cls, name, ...)
+            if name == "num_key_value_heads":
+                default = values["num_attention_heads"]
+            if name == "head_dim":
+                default = values["hidden_size"] // values["num_attention_heads"]
+            value = read_field(given, name, kind, path, default)
             if type(value) in (int, float):
                 limit = LIMITS.get(name, 2**20)
                 fault = f'"{name}" must be above 0 and at most {limit}, found {quote(value)}'
                 require(0 < value <= limit, path, fault)
             values[name] = value
         config = cls(**values)
-        divides = heads % config.num_key_value_heads == 0
+        divides = config.num_attention_heads % config.num_key_value_heads == 0
         require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
         require(config.head_dim % 2 == 0, path, f"head_dim must be even, found {config.head_dim}")
         attention = "full_attention" if config.sliding_window is None else "sliding_attention"
@@ -121,9 +121,8 @@ class ModelConfig:
         return config
 
 
-def read_rope(given, path):
-    """Returns the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
-    fields = {}
+def add_rope(given, path):
+    """Adds the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
     for place in ("rope_scaling", "rope_parameters"):
         rope = read_field(given, place, dict, path, {})
         for name, value in rope.items():
@@ -132,8 +131,7 @@ def read_rope(given, path):
             require(known, path, fault)
             fault = f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{place}"'
             require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
-        fields |= rope
-    return fields
+            given[name] = value
 
 
 class KVCache(NamedTuple):
@@ -160,9 +158,8 @@ class KVCache(NamedTuple):
         return KVCache(*(x[:, rows, :, :length] for x in self))
 
     def move(self, row, to):
-        if row != to:
-            for x in self:
-                x[:, to] = x[:, row]
+        for x in self:
+            x[:, to] = x[:, row]
 
 
 class Shared(NamedTuple):
@@ -336,7 +333,7 @@ class Transformer(nn.Module):
         """
         T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
         S = T if cache is None else cache.keys.shape[3]
-        window = S if self.config.sliding_window is None else self.config.sliding_window
+        window = self.config.sliding_window or S
         masked = positions is not None or T > window
         if positions is None:
             positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
@@ -399,6 +396,7 @@ class Transformer(nn.Module):
         if is_first_rank():
             names = dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
             write_text(Path(folder) / "config.json", json.dumps(self.config.raw | names, indent=2))
+        dist.barrier()  # when a rank returns, the folder is complete
 
 
 # Processes
@@ -452,20 +450,16 @@ def hash_model(path) -> str:
     All ranks call it; rank 0 reads the files.
     """
     path = Path(path)
-    result = None
-    if start_processes()[0] == 0:
+    start_processes()
+    digests = b""
+    if is_first_rank():
         files = [path]
         if path.is_dir():
             files = [path / "config.json", *list_weights(path)]
-        digests = b""
         for file in files:
             with open(file, "rb") as f:
                 digests += hashlib.file_digest(f, "sha256").digest()
-        result = hashlib.sha256(digests).hexdigest()[:16]
-    return from_first_rank(result)
-
-
-FLOATS = ("F64", "F32", "F16", "BF16")
+    return from_first_rank(hashlib.sha256(digests).hexdigest()[:16])
 
 
 def list_weights(folder):
@@ -474,8 +468,9 @@ def list_weights(folder):
     Raises UserError if one is missing, or if two contradict each other.
     """
     for file in folder.glob("adapter_*"):
-        fault = "an adapter is not supported; merge it into the weights or remove it"
-        raise UserError(f"{file}: {fault}")
+        raise UserError(
+            f"{file}: an adapter is not supported; merge it into the weights or remove it"
+        )
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
@@ -507,8 +502,9 @@ def load_weights(parameters, folder):
         try:
             content = safe_open(file, "pt")
         except (SafetensorError, OSError) as e:
-            fault = f"is not a complete safetensors file ({e}); download it again"
-            raise UserError(f"{file}: {fault}") from None
+            raise UserError(
+                f"{file}: is not a complete safetensors file ({e}); download it again"
+            ) from None
         for name in content.keys():
             if name in stored:
                 faults.append(f"{name}: in {file.name} and {stored[name][0].name}")
@@ -517,23 +513,23 @@ def load_weights(parameters, folder):
     if HEAD in stored and HEAD not in parameters:  # tied: stored as head, as embedding, or as both
         expected[HEAD] = parameters[EMBEDDING]
         stored.setdefault(EMBEDDING, stored[HEAD])
-    for name in sorted(expected.keys() | stored.keys()):
+    for name in sorted(expected | stored):
         shape = list(expected[name].shape) if name in expected else "nothing"
         found = stored[name][1].get_shape() if name in stored else "nothing"
         if found != shape and not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints
             faults.append(f"{name}: found {found}, expected {shape}")
-    fault = f"{len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
-    require(not faults, folder, fault)
+    if faults:
+        raise UserError(
+            f"{folder}: {len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
+        )
     for name, p in expected.items():
         file, tensor = stored[name]
         local, rows = local_rows(p)
-        values = tensor[rows]
-        new = values.to(local)
-        finite = tensor.get_dtype() in FLOATS and new.isfinite().all()
+        new = tensor[rows].to(local)
+        finite = tensor.get_dtype() in ("F64", "F32", "F16", "BF16") and new.isfinite().all()
         require(finite, file, f"{name} must hold finite numbers of a float type; download it again")
-        if name not in parameters:
-            fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
-            require(new.equal(local), file, fault)
+        fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+        require(name in parameters or new.equal(local), file, fault)
         local.copy_(new)
 
 
@@ -550,34 +546,32 @@ def save_weights(parameters, folder, dtype):
     for name, p in parameters.items():
         groups.setdefault(total // MAX_FILE_BYTES, []).append(name)
         total += p.numel() * dtype.itemsize
-    files = ["model.safetensors"]
-    if len(groups) > 1:
-        files = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
-    contents = list(zip(files, groups.values()))
-    weight_map = {}
+    count = len(groups)
     rank, world_size, _ = start_processes()
-    for start in range(0, len(files), world_size):
-        # gather the tensors of one file for each rank, then write these files at the same time
-        mine = {}
-        for i, (file, names) in enumerate(contents[start : start + world_size]):
-            weight_map |= dict.fromkeys(names, file)
-            for name in names:
-                full = parameters[name].detach().to(dtype)
-                if isinstance(full, DTensor):
-                    full = full.full_tensor()  # collective: all ranks take part
-                if i == rank:
-                    path = folder / file
-                    finite = full.isfinite().all()
-                    require(finite, path, f"{name} is not finite, so it is not written")
-                    mine[name] = full.cpu()
-        if mine:
+    weight_map = {}
+    mine = {}
+    for i, names in enumerate(groups.values()):
+        file = f"model-{i + 1:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(names, file)
+        turn = i % world_size  # the rank that writes this file
+        for name in names:
+            full = parameters[name].detach().to(dtype)
+            if isinstance(full, DTensor):
+                full = full.full_tensor()  # collective: all ranks take part
+            if rank == turn:
+                path = folder / file
+                require(full.isfinite().all(), path, f"{name} is not finite, so it is not written")
+                mine[name] = full.cpu()
+        # when each rank has the tensors of a file, all write at the same time
+        if mine and (turn == world_size - 1 or i == count - 1):
             with writing(path):
                 save_file(mine, path, metadata={"format": "pt"})
                 flush_to_disk(path)
+            mine = {}
     dist.barrier()
     if rank == 0:
         outdated = INDEX  # of an earlier model
-        if len(files) > 1:
+        if count > 1:
             content = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_text(folder / INDEX, json.dumps(content, indent=2))
             outdated = "model.safetensors"
@@ -634,8 +628,9 @@ def read_text(path) -> str:
         raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
-        fault = f"byte 0x{e.object[e.start]:02x} is not UTF-8; convert the file to UTF-8"
-        raise UserError(f"{path}:{line}: {fault}") from None
+        raise UserError(
+            f"{path}:{line}: byte 0x{e.object[e.start]:02x} is not UTF-8; convert the file to UTF-8"
+        ) from None
     require(text.strip(), path, "the file is empty")
     return text
 

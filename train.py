@@ -33,7 +33,6 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
-from data import Encoder, Tokenizer
 from model import (
     ModelConfig,
     Transformer,
@@ -66,7 +65,8 @@ def joint_loss(model, teacher, micro_batch_size, weight, examples):
         if torch.is_grad_enabled():
             # fully_shard averages gradients over the ranks: multiply by their number
             (loss * dist.get_world_size()).backward()
-        sums[:2] += torch.stack([reference, rationale]).detach()
+        sums[0] += reference.detach()
+        sums[1] += rationale.detach()
         sums[2] += batch.shared.token_at.numel()  # attention computes pads, too
     sums = sums.cpu()
     dist.all_reduce(sums)
@@ -151,13 +151,13 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, references, rationales):
         losses = []
-        rows = logits.split([len(references), len(rationales)])
-        for segment, targets in zip(rows, (references, rationales)):
+        chunks = [*references.split(CHUNK), *rationales.split(CHUNK)]
+        rows = logits.split([len(targets) for targets in chunks])
+        for x, targets in zip(rows, chunks):
             loss = cross_entropy if targets.dim() == 1 else kl_divergence
-            for x, target in zip(segment.split(CHUNK), targets.split(CHUNK)):
-                values, gradient = loss(x, target)
-                losses.append(values)
-                x.copy_(gradient)
+            values, gradient = loss(x, targets)
+            losses.append(values)
+            x.copy_(gradient)
         ctx.save_for_backward(logits)
         return torch.cat(losses)
 
@@ -231,24 +231,25 @@ def is_due(step, every):
 
 def read_data(args, config):
     """Returns the tokenizer, the examples of --data, and those of each set of --valid."""
-    files = {"--data": args.data}
+    rows = data.read_rows(args.data, args.direction)
+    tokenizer = data.Tokenizer(args.tokenizer, args.chat).with_chat_of(rows)
+    # at weight 0 the reference ends the answer, so it gets the EOS
+    coverage = args.rationale_coverage if args.rationale_weight else 0
+    template = data.read_template(args.template)
+    encoder = data.Encoder(tokenizer, template, args.system, coverage, args.only_ok)
+    length = min(args.max_length, config.max_position_embeddings)
+    examples = make_examples(rows, "--data", encoder, config, length)
+    valid = {}
     for item in args.valid:
         name, named, file = item.partition("=")
         if not named:
             name = Path(item).stem
             file = item
         fault = f"two sets are called {name}; give one another name, as in NAME={file}"
-        require(name not in files, "--valid", fault)
-        files[name] = [file]
-    rows = {name: data.read_rows(files[name], args.direction) for name in files}
-    tokenizer = Tokenizer(args.tokenizer, args.chat).with_chat_of(rows["--data"])
-    # at weight 0 the reference ends the answer, so it gets the EOS
-    coverage = args.rationale_coverage if args.rationale_weight else 0
-    template = data.read_template(args.template)
-    encoder = Encoder(tokenizer, template, args.system, coverage, args.only_ok)
-    length = min(args.max_length, config.max_position_embeddings)
-    sets = {name: make_examples(rows[name], name, encoder, config, length) for name in rows}
-    return tokenizer, sets.pop("--data"), sets
+        require(name not in valid, "--valid", fault)
+        rows = data.read_rows([file], args.direction)
+        valid[name] = make_examples(rows, name, encoder, config, length)
+    return tokenizer, examples, valid
 
 
 def make_examples(rows, name, encoder, config, max_length):
@@ -345,7 +346,7 @@ def save_checkpoint(model, optimizer, out, step):
 
     Any number of ranks can load it. It appears whole or not at all.
     """
-    folder = out / "checkpoint" / f"step-{step}"
+    folder = out / f"checkpoint/step-{step}"
     temporary = folder.with_suffix(".tmp")
     save_weights(checkpoint_tensors(model, optimizer), temporary, torch.float32)
     if is_first_rank():
@@ -373,7 +374,7 @@ def load_checkpoint(model, optimizer, out):
         if number.isdecimal():
             steps.append(int(number))
     step = from_first_rank(max(steps))
-    folder = out / "checkpoint" / f"step-{step}"
+    folder = out / f"checkpoint/step-{step}"
     metrics = b""
     if step:
         metrics = (folder / "metrics.jsonl").read_bytes()
@@ -431,12 +432,9 @@ def run(args, out, tokenizer, examples, valid):
     else:
         model = load_sharded(args.config, dtype, args.seed)
     model.activation_checkpointing = args.activation_checkpointing
-    teacher = None
-    if args.teacher:
-        teacher = load_sharded(args.teacher, dtype, frozen=True)
+    teacher = load_sharded(args.teacher, dtype, frozen=True) if args.teacher else None
     optimizer = make_optimizer(model, args.weight_decay)
-    settings = (args.micro_batch_size, args.rationale_weight)
-    compute_loss = partial(joint_loss, model, teacher, *settings)
+    compute_loss = partial(joint_loss, model, teacher, args.micro_batch_size, args.rationale_weight)
 
     # 2. the steps
     noted = note_signals()
@@ -445,10 +443,9 @@ def run(args, out, tokenizer, examples, valid):
     done = load_checkpoint(model, optimizer, out)
     if done == 0:
         validate(compute_loss, valid, 0, out)
-    schedule = (steps, args.learning_rate, args.warmup_steps, args.schedule)
     for step in range(done + 1, steps + 1):
         batch = batch_of(examples, step - 1, args.batch_size, args.seed)
-        rate = learning_rate(step - 1, *schedule)
+        rate = learning_rate(step - 1, steps, args.learning_rate, args.warmup_steps, args.schedule)
         line = train_step(compute_loss, model, optimizer, batch, rate, args.max_grad_norm)
         record({"step": step} | line, out)
         if step == steps or is_due(step, args.valid_every):
@@ -477,7 +474,8 @@ def main(args):
     args.tokenizer = args.tokenizer or args.model
     one = bool(args.model) != bool(args.config)
     require(one and args.tokenizer, "train.py", "give --model, or --config and --tokenizer")
-    config = ModelConfig.from_file(args.model or args.config)
+    start = args.model or args.config
+    config = ModelConfig.from_file(start)
     tokenizer, examples, valid = read_data(args, config)
     if args.teacher:
         data.require_vocabulary(args.teacher, tokenizer, config)
@@ -490,7 +488,7 @@ def main(args):
     out = Path(args.out).resolve()
     settings = vars(args) | {
         "data_hash": data_hash,
-        "start_hash": hash_model(args.model or args.config),
+        "start_hash": hash_model(start),
         "teacher_hash": args.teacher and hash_model(args.teacher),
     }
     with data.claim(out, "args.json", settings, free=FREE) as known:
