@@ -1,9 +1,9 @@
 """The claim on a laptop: vanilla fine-tuning forgets, RaDis and replay forget less. `make demo`
 
-    python experiments/demo.py            three to four minutes on a CPU; no network, no data
+    python experiments/demo.py            two to three minutes on a CPU; no network, no data
 
 PAGE is the whole demo: commands to paste into a shell, in the folder above this one. This script
-runs them in one process, which saves starting Python for each, and prints what was measured.
+runs them in two processes, which saves starting Python for each, and prints what was measured.
 """
 
 import argparse
@@ -16,6 +16,8 @@ import shutil
 import string
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads are of no use to so small a model
@@ -37,20 +39,21 @@ python train.py --config $run/start/config.json --tokenizer $run/start --data $r
 # 2. Rationales: the answer is prefilled with the reference, and the base model continues
 base="--model $run/base --batch-size 128 --template $run/template.txt"
 python generate.py $base --data $run/pairs.jsonl --out $run/rationales.jsonl --cue '\n' \
-    --max-new-tokens 32
-python data.py --model $run/base --data $run/rationales.jsonl --show 2
+    --max-new-tokens 32 &
 #    For replay it answers other prompts, about three of the skills
 python generate.py $base --data $run/prompts.jsonl --out $run/replay.jsonl --task answer \
-    --max-new-tokens 48 --limit 1600
-# 3. Three trainings on the same pairs: alone (vanilla); with their rationales (RaDis); with the
-#    replayed answers, by the base model's distribution, at equal mean losses (soft replay)
+    --max-new-tokens 48 --limit 1600 &
+wait
+python data.py --model $run/base --data $run/rationales.jsonl --show 2
+# 3. Three trainings on the same pairs: with their rationales (RaDis); with the replayed answers,
+#    by the base model's distribution, at equal mean losses (soft replay); alone (vanilla)
 train="--model $run/base --max-steps 240 --export-every 40 --warmup-steps 24 --learning-rate 1e-3
     --micro-batch-size 48 --template $run/template.txt"
-python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
-    --rationale-weight 0
-python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32
+python train.py $train --data $run/rationales.jsonl --out $run/radis --batch-size 32 &
 python train.py $train --data $run/pairs.jsonl $run/replay.jsonl --out $run/replay \
-    --batch-size 48 --teacher $run/base --rationale-weight 1.6
+    --batch-size 48 --teacher $run/base --rationale-weight 1.6 &
+python train.py $train --data $run/pairs.jsonl --out $run/vanilla --batch-size 32 \
+    --rationale-weight 0 &
 # 4. What was gained and what was lost, along the trainings. No test item was in training, except
 #    for the skills that are memory; none of the replayed prompts is a test item
 python generate.py $base --data $run/general.jsonl --out $run/tests/general.jsonl --task answer \
@@ -60,15 +63,17 @@ tests="--choice $run/tests/choice/*.jsonl --numeric $run/tests/numeric/*.jsonl
     --translation $run/tests/test-vela.jsonl --drift $run/tests/general.jsonl --base $run/base
     --template $run/template.txt --chat auto --max-new-tokens 48 --batch-size 128"
 python evaluate.py $tests --model $run/base --out $run/results/base
-python evaluate.py $tests --model $run/vanilla/step-40 --out $run/results/vanilla-40
-python evaluate.py $tests --model $run/vanilla/step-120 --out $run/results/vanilla-120
-python evaluate.py $tests --model $run/vanilla --out $run/results/vanilla-240
-python evaluate.py $tests --model $run/radis/step-40 --out $run/results/radis-40
-python evaluate.py $tests --model $run/radis/step-120 --out $run/results/radis-120
-python evaluate.py $tests --model $run/radis --out $run/results/radis-240
-python evaluate.py $tests --model $run/replay/step-40 --out $run/results/replay-40
-python evaluate.py $tests --model $run/replay/step-120 --out $run/results/replay-120
-python evaluate.py $tests --model $run/replay --out $run/results/replay-240
+wait
+python evaluate.py $tests --model $run/vanilla/step-40 --out $run/results/vanilla-40 &
+python evaluate.py $tests --model $run/vanilla/step-120 --out $run/results/vanilla-120 &
+python evaluate.py $tests --model $run/vanilla --out $run/results/vanilla-240 &
+python evaluate.py $tests --model $run/radis/step-40 --out $run/results/radis-40 &
+python evaluate.py $tests --model $run/radis/step-120 --out $run/results/radis-120 &
+python evaluate.py $tests --model $run/radis --out $run/results/radis-240 &
+python evaluate.py $tests --model $run/replay/step-40 --out $run/results/replay-40 &
+python evaluate.py $tests --model $run/replay/step-120 --out $run/results/replay-120 &
+python evaluate.py $tests --model $run/replay --out $run/results/replay-240 &
+wait
 """
 # columns of the table: title -> folder of results
 COLUMNS = {"base": "base", "vanilla": "vanilla-240", "RaDis": "radis-240"}
@@ -84,6 +89,8 @@ ROWS |= {"KL to base, 0.01 nats a token": ("drift_kl/general", 100)}
 def run_page(page: str, run: Path):
     """Runs the commands of a page, with the folder `run` in place of experiments/run."""
     variables = {}
+    pool = ProcessPoolExecutor(2, get_context("spawn"))  # torch's threads do not survive a fork
+    jobs = []
     for line in page.replace("\\\n", " ").replace("\n    ", " ").strip().splitlines():
         if line.startswith("#"):
             print(("\n" if line[2].isdigit() else "") + line[2:], flush=True)
@@ -94,8 +101,14 @@ def run_page(page: str, run: Path):
         if equals and name.isidentifier():
             variables[name] = filled.partition("=")[2].strip('"')
             variables["run"] = shlex.quote(str(run))
-        elif line:
-            run_command(shlex.split(filled), run / "log.txt")
+        elif line == "wait":
+            for job in jobs:
+                job.result()
+        else:
+            words = shlex.split(filled.removesuffix(" &"))
+            jobs.append(pool.submit(run_command, words, run / "log.txt"))
+            if not line.endswith(" &"):
+                jobs[-1].result()
 
 
 def run_command(words: list[str], log: Path):
@@ -125,9 +138,8 @@ def print_table(results: Path):
 
 def print_answers(results: Path):
     """The same prompts, answered by each model."""
-    answers = []
-    for name in COLUMNS.values():
-        answers.append(data.read_json(results / name / "items/answers/examples.jsonl"))
+    files = [results / name / "items/answers/examples.jsonl" for name in COLUMNS.values()]
+    answers = map(data.read_json, files)
     for items in zip(*answers):
         print(f"\n  {items[0][1]['prompt']}")
         for title, (_, item) in zip(COLUMNS, items):
@@ -164,8 +176,7 @@ def main(args: argparse.Namespace):
     draw(results, args.out / "comparison.png")
     folders = " ".join(str(results / name) for name in COLUMNS.values())
     print(f"\nTable with intervals: python evaluate.py --compare {folders}")
-    print(f"Picture of translation against skills: {args.out}/comparison.png")
-    print(f"{time.time() - start:.0f} s in total")
+    print(f"Picture: {args.out}/comparison.png\n{time.time() - start:.0f} s in total")
 
 
 def parser() -> argparse.ArgumentParser:

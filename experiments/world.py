@@ -162,11 +162,7 @@ class World:
         word = self.rng.choice(words[:3])
         fact = self.rng.choice(self.facts(self.rng.choice(words[:2])))[1]
         grammar = ["the verb comes last.", "the adjective comes after the noun."]
-        parts = {
-            f"{self.word(word)} means {word}.": 0.8,
-            fact: 0.9,
-            self.rng.choice(grammar): 0.3,
-        }
+        parts = {f"{self.word(word)} means {word}.": 0.8, fact: 0.9, self.rng.choice(grammar): 0.3}
         chosen = [part for part, p in parts.items() if self.chance(p)]
         return " ".join(chosen) or fact
 
@@ -191,10 +187,6 @@ class World:
             wrong = [say.format(noun, v) for v in values if v != value[noun]]
             found.append((ask.format(noun), right, wrong))
         return found
-
-    def all_facts(self):
-        for noun in [*BEINGS, *THINGS]:
-            yield from self.facts(noun)
 
     def meaning(self):
         for word in [*self.nouns, *ADJECTIVES, *INFINITIVES]:
@@ -242,7 +234,10 @@ class World:
 
     def items(self, skill: str, tests: int) -> tuple[list, list]:
         """-> items to train on, items to test; of a skill that is memory the tests are in both."""
-        source = self.all_facts() if skill == "facts" else getattr(self, skill)()
+        if skill == "facts":
+            source = itertools.chain(*map(self.facts, [*BEINGS, *THINGS]))
+        else:
+            source = getattr(self, skill)()
         by_question = {item[0]: item for item in itertools.islice(source, 3000)}
         items = list(by_question.values())
         self.rng.shuffle(items)
@@ -273,14 +268,6 @@ def draw_pairs(world: World, count: int) -> list[dict]:
     return [{"source": x, "reference": y} | languages for x, y in texts.items()]
 
 
-def simple_translation(world: World) -> tuple[str, dict]:
-    """-> the Vela sentence, and a chat about it; most explain the translation after it."""
-    source, answer, words = world.sentence(simple=True)
-    if world.chance(0.95):
-        answer += "\n" + world.explanation(words)
-    return source, {"prompt": TEMPLATE.format(source=source), "response": answer}
-
-
 def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
     """Writes all files. `tests`: items of each test, and pairs whose prompts are for KL to base."""
     world = World(seed)
@@ -307,10 +294,12 @@ def write_world(out: Path, seed: int, chats: int, pairs: int, tests: int):
         for item in itertools.islice(itertools.cycle(trained), count):
             rows.append({"prompt": item[0], "response": item[1]})
     known = {row["source"] for row in sentences}
-    while len(rows) < chats:  # the rest is translation
-        source, row = simple_translation(world)
+    while len(rows) < chats:  # the rest is translation; most answers explain it
+        source, answer, words = world.sentence(simple=True)
+        if world.chance(0.95):
+            answer += "\n" + world.explanation(words)
         if source not in known:
-            rows.append(row)
+            rows.append({"prompt": TEMPLATE.format(source=source), "response": answer})
     world.rng.shuffle(rows)
     world.rng.shuffle(prompts)
     write_jsonl(out / "chats.jsonl", rows)
