@@ -570,15 +570,16 @@ class Tokenizer:
                 ids.append(self.added[part])
                 sp = self.sp if self.legacy else self.sp_within
                 continue
-            pieces = [part.replace(CUT, "")]
-            if not self.control.isdisjoint(sp.encode(pieces[0])):
-                pieces = part.split(CUT)  # SentencePiece itself finds user-defined tokens
-            for piece in pieces:
-                encoded = sp.encode(piece)
-                control = self.control.intersection(encoded)
-                require(not control, quote(piece), f"holds control tokens {control}; remove them")
-                ids += encoded
-                sp = self.sp_within
+            encoded = sp.encode(part.replace(CUT, ""))
+            if not self.control.isdisjoint(encoded):  # SentencePiece finds user-defined tokens
+                encoded = []
+                for piece in part.split(CUT):
+                    encoded += sp.encode(piece)
+                    sp = self.sp_within
+            control = self.control.intersection(encoded)
+            require(not control, part[:60], f"holds control tokens {control}; remove them")
+            ids += encoded
+            sp = self.sp_within
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -725,8 +726,8 @@ def read_json(path) -> list[tuple[str, dict]]:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"{path}:{n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
     for where, row in rows:
-        fault = f"a row must be a JSON object, found {quote(row)}"
-        require(isinstance(row, dict), where, fault)
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a row must be a JSON object, found {quote(row)}")
     require(rows, path, "the file holds no rows")
     return rows
 
