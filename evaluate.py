@@ -615,7 +615,7 @@ OPTIONS = """
 --max-new-tokens COUNT=256   tokens of an answer, at most
 --limit COUNT           only the first items of each file
 --batch-size COUNT=64   answers at a time
---dtype float32|bfloat16   type of the weights; on a CPU bfloat16 is faster only with amx_bf16
+--dtype float32|bfloat16   type of the weights; bfloat16 is slower on most CPUs
 """
 
 

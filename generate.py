@@ -553,7 +553,7 @@ OPTIONS = """
 --seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time
 --limit COUNT           the first rows only
---dtype float32|bfloat16   type of the weights; on a CPU bfloat16 is faster only with amx_bf16
+--dtype float32|bfloat16   type of the weights; bfloat16 is slower on most CPUs
 """
 
 

@@ -529,7 +529,7 @@ OPTIONS = """
 --export-every N=0       steps between model folders OUT/step-N; 0: none
 --valid-every N=0        steps between validations; 0: at the start and the end
 --activation-checkpointing       recompute activations: less memory, slower
---dtype float32|bfloat16   of the computation; on a CPU bfloat16 is faster only with amx_bf16
+--dtype float32|bfloat16   of the computation; bfloat16 is slower on most CPUs
 """
 
 
