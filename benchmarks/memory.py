@@ -62,8 +62,9 @@ def kept_by_layers(config: ModelConfig, part: list[Example], dtype, recompute: b
     def keep(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
         size = storage.nbytes()
-        if x.dtype == torch.float32 and x.shape[-1] == config.hidden_size:
-            # RMSNorm: on a GPU it keeps its input as it is, on a CPU in float32
+        heads = x.dim() == 4 and x.shape[1] > 1
+        if x.dtype == torch.float32 and (heads or x.shape[-1] == config.hidden_size):
+            # RMSNorm and attention keep their inputs in float32, on a GPU as they are
             size = x.numel() * dtype.itemsize
         kept[storage._cdata] = size
         return x
