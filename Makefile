@@ -1,4 +1,4 @@
-# make test: its own environment, then the tests. make demo: the claim on a tiny model, in three minutes.
+# make test: its own environment, then the tests. make demo: the claim on a tiny model, in two minutes.
 PYTHON ?= python3
 ACTIVE = .venv/bin/python
 

@@ -533,6 +533,19 @@ def test_the_numbers_of_the_results_are_those_of_the_appendix():
     assert compared > 50
 
 
+def test_the_first_table_of_the_readme_is_that_of_the_appendix():
+    section = read_text("APPENDIX.md").partition("## 6. ")[2]
+    readme = (EXPERIMENTS.parent / "README.md").read_text("utf-8")
+    table = re.search(r"^\| method(?:.*\n\|)+", readme, re.MULTILINE)[0]
+    rows = re.findall(r"^\| (\w.*) \|$", table, re.MULTILINE)[1:]
+    assert len(rows) >= 4
+    for row in rows:
+        name, *cells = row.split(" | ")
+        lines = re.findall(rf"^\| {re.escape(name)} \|.*", section, re.MULTILINE)
+        for cell in cells:
+            assert any(f"| {cell.strip('*')} " in line for line in lines), (name, cell)
+
+
 def script_of_readme(name: str) -> str:
     """The script of the README that writes a file."""
     pattern = r"^    python -[^\n]* <<'END'\n(.*?)    END$"
