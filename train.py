@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import data
@@ -120,21 +121,15 @@ def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
 
 
 def cross_entropy(logits, targets):
-    """Returns -log P of each target [n] under logits [n, V], and its gradient [n, V]."""
-    log_probs = logits.float().log_softmax(-1)
-    rows = torch.arange(len(targets), device=targets.device)
-    gradient = log_probs.exp()
-    gradient[rows, targets] -= 1  # P - onehot(target)
-    return -log_probs[rows, targets], gradient
+    """Returns -log P of each target [n] under logits [n, V]."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def kl_divergence(logits, teacher_logits):
-    """Returns KL(teacher || model) for each row of logits [n, V], and its gradient [n, V]."""
+    """Returns KL(teacher || model) for each row of logits [n, V]."""
     log_probs = logits.float().log_softmax(-1)
     teacher_log_probs = teacher_logits.float().log_softmax(-1)
-    teacher_probs = teacher_log_probs.exp()
-    losses = (teacher_probs * (teacher_log_probs - log_probs)).sum(-1)
-    return losses, log_probs.exp() - teacher_probs
+    return (teacher_log_probs.exp() * (teacher_log_probs - log_probs)).sum(-1)
 
 
 CHUNK = 128  # rows of logits whose loss is computed at a time
@@ -155,8 +150,11 @@ class TokenLosses(torch.autograd.Function):
         rows = logits.split([len(targets) for targets in chunks])
         for x, targets in zip(rows, chunks):
             loss = cross_entropy if targets.dim() == 1 else kl_divergence
-            values, gradient = loss(x, targets)
-            losses.append(values)
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                values = loss(leaf, targets)
+                (gradient,) = torch.autograd.grad(values.sum(), leaf)
+            losses.append(values.detach())
             x.copy_(gradient)
         ctx.save_for_backward(logits)
         return torch.cat(losses)

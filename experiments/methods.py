@@ -77,17 +77,15 @@ FREE = ("out", "seeds", "rate", "only", "weights", "keep", "ifeval")
 
 def eaft(logits, targets):
     """The loss times the entropy of the 20 most likely tokens / log 20 (arXiv 2601.02151)."""
-    top = logits.float().topk(20).values.log_softmax(-1)
+    top = logits.detach().float().topk(20).values.log_softmax(-1)
     weights = -(top.exp() * top).sum(-1) / math.log(20)
-    losses, gradient = cross_entropy(logits, targets)
-    return weights * losses, weights[:, None] * gradient
+    return weights * cross_entropy(logits, targets)
 
 
 def dft(logits, targets):
     """The loss times the probability of the target (arXiv 2508.05629)."""
-    losses, gradient = cross_entropy(logits, targets)
-    weights = (-losses).exp()
-    return weights * losses, weights[:, None] * gradient
+    losses = cross_entropy(logits, targets)
+    return losses.detach().neg().exp() * losses
 
 
 LOSSES = {"": cross_entropy, "EAFT": eaft, "DFT": dft}
