@@ -99,7 +99,7 @@ class Row:
 
 @dataclass
 class Example:
-    """Token ids of one row. EOS is at the end of the segment that it ends, and counts there."""
+    """Token ids of one row. EOS belongs to the segment that it ends."""
 
     id: int | str
     prompt: list[int]
@@ -134,7 +134,7 @@ class Encoder:
             rationale = []
         if reference and not rationale:  # the reference alone is the answer
             reference = reference + end
-        elif row.finish == "eos" and not dropped:  # a truncated rationale does not stop there
+        elif row.finish == "eos" and not dropped:  # no EOS after a truncated rationale
             rationale = rationale + end
         return Example(row.id, self.prompt(row), reference, rationale, dropped)
 
@@ -149,7 +149,7 @@ class Encoder:
         return ""
 
     def answer_ids(self, row):
-        """Ids of reference and rationale: a ledger's own, where they decode to its text."""
+        """Ids of reference and rationale; a ledger's ids if they decode to its text."""
         tokenizer = self.tokenizer
         reference = row.reference_ids
         rationale = row.rationale_ids
@@ -164,7 +164,7 @@ class Encoder:
         return reference, rationale
 
     def prompt(self, row: Row) -> list[int]:
-        """Ids up to where the answer begins: a ledger's own, unless its text was edited.
+        """Ids of the prompt; a ledger's ids if text, tokenizer and --chat are equal.
 
         Raises UserError if the options given now would make another prompt.
         """
@@ -199,7 +199,7 @@ class Encoder:
         }
 
     def messages(self, row: Row) -> list[dict]:
-        """The conversation before the answer; of a pair, one turn that the template makes."""
+        """The messages before the answer; for a pair, one user turn from the template."""
         messages = row.messages
         if messages is None:
             text = self.template or row.template or TEMPLATE
@@ -218,11 +218,9 @@ def with_system(messages, system):
 
 
 def share(rows: list[list[int]], device="cpu"):
-    """Rows of ids -> tokens [1, U], and `Shared`, by which the model reads each of them once.
+    """Merges common prefixes of rows -> tokens [1, U] without repeats, and their `Shared`.
 
-    Rows that begin alike, as under one instruction, have that beginning in common: of the rows
-    A B C and A B D the tokens are A B C D, `token_at` is 0 1 2 and 0 1 3, and `first_at` 0 1 2 5.
-    The width T of the batch is that of the longest row; pads, on the right, repeat token 0.
+    T is the length of the longest row; padding, on the right, repeats the first token.
     """
     T = max(map(len, rows))
     tree = {}  # (index of the token before, id) -> index of the token
@@ -266,7 +264,7 @@ def collate(examples: list[Example], device="cpu") -> Batch:
 
 
 def to_device(numbers, device):
-    """A tensor of whole numbers. A GPU need not be done with its work before they are copied."""
+    """A tensor of whole numbers. The copy to a GPU is asynchronous."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
@@ -321,10 +319,10 @@ CUT = "\ud800"  # half a surrogate pair, which no text of a file holds
 class Tokenizer:
     """SentencePiece, with the added tokens and the chat template of a folder, as in transformers.
 
-    Encoding follows LlamaTokenizer: the text is split at added tokens, and SentencePiece encodes
-    the texts between; with `legacy` each of these gets the space before it, else only the first.
-    Text of a message never becomes a control token: it is cut within each, before the template is
-    rendered, and the two sides of a cut are encoded separately.
+    Encoding follows LlamaTokenizer: text is split at added tokens, and SentencePiece encodes the
+    parts between; each part gets a prefix space with `legacy`, else only the first. Message text
+    never becomes a control token: before rendering, it is split inside every such string, and the
+    sides are encoded separately.
 
     chat: "auto" for the folder's own template, one of NAMES, or a Jinja file. Raises UserError
     naming the file that is missing, malformed or not supported.
@@ -339,7 +337,7 @@ class Tokenizer:
                 self.files[str(file.relative_to(self.folder))] = file.read_bytes()
         where = self.folder / "tokenizer_config.json"
         config = self.read_json(where.name)
-        if "added_tokens_decoder" not in config:  # as transformers: older files count only then
+        if "added_tokens_decoder" not in config:  # as transformers: else older files are ignored
             config |= self.read_json("special_tokens_map.json")
         for name in REFUSED:
             require(not config.get(name), where, f"{name} is not supported; remove it")
@@ -356,7 +354,7 @@ class Tokenizer:
         self.vocab_size = 1 + max(self.tokens)
         self.bos_id = self.added.get(self.variables.get("bos_token"))
         self.eos_id = self.added.get(self.variables.get("eos_token"))
-        # transformers puts BOS before plain text if tokenizer.json says so, else the setting
+        # transformers adds BOS to plain text by tokenizer.json, without it by the setting
         adds_bos = read_field(config, "add_bos_token", bool, where, False)
         if fast:
             bos = json.dumps(self.variables.get("bos_token"))
@@ -374,7 +372,7 @@ class Tokenizer:
         self.hash = short_hash([proto, tokens, self.legacy, self.adds_space])
 
     def with_chat_of(self, rows: list[Row]) -> "Tokenizer":
-        """With the --chat NAME that ledger rows were written with, unless another was given."""
+        """Returns the tokenizer with the --chat NAME of the ledger, unless one was given."""
         chats = {row.chat for row in rows if row.tokenizer == self.hash}
         if self.chat_option is None and len(chats) == 1 and chats <= {*NAMES}:
             return Tokenizer(self.folder, chats.pop())
@@ -390,7 +388,7 @@ class Tokenizer:
         require(proto, file, "missing or empty; a model folder needs a SentencePiece model")
         try:
             self.sp = SentencePieceProcessor(model_proto=proto)
-            # normalizer_spec.add_dummy_prefix = false: no space before a text, which continues one
+            # normalizer_spec.add_dummy_prefix = false: no space before text that follows text
             self.sp_within = SentencePieceProcessor(model_proto=proto + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise UserError(
@@ -444,13 +442,13 @@ class Tokenizer:
             known = self.tokens.setdefault(id, text)
             require(text and id >= 0 and known == text, where, f"{known!r} has this id")
             if id < self.size and text not in self.added:
-                continue  # a piece like any other: it is text, whatever a file says
+                continue  # an ordinary piece, even if listed as added: it is text
             require(self.added.setdefault(text, id) == id, where, "has two ids")
             if fields.get("special"):
                 self.special.add(text)
 
     def read_named_tokens(self, config, where):
-        """Marks the tokens that fields name as special -> bos_token and others, by field."""
+        """Marks tokens of fields such as "bos_token" as special; returns them by field."""
         sp = self.sp
         named = {"bos_token": sp.bos_id(), "eos_token": sp.eos_id(), "unk_token": sp.unk_id()}
         named = {name: self.tokens.get(id) for name, id in named.items()}
@@ -478,9 +476,9 @@ class Tokenizer:
         return texts
 
     def compile_patterns(self):
-        """The patterns that find added tokens, and the ids that are not decoded."""
-        # ids that text never becomes, and that are not decoded: special tokens, and other added
-        # ones that end an answer or that the template writes (words, digits and white space aside)
+        """Sets the patterns of added tokens, and the ids that are not decoded."""
+        # control ids, never encoded from text nor decoded: special tokens, and added ones that end
+        # an answer or occur in the template (but no words, digits, white space)
         self.stop_ids = {*self.read_stop_ids(), self.eos_id} - {None}
         control = []
         for text, id in self.added.items():
@@ -493,6 +491,7 @@ class Tokenizer:
         self.control_pattern = re.compile(f"(?={control}).", re.DOTALL)
         longest_first = sorted(self.added, key=len, reverse=True)
         tokens = "|".join(map(re.escape, longest_first))
+        # not followed by CUT: a control token of one character is cut after it
         self.split_pattern = re.compile(f"({tokens})(?!{CUT})")
 
     def read_stop_ids(self):
@@ -536,7 +535,7 @@ class Tokenizer:
         """The token that ends an answer: what the template writes after one, else EOS."""
         talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CUT}]
         text = ""
-        for messages in (talk, [*talk, talk[0]]):  # some refuse a talk that ends in an answer
+        for messages in (talk, [*talk, talk[0]]):  # some templates reject a final answer
             with suppress(UserError):
                 text = text or self.render(messages, self.folder, False)
         after = self.split_pattern.split(text.partition(CUT)[2])
@@ -545,13 +544,13 @@ class Tokenizer:
         require(
             end is not None,
             self.folder / "tokenizer_config.json",
-            "has no eos_token, and the chat template ends no answer; name one",
+            "has no eos_token, nor does the chat template; add eos_token",
         )
         return end
 
     @functools.cached_property
     def eos_ids(self) -> list[int]:
-        """Where generation stops."""
+        """Ids that end an answer."""
         return sorted({self.end_id, *self.stop_ids})
 
     def encode(self, text: str, within: bool = False) -> list[int]:
@@ -559,7 +558,7 @@ class Tokenizer:
         return self.encode_parts(self.cut(text), within)
 
     def cut(self, text):
-        """The text, cut after the first character of each control token in it."""
+        """Inserts CUT after the first character of each control token."""
         return self.control_pattern.sub(rf"\g<0>{CUT}", text)
 
     def encode_parts(self, text, within=False):
@@ -583,7 +582,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Ids to text; control tokens are left out."""
+        """Ids to text; control tokens are skipped."""
         text = ""
         sp = self.sp
         kept = [id for id in ids if id in self.tokens and id not in self.control]
@@ -620,7 +619,7 @@ class Tokenizer:
         return text[-1] if text[-1:].isspace() else self.split_pattern.split(text)[-1][-1:]
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
-        """Ids of `text` after an answer's beginning `before`, whose ids stay as they are."""
+        """Ids of `text` as it continues an answer that starts with `before` (`ids`)."""
         if not text:
             return []
         whole = self.answer(before + text)
@@ -639,7 +638,7 @@ class Tokenizer:
         require(
             cut == messages or text.replace(CUT, "") == self.render(messages, where),
             where,
-            "the chat template changes a control token that a message holds; remove that",
+            "the chat template changes a control token in a message; remove the token",
         )
         if messages[0]["role"] == "system":
             other = self.render([cut[0] | {"content": CUT}, *cut[1:]], where)
@@ -691,7 +690,7 @@ def compile_template(source):
 
 
 def require_vocabulary(folder, tokenizer, config):
-    """Raises UserError unless the model in `folder` has the tokens of this one."""
+    """Raises UserError if the model in `folder` has another vocabulary."""
     other = Tokenizer(folder)
     require(
         other.tokens == tokenizer.tokens
@@ -717,7 +716,7 @@ def check_ids(ids, limit, where):
 
 
 def read_json(path) -> list[tuple[str, dict]]:
-    """Objects of JSON lines or of an array, each after its place: `FILE:LINE` or `FILE row N`."""
+    """(place, object) pairs of JSON lines or an array; place: `FILE:LINE` or `FILE row N`."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         content = enumerate(parse_json(text, path), 1)
@@ -735,7 +734,7 @@ def read_json(path) -> list[tuple[str, dict]]:
 def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Row]:
     """Reads pairs, conversations and ledgers; `prompts`: also prompts without an answer.
 
-    Several directions read each pair once for each. Raises UserError naming file and line.
+    Each pair is read once per direction. Raises UserError naming file and line.
     """
     ways = [tuple(direction.split("-")) for direction in dict.fromkeys(directions)]
     for way in ways:
@@ -772,7 +771,7 @@ def check_languages(way, where):
     require(
         len(way) == 2 and way[0] != way[1] and {*map(str, way)} <= LANGUAGES.keys(),
         where,
-        f"two languages are needed, such as --direction de-en; found {quote(way)}",
+        f"expected two known languages, such as de-en; found {quote(way)}",
     )
 
 
@@ -784,7 +783,7 @@ def read_id(fields, where, place):
 
 
 def text_field(fields, name, where, may_be_blank=False) -> str:
-    """A field that holds text."""
+    """Returns a field's text. Raises UserError if it is blank."""
     text = read_field(fields, name, str, where)
     require(
         may_be_blank or text.strip(), where, f'"{name}" is empty; fill it in, or remove the row'
@@ -862,13 +861,13 @@ def read_ledger_fields(row, fields):
         kind = Row.__annotations__[name]
         default = None if name in optional else ...
         setattr(row, name, read_field(fields, name, kind, row.where, default))
-    require(row.prompt_ids, row.where, '"prompt_ids" is empty; write the row by generate.py again')
+    require(row.prompt_ids, row.where, '"prompt_ids" is empty; run generate.py again')
     known = row.finish in ("eos", "length")
     require(known, row.where, f'"finish" must be eos or length, found {quote(row.finish)}')
 
 
 def read_template(value: str | None) -> str | None:
-    """--template: a text that has {source}, else the file that holds one."""
+    """The text of --template, or of a file if it lacks {source}."""
     if value is None:
         return None
     text = utf8_text(value)
@@ -891,7 +890,7 @@ def utf8_text(text):
 
 # 4. Folders that a run owns
 
-MARK = {"program": "RaDis"}  # first in a settings file: by it a folder or a ledger is known as ours
+MARK = {"program": "RaDis"}  # first in a settings file: marks a folder or a ledger as ours
 NOT_COMPARED = ("model", "versions", "program")  # recorded only
 
 
@@ -905,13 +904,13 @@ def is_own(file):
 
 @contextmanager
 def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPARED):
-    """Holds `folder` for this run alone within the block -> whether it was there before.
+    """Context manager: locks `folder`; yields whether it already holds a run.
 
-    The folder is created with its settings file `name`, or recognized by it, and this file is
-    locked; any other folder that is not empty is refused. A folder in which the run leaves nothing
-    else is removed. All ranks call it; rank 0 looks and writes. defaults: the values of settings
-    that an older file lacks. Raises UserError for a setting (except the `free` ones) that was
-    another, and if another process holds the folder.
+    Creates the folder and its settings file `name`, or finds both, and locks the file. Raises
+    UserError for other folders unless empty. A folder in which the run leaves nothing else is
+    removed. All ranks call it; rank 0 looks and writes. defaults: the values of settings that an
+    older file lacks. Raises UserError if a setting (except `free` ones) changed, or another process
+    has the lock.
     """
     file = folder / name
     text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
@@ -935,9 +934,9 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
 
 
 def lock_folder(file, text):
-    """Locks the folder of a settings file, which is created if it is missing -> the open file.
+    """Locks a settings file, creating it and its folder if missing; returns it.
 
-    Raises UserError for a folder that others have written, and if another process has locked it.
+    Raises UserError if another program wrote the folder, or another process locked it.
     """
     folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -970,7 +969,7 @@ def require_same(where, old, new, free=NOT_COMPARED):
 
 
 def finite_json(row, where) -> str:
-    """One line. Raises UserError if a number in it is NaN or infinite."""
+    """A JSON line. Raises UserError if a number in it is NaN or infinite."""
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -1011,7 +1010,7 @@ VALUES = {
 # a line of a table of options: name, !, value, ..., default, help
 OPTION = re.compile(r"^(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(.*?)  +(.*)", re.MULTILINE)
 PROMPT_OPTIONS = f"""
---direction DE-EN...   direction of two-way pairs; several read each pair in each of them
+--direction DE-EN...   translation direction; several: each pair in each direction
 --chat CHAT=auto       auto: the folder's own chat template; {", ".join(NAMES)}, or a Jinja file
 --system TEXT          system prompt (default: the chat template's own)
 --template TEXT        instruction with {{source}} {{source_lang}} {{target_lang}}, or its file
@@ -1053,7 +1052,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-# what an error of Python or torch has in its class or text -> the message about it
+# pattern in the repr of a Python or torch error -> our message
 FAILURES = {
     "MemoryError|t allocate memory": "out of memory ({}); lower --micro-batch-size or --batch-size",
     "^Dist|gloo": "lost another rank; its own message says why ({})",
@@ -1061,7 +1060,7 @@ FAILURES = {
 
 
 def cli(main, parser):
-    """Runs a script: a user's mistake ends with status 2 and one line, a signal without a trace.
+    """Runs a script: a user error exits with status 2 and one line, a signal silently.
 
     A mistake is a UserError, an operating system's error, memory that ran out or a lost rank.
     Every other exception is a bug, and keeps its traceback.
@@ -1086,7 +1085,7 @@ def cli(main, parser):
             raise
         message = hints[0].format(str(e).split("\n")[0])
     if rank:
-        time.sleep(3)  # torchrun ends this rank before that, if rank 0 has found the same
+        time.sleep(3)  # if rank 0 has the same error, torchrun ends this rank first
         message = f"rank {rank}: {message}"
     message = message.replace("\n", " ")
     sys.stderr.write(f"error: {message}\n")
@@ -1118,7 +1117,7 @@ def main(args):
 OPTIONS = """
 --model! DIR         model folder (only its tokenizer is read)
 --data! FILE...      pairs, conversations or ledgers
---show N=0          the row to show, or the last
+--show N=0          index of the row to show
 """
 
 

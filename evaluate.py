@@ -71,9 +71,9 @@ FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 class Measure:
     """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
-    read(file, encoder, options) yields the questions of a file. answer(question, load) returns a
-    dict to store with the text that the model answered. scores(items) computes a Statistic for each
-    score, by its name, from what is stored. options: those of the command line.
+    read(file, encoder, options) yields the questions of a file. answer(question, load) returns
+    fields to store; load("model" or "base") loads it. scores(items) maps names of scores to
+    Statistics of the stored items. options: those of the command line.
     """
 
     help: str
@@ -101,7 +101,7 @@ def measures():
             continues=False,
         ),
         "numeric": Measure(
-            "questions in GSM8K's format: share of right numbers",
+            "questions in GSM8K's format: accuracy",
             read_numeric,
             partial(means, score_numeric),
         ),
@@ -125,11 +125,11 @@ def measures():
 
 
 class Question(Sequence):
-    """The prompt of a row, and what else its item needs.
+    """A prompt, and what to store and score.
 
-    The prompt is in the model's chat format unless it is given. endings: ids of the answers whose
-    log P is measured. test: its name, by default that of the file. known: fields that are stored
-    with the answer.
+    Without `prompt`, it is the row's in the chat format. endings: ids of the answers whose log P is
+    measured. test: its name, by default that of the file. known: fields that are stored with the
+    answer.
     """
 
     def __init__(self, row, encoder, prompt=None, endings=(), test="", **known):
@@ -166,9 +166,9 @@ def read_translation(file, encoder, options):
 
 
 def read_choice(file, encoder, options):
-    """Encodes as lm-evaluation-harness 0.4.13: a space before the choice; prompt and choice as one
-    text, split where the prompt alone ends, without the spaces at its end; BOS where the tokenizer
-    adds it. With --chat the choice is an answer to the prompt as a user's turn.
+    """As lm-evaluation-harness 0.4.13: "PROMPT CHOICE" is encoded as one text, and split after as
+    many tokens as the right-stripped prompt has; with BOS if the tokenizer adds it. With --chat,
+    prompt and choice are user and assistant turns.
     """
     tokenizer = encoder.tokenizer
     for row, fields in read_prompts(file):
@@ -188,7 +188,7 @@ def read_choice(file, encoder, options):
         require(
             re.fullmatch(r"([^./\0][^/\0]*)?", task),
             where,
-            f"the task {task!r} can't name a file; rename it",
+            f"the task {task!r} is not a file name; rename it",
         )
         prompt = None
         if options.chat:
@@ -221,7 +221,7 @@ def read_answers(file, encoder, options):
 
 
 def read_drift(file, encoder, options):
-    """The base model's answers, and how they were sampled."""
+    """Yields questions with the base's answers."""
     meta = read_meta(Path(file))
     base = hash_model(options.base)
     require(
@@ -337,8 +337,8 @@ def answer_choice(question, load):
 
 
 def answer_drift(question, load):
-    """Sums over the tokens of the base's answer, EOS included: -log P, KL(base || model) over the
-    whole vocabulary, and whether both have the same first choice.
+    """Sums over the tokens of the base's answer, with EOS: -log P, KL(base || model) over the whole
+    vocabulary, and the number of equal top-1 tokens.
     """
     logprobs, [logprob] = score_endings(load("model"), question)
     base, _ = score_endings(load("base"), question)
@@ -391,7 +391,7 @@ def bootstrap(stats, score=ratio, signature=""):
 
 @cache
 def resamples(n):
-    """[1 + RESAMPLES, n]: how often each item counts: once, then as drawn with sacreBLEU's seed."""
+    """Bootstrap counts [1 + RESAMPLES, n], the first row all ones; the seed is sacreBLEU's."""
     drawn = np.random.default_rng(12345).choice(n, size=(RESAMPLES, n))
     return np.stack([np.ones(n), *(np.bincount(row, minlength=n) for row in drawn)])
 
@@ -450,7 +450,7 @@ def score_choice(item):
 
 
 def score_numeric(item):
-    """strict: the first number after #### is right. flexible: the last number is. As strings."""
+    """strict: the first number after #### is right. flexible: the last number is. Text match."""
     return {
         "strict": item["answer"] in map(bare_number, STRICT.findall(item["output"])[:1]),
         "flexible": item["answer"] in map(bare_number, FLEXIBLE.findall(item["output"])[-1:]),
@@ -458,7 +458,7 @@ def score_numeric(item):
 
 
 def bare_number(text):
-    """The number without dollar signs, commas, and a full stop at the end."""
+    """The number without dollar signs, commas and a final period."""
     return re.sub(r"[,$]", "", text).removesuffix(".")
 
 
@@ -481,7 +481,7 @@ def score_safety(item):
 
 
 def score_drift(items):
-    """Per token of the base's answer; drift_length: tokens of the model's own answer."""
+    """Means per token of the base's answers; drift_length: the model's tokens."""
     statistics = {}
     for name in ("nll", "kl", "top1"):
         sums = [(item[name], item["tokens"]) for item in items]
@@ -527,7 +527,7 @@ def compare(folders):
     base = settings[0]
     for folder, own in zip(folders, settings):
         for name in sorted((base | own).keys() - {*data.NOT_COMPARED, "model_hash"}):
-            fault = f"its {name} differs from {folders[0]}; measure both alike"
+            fault = f"{name} differs in {folders[0]}; use the same for both"
             require(base.get(name) == own.get(name), folder, fault)
     print_table([Path(folder).name for folder in folders], runs)
 
@@ -558,7 +558,7 @@ def print_table(names, runs):
 def main(args):
     if args.compare:
         return compare(args.compare)
-    # 1. what can be wrong with the files, before any weight is read
+    # 1. check the files before any weight is read
     require(
         args.model and args.out and (args.base or not args.drift),
         "evaluate.py",
@@ -608,7 +608,7 @@ def main(args):
 
 
 OPTIONS = """
---model DIR             model folder; with --out required unless --compare is given
+--model DIR             model folder; like --out, required without --compare
 --out DIR               folder for results.json and items/
 {}--base DIR              with --drift: the model that wrote the answers
 --compare OUT...        print a table of finished results, the base first

@@ -4,9 +4,9 @@
                        --out rationales.jsonl --cue '\\n'
 
 The answer to "translate x" is prefilled with the reference y, and the model continues: the
-continuation is the rationale r (Wu et al. 2024). train.py then trains on y and r together.
-A row depends on the seed and its id alone: not on the batch size, the number of ranks, or how
-often the run was stopped. The same command again finishes what is missing.
+continuation is the rationale r (Wu et al. 2024). train.py then trains on y and r together. The
+noise of a row depends only on the seed and its id, not on batch size, ranks or interruptions. The
+same command resumes a stopped run.
 """
 
 import signal
@@ -47,8 +47,8 @@ from model import (
 
 # a CJK character counts as a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
-# SDFT (Yang et al. 2024) in our words: a prompt of a request and its reference, and phrases that
-# give away that the answer was written with one
+# SDFT (Yang et al. 2024), our wording: the prompt, and phrases that show that an answer saw the
+# reference
 GUIDE = "{}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{}"
 LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
@@ -58,7 +58,7 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
 
 def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
-    """What the model reads: the prompt, and an answer that begins with reference and cue."""
+    """Returns prompt, reference and cue as ids; row.rationale_ids holds the cue's."""
     row.rationale_ids = tokenizer.continuation(row.reference, row.reference_ids, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
     require(row.rationale_ids or not cue, "--cue", fault)
@@ -66,7 +66,7 @@ def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
 
 
 def write_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
-    """All that follows the reference is the rationale: the cue, and what the model added."""
+    """Returns the row with its rationale: the cue and the model's continuation."""
     row = sequence.row
     rationale = row.rationale_ids + sequence.ids
     return replace(
@@ -79,7 +79,7 @@ def write_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
 
 
 def status_of(text: str) -> str:
-    """empty: nothing visible. repetitive: 20 or more words, and most of the word 4-grams repeat an
+    """empty: blank text. repetitive: 20 or more words, and most of the word 4-grams repeat an
     earlier one. Else ok. The thresholds are ours.
     """
     words = WORD.findall(text.casefold())
@@ -93,7 +93,7 @@ def status_of(text: str) -> str:
 
 
 def write_rewrite(sequence, tokenizer, task):
-    """The model's own text replaces the reference, which is kept if that text is unusable."""
+    """Replaces the reference by the model's text unless that is blank, truncated or leaks."""
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
@@ -106,9 +106,9 @@ def write_rewrite(sequence, tokenizer, task):
 
 
 def make_sequence(row, encoder, task, cue):
-    """What the model reads for a row. Of a ledger only the pair counts."""
+    """Returns a row's Sequence. Ids in a ledger are ignored."""
     tokenizer = encoder.tokenizer
-    reference = "" if task == "answer" else row.reference  # an answer is all rationale
+    reference = "" if task == "answer" else row.reference  # there is no reference
     row = replace(
         row,
         reference=reference,
@@ -139,7 +139,7 @@ def make_sequence(row, encoder, task, cue):
 
 
 def ledger_row(sequence, tokenizer, task):
-    """All that training needs to know. `logprob` is of what was sampled, whether used or not."""
+    """Returns a ledger row as a dict. `logprob`: mean over all sampled tokens, used or not."""
     if task in ("translation", "paraphrase"):
         row = write_rewrite(sequence, tokenizer, task)
     else:
@@ -163,8 +163,8 @@ def ledger_row(sequence, tokenizer, task):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a model continues. Each field is an option of generate.py, recorded in the meta file of a
-    ledger and compared when a run is resumed. If a meta file lacks a field, the default counts.
+    """Sampling settings. Each field is an option of generate.py, recorded in the meta file of a
+    ledger and compared when a run is resumed. If a meta file lacks a field, the default is used.
     """
 
     max_new_tokens: int = 256
@@ -182,7 +182,7 @@ DEFAULTS = vars(Sampling())
 
 @dataclass
 class Sequence:
-    """What the model reads, and how it continues."""
+    """A prompt and its sampled continuation."""
 
     id: int | str
     prompt: list[int]  # all that the model reads
@@ -190,12 +190,12 @@ class Sequence:
     ids: list[int] = field(default_factory=list)  # sampled, without EOS
     logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
     finish: str = ""  # "eos" or "length", once it has ended
-    key: int = 0  # of its noise
+    key: int = 0  # noise_key
     row: Row | None = None  # of the data
 
     @property
     def input_hash(self):
-        """Of all that the continuation of a row depends on, besides the settings."""
+        """Hash of all that a row's continuation depends on besides the settings."""
         row = self.row
         return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
 
@@ -218,9 +218,9 @@ class Sequence:
 def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=32, stop=None):
     """Continues each of the sequences, and yields them as they end.
 
-    The batch stays full: a sequence that ends leaves its row of the cache to the next one.
-    vocab_size: that of the tokenizer, where the model's is larger. stop(ids), asked after each
-    token, ends a sequence as EOS would.
+    Continuous batching: a finished sequence frees its cache row for the next one. vocab_size: ids
+    from it on (model padding) are not sampled. stop(ids): called after each token; True acts like
+    EOS.
     """
     require_room(sequences, sampling.max_new_tokens, model.config)
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt))
@@ -237,7 +237,7 @@ def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=3
     running = []  # running[b] has row b of the cache
     while waiting or running:
         free = rows - len(running)
-        if waiting and free >= rows / 8:  # several are read faster than one
+        if waiting and free >= rows / 8:  # batched prompts are faster
             batch = waiting[:free]
             batch = batch[: max(budget // len(batch[-1].prompt), 1)]
             del waiting[: len(batch)]
@@ -273,10 +273,10 @@ def require_room(sequences, max_new_tokens, config, folder="the model"):
 
 
 def read_prompts(model, cache, first, new, pick):
-    """Reads the prompts of new sequences into the rows from `first` on, and picks a token each."""
+    """Computes new prompts into the cache rows from `first`, and samples one token each."""
     tokens, shared = data.share([sequence.prompt for sequence in new], model.device)
     B, T = shared.token_at.shape
-    # the last token of each prompt, as a place in B * T
+    # flat index (of B * T) of each last token, and key
     inputs = [(b * T + len(sequence.prompt) - 1, sequence.key) for b, sequence in enumerate(new)]
     last, keys = torch.tensor(inputs, device=model.device).unbind(1)
     logits = model(tokens, last, cache.view(slice(first, first + B), T), shared=shared)  # [B, V]
@@ -287,8 +287,8 @@ def decode(model, cache, running, pick, graphs):
     """Reads the last token of every row, and picks the next.
 
     On a GPU each step is a CUDA graph: Python takes longer to launch the kernels one by one than
-    the GPU to run them. A graph has fixed shapes, so it has all rows of the cache, and its length
-    is rounded up: a few graphs serve all steps.
+    the GPU to run them. Its shapes are fixed: all cache rows, and slots in multiples of 64: a few
+    graphs serve all steps.
     """
     inputs = [[s.ids[-1], len(s.prompt) + len(s.ids) - 1, s.key, len(s.ids)] for s in running]
     length = max(position for _, position, _, _ in inputs) + 1
@@ -296,7 +296,7 @@ def decode(model, cache, running, pick, graphs):
     if graphed:
         _, rows, _, room, _ = cache.keys.shape
         length = min(length + -length % 64, room)
-        # an unused row writes at the last position: what takes the row overwrites that in time
+        # an unused row writes to the last slot: its next sequence overwrites that first
         inputs += [[0, length - 1, 0, 0]] * (rows - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
 
@@ -317,8 +317,8 @@ def decode(model, cache, running, pick, graphs):
 
 
 def capture(step, inputs, others):
-    """Records step(inputs) -> a CUDA graph, its inputs, and the output of its `replay`."""
-    step(inputs)  # what the first call loads and allocates can't be recorded
+    """Captures step(inputs); returns the CUDA graph, its inputs and its output."""
+    step(inputs)  # warm-up: lazy loading can't be captured
     graph = torch.cuda.CUDAGraph()
     pool = others[0][0].pool() if others else None  # they share memory
     with torch.cuda.graph(graph, pool):
@@ -334,7 +334,7 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
     """
     logits = logits.float()
     scores = logits[:, :vocab_size]
-    if sampling.temperature > 1e-6:  # below, only the largest logit counts
+    if sampling.temperature > 1e-6:  # smaller values are greedy
         scores = scores / sampling.temperature
         if sampling.top_p < 1:
             inside = nucleus(scores.softmax(-1), sampling.top_p)
@@ -342,15 +342,15 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
         scores -= exponential_noise(keys, counts, scores.shape[-1]).log_()
     tokens = scores.argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-    return torch.stack([tokens.double(), logprobs])
+    return torch.stack([tokens.double(), logprobs])  # one tensor: one copy from the GPU
 
 
 def nucleus(probs, top_p):
-    """probs [N, V] -> which tokens are in the smallest set of most probable ones that together
-    have top_p (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
+    """Returns the mask [N, V] of the smallest set of top tokens with total probability >= top_p
+    (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
     """
     count = probs.shape[-1]
-    if probs.device.type == "cpu":  # a GPU sorts all sooner than it would wait for this number
+    if probs.device.type == "cpu":  # on a GPU, sorting all is faster than a sync for `count`
         # tokens below (1 - top_p) / V have less than 1 - top_p together, so all are outside
         count = (probs >= (1 - top_p) / count).sum(-1).max().clamp_min(1)
     ordered = probs.topk(count).values
@@ -360,7 +360,7 @@ def nucleus(probs, top_p):
 
 
 def noise_key(seed, id):
-    """64 bits of a hash of the seed and a row's id, which its noise depends on."""
+    """Returns a row's noise key, 64 bits of a hash of seed and id."""
     return int.from_bytes(bytes.fromhex(data.short_hash([seed, id])), signed=True)
 
 
@@ -373,13 +373,13 @@ def exponential_noise(keys, counts, size):
     tokens = torch.arange(size, device=keys.device, dtype=torch.int32)
     x = mix(tokens * -1640531535 + rows[:, None])  # [N, size], contiguous in this order
     uniform = (x >> 1).bitwise_and_(0x7FFFFFFF).float().add_(0.5).mul_(2**-31)  # from 2^-32 on
-    return uniform.neg_().log1p_().neg_()  # log1p keeps the smallest exact
+    return uniform.neg_().log1p_().neg_()  # accurate near 0
 
 
 def mix(x):
     """Hashes int32 numbers in place: a product carries bits up, a shift brings them down.
 
-    Shift and factors are of Wellons' hash-prospector.
+    Shift and factors: Wellons' hash-prospector.
     """
     for factor in (739982445, 695872825):
         x ^= (x >> 15).bitwise_and_(0x1FFFF)  # the mask makes the shift a logical one
@@ -400,17 +400,17 @@ def generate(
     return [sequence.ids for sequence in sequences]
 
 
-# 3. The ledger: rows that survive a kill, written by any number of ranks
+# 3. The ledger: a JSON lines file of generated rows; writing can resume
 
 
 def complete(path, rows, produce, settings=None):
     """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
 
     Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
-    all that their outcome depends on besides the settings. produce(missing) yields a dict with
-    "id" for each of the rows that it is given, in any order. settings: written to NAME.meta.json
-    next to `path`. Until all rows are there, they are in PATH.parts/; then `path` appears whole.
-    Lines of a `path` that exists are kept as they are; one that belongs to no row is refused.
+    all that their outcome depends on besides the settings. produce(missing) yields a dict with "id"
+    for each of the rows that it is given, in any order. settings: written to NAME.meta.json next to
+    `path`. Rows stay in PATH.parts/ until all exist; then `path` is written atomically. Lines of an
+    existing `path` are kept; one that matches no row raises UserError.
     """
     rank = dist.get_rank()
     parts = Path(f"{path}.parts")
@@ -437,19 +437,19 @@ def complete(path, rows, produce, settings=None):
 
 
 def read_finished(path, parts, by_id, settings):
-    """Lines of finished rows by id. Raises UserError if `path` is not of this script."""
+    """Lines of finished rows by id. Raises UserError if `path` is not ours."""
     meta = meta_path(path)
     exists = os.path.lexists(path)
     if settings is not None and (exists or os.path.lexists(meta)):
         require(
             data.is_own(meta),
             meta,
-            f"is missing or not of this script, so {path.name} is left alone; choose another --out",
+            f"is missing or not ours; {path.name} is not overwritten; choose another --out",
         )
         data.require_same(meta, DEFAULTS | read_object(meta), settings)
     texts = {part: part.read_text("utf-8", "replace") for part in parts.glob("rank*.jsonl")}
     if exists:
-        texts[path] = read_text(path)  # the last: what was edited there counts
+        texts[path] = read_text(path)  # last, so that edits in it win
     ids = {(id, row.input_hash): id for id, row in by_id.items()}
     finished = {}
     for file, text in texts.items():
@@ -457,7 +457,7 @@ def read_finished(path, parts, by_id, settings):
             try:
                 row = parse_json(line, file)
                 finished[ids[row["id"], row["input_hash"]]] = line
-            except (UserError, KeyError, TypeError):  # in a part: torn, or of other data
+            except (UserError, KeyError, TypeError):  # a part may have torn or old lines
                 fault = "the row is missing from the data, or differs; choose another --out"
                 require(file != path or not line, f"{file}:{n}", fault)
     return finished
@@ -478,7 +478,7 @@ def publish(path, parts, by_id, settings):
 
 
 def replace_file(path, text, parts):
-    """Writes a file that appears whole; what is temporary lies in the parts folder."""
+    """Writes a file atomically, with a temporary file in `parts`."""
     write_text(parts / "whole", text)
     os.replace(parts / "whole", path)
 
@@ -543,9 +543,9 @@ def main(args):
 
 OPTIONS = """
 --model! DIR            model folder
---data! FILE...         pairs; for --task answer prompts
+--data! FILE...         pairs; --task answer: prompts
 --out! LEDGER           JSON lines file to write, or to finish; its name ends in .jsonl
---task rationale|translation|paraphrase|answer   what the model writes
+--task rationale|translation|paraphrase|answer   RaDis, SeqKD, SDFT, or answers
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
 --temperature NUMBER=1.0     0 is greedy
@@ -558,7 +558,7 @@ OPTIONS = """
 
 
 def parser():
-    purpose = "Generates rationales, translations, paraphrases or answers by a model."
+    purpose = "Generates rationales, translations, paraphrases or answers with a model."
     return data.make_parser(purpose, OPTIONS + data.PROMPT_OPTIONS)
 
 

@@ -4,8 +4,8 @@
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
 
 Dimensions: B batch, T new tokens, S cached tokens, C width, H heads, K key/value heads, D head
-size, V vocabulary. Every module has its name in a Hugging Face checkpoint, so loading and saving
-need no table of names.
+size, V vocabulary. Modules are named as in Hugging Face checkpoints, so loading and saving need no
+mapping.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-# by model_type: what transformers takes for missing fields, where ModelConfig has other defaults
+# transformers' defaults by model_type, where they differ from ModelConfig's
 FAMILIES = {
     "llama": {},
     "mistral": {
@@ -163,9 +163,11 @@ class KVCache(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """The tokens that rows have in common, such as the instruction at their beginning.
+    """Indices from rows to their distinct tokens: a common beginning is stored once.
 
-    Layers compute each of them once: this saves 21 to 26% of the tokens in training.
+    Of the rows A B C and A B D the tokens are A B C D, `token_at` is 0 1 2 and 0 1 3, and
+    `first_at` 0 1 2 5. What layers compute at a token depends on the tokens before it alone, so it
+    is the same in all rows that begin alike: this saves 21 to 26% of the tokens in training.
     """
 
     token_at: Tensor  # [B, T], which of the U tokens is at each place
@@ -198,8 +200,8 @@ def rotary(config, positions):
     as `rotate` needs it.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device)
-    half = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
-    frequencies = torch.cat([-half, half])
+    frequency = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
+    frequencies = torch.cat([-frequency, frequency])
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, D], radians
     return angles.cos(), angles.sin()
 
@@ -214,7 +216,7 @@ def attend(q, k, v, mask):
     """Attention of queries [B, H, T, D] to keys and values [B, K, S, D] -> [B, H, T, D]."""
     B, K, _, D = k.shape
     if mask is not None:
-        # heads that share a key/value head become more queries of it: no copy of the cache
+        # GQA: heads of a group are folded into the query dimension: no repeat_kv
         y = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask)
         return y.reshape(q.shape)
     dtype = q.dtype
@@ -354,7 +356,7 @@ class Transformer(nn.Module):
         return self.lm_head(x)
 
     def attention_mask(self, positions, length, window):
-        """Returns what is added to the scores of tokens at `positions` [B, T] and `length` slots.
+        """Returns the additive attention mask of `positions` [B, T] and `length` slots.
 
         [B, 1, H/K * T, S]: 0 where a token attends to a slot, minus infinity elsewhere.
         """
@@ -376,7 +378,7 @@ class Transformer(nn.Module):
         return model
 
     def initialize(self, seed):
-        """Sets random weights, the same on any number of ranks: normal matrices, norms of 1."""
+        """Initializes weights, equally on any number of ranks: matrices N(0, std), norms 1."""
         for i, p in enumerate(self.parameters()):
             local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
@@ -403,7 +405,9 @@ class Transformer(nn.Module):
 
 
 def start_processes():
-    """Returns rank, world size and device. One process is a group of one: one code path."""
+    """Sets up torch.distributed -> rank, world size, device. One process is a group of one: one
+    code path.
+    """
     backend = "gloo"
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -421,7 +425,7 @@ def start_processes():
 
 
 def is_first_rank():
-    """Whether this is rank 0. Processes have been started."""
+    """Whether this is rank 0. Needs start_processes()."""
     return dist.get_rank() == 0
 
 
@@ -465,7 +469,7 @@ def hash_model(path) -> str:
 def list_weights(folder):
     """Returns the safetensors files of a folder.
 
-    Raises UserError if one is missing, or if two contradict each other.
+    Raises UserError for missing or outdated files, and for adapters.
     """
     for file in folder.glob("adapter_*"):
         raise UserError(
@@ -474,7 +478,7 @@ def list_weights(folder):
     single = folder / "model.safetensors"
     index = folder / INDEX
     if not index.exists():
-        fault = f"is missing, and so is {INDEX}; download them, or convert *.bin by transformers"
+        fault = f"is missing, and so is {INDEX}; download one, or convert *.bin with transformers"
         require(single.exists(), single, fault)
         return [single]
     files = set()
@@ -673,7 +677,7 @@ def flush_to_disk(file):
 
 @contextmanager
 def writing(path):
-    """Names the file in an OSError that does not, such as that of a full disk."""
+    """Adds the file's name to an OSError without one, such as of a full disk."""
     try:
         yield
     except SafetensorError as e:

@@ -8,8 +8,8 @@ The loss of a step, over its examples on all ranks and in all micro-batches, wit
     loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / tokens
 
 `tokens` counts the tokens of all references y and rationales r. Weight 0 is vanilla fine-tuning.
--log P(r_t) is one sample of a cross-entropy, which is KL(teacher || model) plus a constant; with
---teacher the loss of each token of r is that KL.
+-log P(r_t) is a one-sample estimate of KL(base || model) plus a constant; --teacher replaces it by
+the KL to the teacher.
 """
 
 import signal
@@ -51,7 +51,7 @@ from model import (
 
 
 def joint_loss(model, teacher, micro_batch_size, weight, examples):
-    """Returns the joint loss of `examples`, which all ranks share, as metrics.
+    """Returns the joint loss of `examples` (equal on all ranks) in a dict.
 
     Its gradient is added to that of the parameters, except under torch.no_grad.
     """
@@ -223,7 +223,7 @@ def learning_rate(step, steps, peak, warmup_steps, schedule):
 
 
 def is_due(step, every):
-    """Returns whether what is done every `every` steps (0: never) is done after this one."""
+    """Returns whether `step` is a multiple of `every` (0: never)."""
     return every > 0 and step % every == 0
 
 
@@ -243,7 +243,7 @@ def read_data(args, config):
         if not named:
             name = Path(item).stem
             file = item
-        fault = f"two sets are called {name}; give one another name, as in NAME={file}"
+        fault = f"two sets are called {name}; rename one, as in NAME={file}"
         require(name not in valid, "--valid", fault)
         rows = data.read_rows([file], args.direction)
         valid[name] = make_examples(rows, name, encoder, config, length)
@@ -264,7 +264,7 @@ def make_examples(rows, name, encoder, config, max_length):
     say(f"{name}: {counts}; {unused} rationales not used")
     require(examples, name, f"{counts}; raise --max-length")
     largest = max(max(example.tokens) for example in examples)
-    fault = f"its tokenizer has id {largest}, its model a vocabulary of {config.vocab_size}"
+    fault = f"id {largest} is not below vocab_size {config.vocab_size}; check --tokenizer"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
     return examples
 
@@ -273,7 +273,7 @@ def make_examples(rows, name, encoder, config, max_length):
 
 
 def load_sharded(source, dtype, seed=None, frozen=False):
-    """Returns the model of a folder, or with `seed` one of random weights, in shards.
+    """Returns a sharded model: pretrained, or random if `seed` is given.
 
     It computes in `dtype`. Parameters and gradients are float32, those of a frozen model `dtype`.
     """
@@ -306,7 +306,7 @@ def make_optimizer(model, weight_decay):
 
 # 4. What a run writes
 
-# settings that change speed, memory or what is written; of files, hashes are compared
+# settings that may change on --resume; files are compared by their hashes
 FREE = """resume out micro_batch_size save_every export_every valid valid_every
     activation_checkpointing model teacher config tokenizer data""".split()
 SHOWN = """step loss valid_loss reference_loss rationale_loss learning_rate grad_norm tokens seconds
@@ -365,7 +365,7 @@ def remove_checkpoints(out, kept=None):
 
 
 def load_checkpoint(model, optimizer, out):
-    """Loads the newest complete checkpoint and returns its step, 0 if there is none."""
+    """Loads the newest checkpoint and its metrics; returns its step, or 0."""
     steps = [0]
     for folder in out.glob("checkpoint/step-*"):
         number = folder.name.removeprefix("step-")
@@ -388,7 +388,7 @@ def load_checkpoint(model, optimizer, out):
 def export(model, tokenizer, folder, dtype):
     """Writes a model folder with the tokenizer's files; config.json, the last one, completes it."""
     if is_first_rank():
-        (folder / "config.json").unlink(missing_ok=True)  # the run was resumed
+        (folder / "config.json").unlink(missing_ok=True)  # of a stopped run
         for name, content in tokenizer.files.items():
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -401,7 +401,7 @@ def export(model, tokenizer, folder, dtype):
 
 
 def note_signals():
-    """Returns a list of the signals so far: SIGTERM or Ctrl-C end the run after its step."""
+    """Handles SIGTERM and Ctrl-C: returns a list that collects them, for `run` to check."""
     noted = []
 
     def note(number, _):
@@ -482,7 +482,7 @@ def main(args):
     dist.all_gather_object(hashes, data_hash)
     require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
 
-    # 3. the folder, of which no other process has the lock
+    # 3. the output folder, locked for this run
     out = Path(args.out).resolve()
     settings = vars(args) | {
         "data_hash": data_hash,
@@ -505,7 +505,7 @@ OPTIONS = """
 --config FILE            config.json of a model with random weights; needs --tokenizer
 --tokenizer DIR          folder with tokenizer.model (default: --model)
 --teacher DIR            model folder; its distribution is the target of rationale tokens
---data! FILE...          ledgers, pairs and conversations, in any mixture
+--data! FILE...          generate.py's ledgers, pairs, conversations
 --valid FILE...          validation sets; NAME=FILE gives one a name
 --out! DIR               folder for the model, its metrics and checkpoints
 --resume                 continue the run in --out
@@ -525,7 +525,7 @@ OPTIONS = """
 --seed N=0               of the order of the data and of random weights
 --save-every N=500       steps between checkpoints; 0: none
 --export-every N=0       steps between model folders OUT/step-N; 0: none
---valid-every N=0        steps between validations; 0: at the start and the end
+--valid-every N=0        steps between validations; 0: only at start and end
 --activation-checkpointing       recompute activations: less memory, slower
 --dtype float32|bfloat16   of the computation; bfloat16 is slower on most CPUs
 """

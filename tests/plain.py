@@ -18,7 +18,7 @@ def write_rationale(model, prompt, reference, cue, eos_ids, max_new_tokens, temp
     for count in range(max_new_tokens):
         tokens = torch.tensor([prompt + reference + rationale])
         logits = model(tokens)[0, -1]  # [V]
-        if temperature > 0:  # the argmax of logits and Gumbel noise is a sample
+        if temperature > 0:  # -log(noise) is Gumbel noise, with which the argmax is a sample
             noise = exponential_noise(key, torch.tensor([count]), len(logits))
             logits = logits / temperature - noise[0].log()
         token = logits.argmax().item()
@@ -42,6 +42,7 @@ def joint_loss(model, teacher, examples, weight):
         if teacher is not None:
             with torch.no_grad():
                 target = teacher(tokens)[0, places].log_softmax(-1)
+            # KL(teacher || model)
             kl = F.kl_div(log_probs, target, reduction="none", log_target=True)
             r = kl[len(reference) :]  # [r, V]
         total = total + y.sum() + weight * r.sum()

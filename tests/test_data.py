@@ -1007,8 +1007,8 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path, rows_of):
     a source of numbers    | {PAIR, "source": 7}                   | "source" must be text
     an id that is true     | {PAIR, "id": true}                    | "id" must be
     a duplicate id         | {PAIR, "id": 0}                       | duplicate id
-    a language by its name | {PAIR, "source_lang": "German"}       | two languages
-    no languages           | {"source": "x", "reference": "y"}     | two languages
+    a language by its name | {PAIR, "source_lang": "German"}       | two known languages
+    no languages           | {"source": "x", "reference": "y"}     | two known languages
     a number as rationale  | {PAIR, "rationale": 7}                | "rationale" must be text
     a two-way row          | {"translation": {"de": "x", "en": "y"}} | choose --direction
     Alpaca's               | {"instruction": "x", "output": "y"}   | "instruction", "output"
@@ -1060,7 +1060,7 @@ def test_a_broken_file_is_refused_by_its_place(tmp_path, content, place, words):
     "directions, row, words",
     """
     another language     | fr-en       | {"translation": {"de": "x", "en": "y"}} | "fr" is missing
-    one language twice   | de-de       | {"translation": {"de": "x", "en": "y"}} | two languages
+    one language twice   | de-de       | {"translation": {"de": "x", "en": "y"}} | known languages
     a text as number     | de-en       | {"translation": {"de": "x", "en": 3}}   | "en" must be text
     no texts             | de-en       | {"translation": "x"}                    | must be an object
     both ways  | de-en en-de | {"translation": {"de": "x", "en": "y"}, "rationale": "r"} | a ration

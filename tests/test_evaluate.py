@@ -766,7 +766,7 @@ def test_runs_that_were_not_measured_alike_are_not_compared(
     file = write_jsonl(tmp_path / "pairs.jsonl", pairs)
     run(*common, file, "--out", tmp_path / "other", *options)
     error = refused(["--compare", tmp_path / "base", tmp_path / "other"])
-    assert f"other: its {name} differs" in error
+    assert f"other: {name} differs" in error
 
 
 # Mistakes
@@ -790,9 +790,9 @@ choice      | {"choices": ["b", 5]}      | a choice
 choice      | {"choices": null}          | "choices" is missing
 choice      | {"choices": {"text": ["c", "d"], "label": ["A", "B"]}} | "choices" must be a list
 choice      | {"prompt": null, "question": "a", "answerKey": "A"} | see the README; found
-choice      | {"task": "../y"}           | can't name a file
-choice      | {"task": "a/b"}       | can't name a file
-choice      | {"task": ".."}             | x.jsonl:1: the task '..' can't name a file
+choice      | {"task": "../y"}           | is not a file name
+choice      | {"task": "a/b"}       | is not a file name
+choice      | {"task": ".."}             | x.jsonl:1: the task '..' is not a file name
 choice      | {"id": [1]}                | "id"
 numeric     | {"answer": "5"}            | "#### NUMBER"
 numeric     | {"answer": "#### 1/2"}     | "#### NUMBER"
