@@ -520,6 +520,16 @@ def test_the_tables_of_the_appendix_are_those_of_the_kept_points(capsys, tmp_pat
         assert picture.exists()
 
 
+def test_the_intervals_over_prompts_are_those_of_the_kept_points(capsys, monkeypatch):
+    appendix = read_text("APPENDIX.md")
+    script = re.search(r"^    python - <<'END'\n(.*?)    END$", appendix, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(EXPERIMENTS.parent)
+    exec(re.sub(r"^    ", "", script[1], flags=re.MULTILINE), {})
+    printed = capsys.readouterr().out
+    assert "RaDis minus vanilla" in printed
+    assert printed in appendix
+
+
 def test_the_numbers_of_the_results_are_those_of_the_appendix():
     appendix = read_text("APPENDIX.md")
     rows = re.findall(r"^\| (.*) \|$", read_text("RESULTS.md"), re.MULTILINE)
