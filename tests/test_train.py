@@ -343,6 +343,50 @@ def whole_batches(at) -> tuple:
     return command, run(at.path / "whole", command)
 
 
+# a value that changes the update, for each setting that a resumed run must share; a new option
+# needs one here
+CHANGES = {
+    "rationale_weight": "0.5",
+    "rationale_coverage": "0.5",
+    "only_ok": "",
+    "epochs": "1",
+    "max_steps": "3",
+    "batch_size": "3",
+    "max_length": "100",
+    "learning_rate": "2e-3",
+    "schedule": "constant",
+    "warmup_steps": "0",
+    "weight_decay": "0.5",
+    "max_grad_norm": "0.01",
+    "seed": "1",
+    "dtype": "bfloat16",
+    "direction": "en-de",
+    "chat": "plain",
+    "system": "Kind.",
+    "template": "{source}",
+}
+SETTINGS = vars(train.parser().parse_args(["--data", "x", "--out", "x"])).keys() - {*train.FREE}
+
+
+@pytest.fixture(scope="module")
+def unchanged(at) -> dict:
+    """Runs by their data: a ledger, and pairs, for what shapes a prompt."""
+    runs = {}
+    for file in (at.ledger, at.pairs):
+        command = f"{at.start} --batch-size 4 --data {file}"
+        runs[file] = command, run(at.path / f"unchanged-{file.stem}", command)
+    return runs
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS))
+def test_every_setting_changes_the_update(at, unchanged, tmp_path, name):
+    prompts = name in ("direction", "chat", "system", "template")
+    command, before = unchanged[at.pairs if prompts else at.ledger]
+    option = "--" + name.replace("_", "-")
+    after = run(tmp_path / "out", f"{command} {option} {CHANGES[name]}")
+    assert gap(after, before) > 1e-6
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_row_is_in_one_micro_batch_of_one_rank(monkeypatch, world_size):
     rows = ["x" * length for length in range(10, 110, 10)]
