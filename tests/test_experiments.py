@@ -557,6 +557,13 @@ def test_the_first_table_of_the_readme_is_that_of_the_appendix():
             assert any(f"| {cell.strip('*')} " in line for line in lines), (name, cell)
 
 
+def test_the_intervals_in_the_results_are_those_of_the_appendix():
+    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", read_text("RESULTS.md"))
+    assert len(intervals) > 20
+    for interval in intervals:
+        assert f" {interval} " in read_text("APPENDIX.md"), interval
+
+
 def script_of_readme(name: str) -> str:
     """The script of the README that writes a file."""
     pattern = r"^    python -[^\n]* <<'END'\n(.*?)    END$"
