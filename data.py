@@ -569,14 +569,15 @@ class Tokenizer:
                 ids.append(self.added[part])
                 sp = self.sp if self.legacy else self.sp_within
                 continue
-            encoded = sp.encode(part.replace(CUT, ""))
+            whole = part.replace(CUT, "")
+            encoded = sp.encode(whole)
             if not self.control.isdisjoint(encoded):  # SentencePiece finds user-defined tokens
                 encoded = []
                 for piece in part.split(CUT):
                     encoded += sp.encode(piece)
                     sp = self.sp_within
             control = self.control.intersection(encoded)
-            require(not control, part[:60], f"holds control tokens {control}; remove them")
+            require(not control, repr(whole[:60]), f"holds control tokens {control}; remove them")
             ids += encoded
             sp = self.sp_within
         return ids

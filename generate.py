@@ -108,7 +108,7 @@ def write_rewrite(sequence, tokenizer, task):
 def make_sequence(row, encoder, task, cue):
     """Returns a row's Sequence. Ids in a ledger are ignored."""
     tokenizer = encoder.tokenizer
-    reference = "" if task == "answer" else row.reference  # there is no reference
+    reference = "" if task == "answer" else row.reference  # answers have none
     row = replace(
         row,
         reference=reference,
@@ -190,7 +190,7 @@ class Sequence:
     ids: list[int] = field(default_factory=list)  # sampled, without EOS
     logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
     finish: str = ""  # "eos" or "length", once it has ended
-    key: int = 0  # noise_key
+    key: int = 0  # its noise_key
     row: Row | None = None  # of the data
 
     @property

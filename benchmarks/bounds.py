@@ -54,7 +54,7 @@ def record_operations(model) -> list[int]:
 def distance(products: float, seconds: float) -> str:
     """How long a command takes, next to its matrix products alone."""
     times = seconds / products
-    return f"products alone: {products:.3g} of {seconds:.3g} s, {times:.2f} times away"
+    return f"matmuls alone: {products:.3g} of {seconds:.3g} s; ratio {times:.2f}"
 
 
 def describe_machine(device: torch.device) -> dict[str, float]:

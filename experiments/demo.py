@@ -1,6 +1,6 @@
 """The claim on a laptop: vanilla fine-tuning forgets, RaDis and replay forget less. `make demo`
 
-    python experiments/demo.py            two to three minutes on a CPU; no network, no data
+    python experiments/demo.py            on a CPU; no network, no data
 
 PAGE is the whole demo: commands to paste into a shell, in the folder above this one. This script
 runs them in two processes, which saves starting Python for each, and prints what was measured.

@@ -559,11 +559,13 @@ def test_the_first_table_of_the_readme_is_that_of_the_appendix():
             assert any(f"| {cell.strip('*')} " in line for line in lines), (name, cell)
 
 
-def test_the_intervals_in_the_results_are_those_of_the_appendix():
-    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", read_text("RESULTS.md"))
-    assert len(intervals) > 20
-    for interval in intervals:
-        assert f" {interval} " in read_text("APPENDIX.md"), interval
+@pytest.mark.parametrize("file", ["RESULTS.md", "../README.md"])
+def test_intervals_and_p_values_in_texts_are_those_of_the_appendix(file):
+    text = read_text(file)
+    numbers = re.findall(r"(?:-?[\d.]+ )?\[-?[\d.]+, -?[\d.]+\]", text)
+    assert numbers
+    for number in [*numbers, *re.findall(r"\bp is (0\.\d+)", text)]:
+        assert f" {number} " in read_text("APPENDIX.md"), number
 
 
 def script_of_readme(name: str) -> str:
