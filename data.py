@@ -742,25 +742,20 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
         check_languages(way, "--direction")
     rows = []
     for file in files:
-        content = read_json(file)
         ids = set()
-        for way in ways or [None]:
-            again = way in ways[1:]
-            for where, fields in content:
-                fields = {name: value for name, value in fields.items() if value is not None}
-                one = {"source", "reference"} <= fields.keys()
-                if one or "translation" in fields:
-                    row = read_pair(fields, where, way, ways)
-                elif again:  # a conversation has no direction
-                    continue
-                else:
-                    row = read_conversation(fields, where, prompts)
+        for where, fields in read_json(file):
+            fields = {name: value for name, value in fields.items() if value is not None}
+            if "translation" in fields or {"source", "reference"} <= fields.keys():
+                found = read_pair(fields, where, ways)
+            else:
+                found = [read_conversation(fields, where, prompts)]
+            for row in found:
                 row.rationale = read_field(fields, "rationale", str, where, "")
                 if "rationale_ids" in fields:
                     read_ledger_fields(row, fields)
                 row.id = read_id(fields, where, len(rows))
-                if again and "id" in fields:
-                    row.id = f"{row.id} {'-'.join(way)}"
+                if "id" in fields and row is not found[0]:
+                    row.id = f"{row.id} {row.source_lang}-{row.target_lang}"
                 require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
                 ids.add(row.id)
                 rows.append(row)
@@ -792,26 +787,27 @@ def text_field(fields, name, where, may_be_blank=False) -> str:
     return text
 
 
-def read_pair(fields, where, way, ways):
-    """A pair in direction `way`: ALMA's two-way `translation`, or a source and its reference."""
-    own = way
+def read_pair(fields, where, ways):
+    """The rows of a pair, one per direction: ALMA's `translation`, or source and reference."""
     if "translation" in fields:
-        require(way, where, "the row has both languages; choose --direction, such as de-en")
+        require(ways, where, "the row has both languages; choose --direction, such as de-en")
+        own = ways[0]
         texts = read_field(fields, "translation", dict, where)
     else:
         own = (fields.get("source_lang"), fields.get("target_lang"))
         if own == (None, None) and ways:
             own = ways[0]
         check_languages(own, where)
-        source = text_field(fields, "source", where)
-        texts = {own[0]: source, own[1]: fields["reference"]}
-        way = way or own
-    if "rationale" in fields:
-        fault = "the row has a rationale, so it can't be read in another direction"
-        require(ways in ([], [own]), where, fault)
-    source = text_field(texts, way[0], where)
-    reference = text_field(texts, way[1], where, "rationale_ids" in fields)
-    return Row(0, where, reference, source, *way)
+        texts = {own[0]: text_field(fields, "source", where), own[1]: fields["reference"]}
+    ways = ways or [own]
+    fault = "the row has a rationale, so it can't be read in another direction"
+    require("rationale" not in fields or ways == [own], where, fault)
+    rows = []
+    for way in ways:
+        source = text_field(texts, way[0], where)
+        reference = text_field(texts, way[1], where, "rationale_ids" in fields)
+        rows.append(Row(0, where, reference, source, *way))
+    return rows
 
 
 def read_conversation(fields, where, prompts):
@@ -889,9 +885,9 @@ def utf8_text(text):
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-# 4. Folders that a run owns
+# 4. What a run owns
 
-MARK = {"program": "RaDis"}  # first in a settings file: marks a folder or a ledger as ours
+MARK = {"program": "RaDis"}  # first in a settings file: marks a run as ours
 NOT_COMPARED = ("model", "versions", "program")  # recorded only
 
 
@@ -904,21 +900,31 @@ def is_own(file):
 
 
 @contextmanager
-def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPARED):
-    """Context manager: locks `folder`; yields whether it already holds a run.
+def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMPARED):
+    """Context manager: locks the settings file of a run; yields whether the run had begun before.
 
-    Creates the folder and its settings file `name`, or finds both, and locks the file. Raises
-    UserError for other folders unless empty. A folder in which the run leaves nothing else is
-    removed. All ranks call it; rank 0 looks and writes. defaults: the values of settings that an
-    older file lacks. Raises UserError if a setting (except `free` ones) changed, or another process
-    has the lock.
+    Creates the file and its folder, or finds them. outputs: the paths that the run will write; by
+    default, all that is in the folder. A run that leaves no output leaves no settings either. All
+    ranks call it; rank 0 looks and writes. defaults: the values of settings that an older file
+    lacks. Raises UserError if an output is not ours, a setting (except `free` ones) changed, or
+    another process has the lock.
     """
-    file = folder / name
     text = json.dumps(MARK | settings, indent=2, ensure_ascii=False).encode("utf-8", "replace")
     if dist.get_rank() > 0:
         yield from_first_rank(None)
         return
-    with lock_folder(file, text):
+
+    def list_outputs():
+        paths = outputs or sorted(file.parent.iterdir())
+        return [path for path in paths if path != file and os.path.lexists(path)]
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    begun = not file.exists()
+    if file.is_file():  # a run may have been killed while it wrote its settings
+        begun = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
+    fault = "is missing, or of another program; nothing is overwritten; choose another --out"
+    require(is_own(file) or (begun and not list_outputs()), file, fault)
+    with lock(file):
         known = is_own(file)
         if known:
             require_same(file, (defaults or {}) | read_object(file), settings, free)
@@ -929,33 +935,23 @@ def claim(folder: Path, name: str, settings: dict, defaults=None, free=NOT_COMPA
         try:
             yield from_first_rank(known)
         finally:
-            if os.listdir(folder) == [name]:  # the run has left nothing else
+            if not list_outputs():
                 file.unlink()
-                folder.rmdir()
+                if not outputs:
+                    file.parent.rmdir()
 
 
-def lock_folder(file, text):
-    """Locks a settings file, creating it and its folder if missing; returns it.
-
-    Raises UserError if another program wrote the folder, or another process locked it.
-    """
-    folder = file.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    names = os.listdir(folder)
-    begun = False
-    if names == [file.name] and file.is_file():  # a run was killed while it wrote its settings
-        begun = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
-    fault = "is not empty and not written by this script; choose another --out"
-    require(begun or not names or is_own(file), folder, fault)
-    lock = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
+def lock(file):
+    """Opens and locks a file, creating it if missing. Raises UserError if another process did."""
+    opened = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
     try:
         with writing(file):  # some file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = os.fstat(lock.fileno()).st_nlink > 0  # a file just removed protects nothing
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.fstat(opened.fileno()).st_nlink > 0  # a file just removed protects nothing
     except BlockingIOError:
         held = False
-    require(held, folder, "another process is writing it; wait for it, or choose another --out")
-    return lock
+    require(held, file, "another process is writing it; wait for it, or choose another --out")
+    return opened
 
 
 def require_same(where, old, new, free=NOT_COMPARED):

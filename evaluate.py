@@ -318,7 +318,8 @@ def produce_items(measure, tokenizer, options, load, rank, questions):
             options.batch_size,
             stop=tokenizer.first_line_ends if measure.one_line else None,
         )
-    for question in tqdm(ended, total=len(questions), unit="item", disable=rank > 0):
+    answered = tqdm(ended, total=len(questions), unit="item", disable=rank > 0)
+    for n, question in enumerate(answered):
         item = {"id": question.id, "prompt": question.text} | question.known
         if measure.continues:
             item["output"] = tokenizer.decode(question.ids)
@@ -328,6 +329,8 @@ def produce_items(measure, tokenizer, options, load, rank, questions):
             item["hypothesis"] = item["output"].strip().split("\n")[0].strip()
         if measure.answer:
             item |= measure.answer(question, load)
+        if n == 0:  # a measure that forgot to store a field fails now, not after hours
+            measure.scores([item])
         yield item
 
 
@@ -592,7 +595,7 @@ def main(args):
         return Transformer.from_pretrained(vars(args)[name], dtype, device)
 
     out = Path(args.out).resolve()
-    with data.claim(out, "settings.json", settings):
+    with data.claim(out / "settings.json", settings):
         for (name, test), questions in tests.items():
             produce = partial(produce_items, measures()[name], tokenizer, args, load, rank)
             complete(out / f"items/{name}/{test}.jsonl", questions, produce)

@@ -14,10 +14,10 @@ import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
-import json
 import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -403,52 +403,44 @@ def generate(
 # 3. The ledger: a JSON lines file of generated rows; writing can resume
 
 
-def complete(path, rows, produce, settings=None):
+def complete(path, rows, produce):
     """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
 
-    Every rank calls it. rows: objects with `id`, `where` (FILE:LINE) and `input_hash`, a hash of
-    all that their outcome depends on besides the settings. produce(missing) yields a dict with "id"
-    for each of the rows that it is given, in any order. settings: written to NAME.meta.json next to
-    `path`. Rows stay in PATH.parts/ until all exist; then `path` is written atomically. Lines of an
+    Every rank calls it, in a run that `data.claim` has locked. rows: objects with `id`, `where`
+    (FILE:LINE) and `input_hash`, a hash of all that their outcome depends on besides the settings.
+    produce(missing) yields a dict with "id" for each of the rows that it is given, in any order.
+    Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. Lines of an
     existing `path` are kept; one that matches no row raises UserError.
     """
     rank = dist.get_rank()
-    parts = Path(f"{path}.parts")
     by_id = {}
     for row in rows:
         require(row.id not in by_id, row.where, f"duplicate id {row.id!r} in the data; change it")
         by_id[row.id] = row
-    with data.claim(parts, "settings.json", settings or {}, DEFAULTS):
-        missing = None
-        if rank == 0:
-            finished = read_finished(path, parts, by_id, settings)
-            missing = [id for id in by_id if id not in finished]
-        mine = [by_id[id] for id in from_first_rank(missing)[rank :: dist.get_world_size()]]
-        part = parts / f"rank{rank}.jsonl"
-        for row in produce(mine) if mine else []:
-            known = by_id[row["id"]]
-            line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
-            with writing(part), open(part, "a", encoding="utf-8") as f:
-                f.write(f"\n{line}\n")  # the line before may be torn
-        dist.barrier()  # until all have written their part
-        if rank == 0:
-            publish(path, parts, by_id, settings)
+    missing = None
+    if rank == 0:
+        finished = read_finished(path, by_id)
+        missing = [id for id in by_id if id not in finished]
+    mine = [by_id[id] for id in from_first_rank(missing)[rank :: dist.get_world_size()]]
+    part = parts_folder(path) / f"rank{rank}.jsonl"
+    for row in produce(mine) if mine else []:
+        known = by_id[row["id"]]
+        line = data.finite_json(row | {"input_hash": known.input_hash}, known.where)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with writing(part), open(part, "a", encoding="utf-8") as f:
+            f.write(f"\n{line}\n")  # the line before may be torn
+    dist.barrier()  # until all have written their part
+    if rank == 0:
+        publish(path, by_id)
     dist.barrier()
 
 
-def read_finished(path, parts, by_id, settings):
-    """Lines of finished rows by id. Raises UserError if `path` is not ours."""
-    meta = meta_path(path)
-    exists = os.path.lexists(path)
-    if settings is not None and (exists or os.path.lexists(meta)):
-        require(
-            data.is_own(meta),
-            meta,
-            f"is missing or not ours; {path.name} is not overwritten; choose another --out",
-        )
-        data.require_same(meta, DEFAULTS | read_object(meta), settings)
-    texts = {part: part.read_text("utf-8", "replace") for part in parts.glob("rank*.jsonl")}
-    if exists:
+def read_finished(path, by_id):
+    """Lines of finished rows by id. Raises UserError if a line of `path` is not one of them."""
+    texts = {}
+    for part in parts_folder(path).glob("rank*.jsonl"):
+        texts[part] = part.read_text("utf-8", "replace")
+    if os.path.lexists(path):
         texts[path] = read_text(path)  # last, so that edits in it win
     ids = {(id, row.input_hash): id for id, row in by_id.items()}
     finished = {}
@@ -463,24 +455,23 @@ def read_finished(path, parts, by_id, settings):
     return finished
 
 
-def publish(path, parts, by_id, settings):
+def publish(path, by_id):
     """Moves all rows from the parts to `path`."""
-    finished = read_finished(path, parts, by_id, settings)
+    parts = parts_folder(path)
+    finished = read_finished(path, by_id)
     require(finished.keys() == by_id.keys(), parts, "lacks rows; all ranks must share this folder")
     files = [*parts.glob("rank*.jsonl")]
-    if files and settings is not None:
-        text = json.dumps(data.MARK | settings, indent=2, ensure_ascii=False)
-        replace_file(meta_path(path), text, parts)
     if files:
-        replace_file(path, "\n".join(finished[id] for id in by_id), parts)
+        write_text(parts / "whole", "\n".join(finished[id] for id in by_id))
+        os.replace(parts / "whole", path)
     for file in files:
         file.unlink()
+    with suppress(OSError):  # somebody else's file is in it
+        parts.rmdir()
 
 
-def replace_file(path, text, parts):
-    """Writes a file atomically, with a temporary file in `parts`."""
-    write_text(parts / "whole", text)
-    os.replace(parts / "whole", path)
+def parts_folder(path):
+    return path.with_name(f"{path.name}.parts")
 
 
 def meta_path(ledger):
@@ -536,7 +527,8 @@ def main(args):
         for sequence in tqdm(ended, total=len(missing), unit="row", disable=rank > 0):
             yield ledger_row(sequence, tokenizer, args.task)
 
-    complete(out, sequences, produce, settings)
+    with data.claim(meta_path(out), settings, [out, parts_folder(out)], DEFAULTS):
+        complete(out, sequences, produce)
     if rank == 0:
         print(f"{out}: {len(sequences)} rows")
 

@@ -489,7 +489,7 @@ def main(args):
         "start_hash": hash_model(start),
         "teacher_hash": args.teacher and hash_model(args.teacher),
     }
-    with data.claim(out, "args.json", settings, free=FREE) as known:
+    with data.claim(out / "args.json", settings, free=FREE) as known:
         fault = "holds a run; continue it with --resume, or choose another --out"
         require(args.resume or not known, out, fault)
         if from_first_rank((out / "config.json").exists()):

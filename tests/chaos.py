@@ -352,8 +352,6 @@ def contents(folder: Path) -> dict:
         if file.is_dir():
             found[name] = "folder"
             continue
-        if name.endswith(".parts/settings.json"):  # it stays where a foreign file does
-            continue
         found[name] = file.read_bytes()
         if file.name == "metrics.jsonl":
             lines = file.read_text().splitlines()

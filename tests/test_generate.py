@@ -614,7 +614,7 @@ def test_a_ledger_of_other_settings_is_refused_by_name(place, change, option):
 def test_parts_of_other_settings_are_refused_by_name(place, change, option):
     place.stop(4)
     line = place.error(change(option))
-    assert line.startswith(f"error: {place.parts}/settings.json: {option[2:]} was ")
+    assert line.startswith(f"error: {place.meta}: {option[2:]} was ")
 
 
 def test_a_setting_added_since_counts_as_its_default(place, change):
@@ -678,7 +678,8 @@ def test_the_ledger_appears_when_all_rows_are_there(place):
 
     place.before_each_row(look)
     place.run()
-    assert seen == [["l.jsonl.parts", "pairs.jsonl"]] * 7
+    before = ["l.meta.json", "pairs.jsonl"]
+    assert seen == [before, *[["l.jsonl.parts", *before]] * 6]
     assert {*place.contents()} == FINISHED
 
 
@@ -774,7 +775,7 @@ def test_what_somebody_else_has_there_is_refused(place, make):
 
 def test_what_appears_at_its_place_meanwhile_is_not_replaced(place, expected):
     place.before_each_row(lambda: place.out.write_text("mine"))
-    with pytest.raises(UserError, match="l.meta.json: "):
+    with pytest.raises(UserError, match="l.jsonl:1: "):
         place.run()
     assert place.out.read_text() == "mine"
     place.out.unlink()
@@ -787,8 +788,7 @@ def test_notes_among_the_parts_are_kept(place, expected):
     notes.write_text("mine")
     assert place.run() == expected
     assert notes.read_text() == "mine"
-    # the folder stays known as ours, so that the same command still runs
-    assert {*place.parts.iterdir()} == {notes, place.parts / "settings.json"}
+    assert [*place.parts.iterdir()] == [notes]
     assert place.run() == expected
 
 
