@@ -915,7 +915,7 @@ def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMP
         return
 
     def list_outputs():
-        paths = outputs or sorted(file.parent.iterdir())
+        paths = outputs or file.parent.iterdir()
         return [path for path in paths if path != file and os.path.lexists(path)]
 
     file.parent.mkdir(parents=True, exist_ok=True)

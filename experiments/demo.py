@@ -83,7 +83,7 @@ ROWS = {f"translation, {name}": (f"{name.lower()}/test-vela", 1) for name in ("c
 ROWS |= {skill: (f"acc/{skill}", 100) for skill in world.CHOICE}
 ROWS |= {skill: (f"flexible/{skill}", 100) for skill in world.NUMERIC}
 ROWS |= {f"{kind} requests refused": (f"refusal/{kind}", 100) for kind in ("harmful", "benign")}
-ROWS |= {"KL to base, 0.01 nats a token": ("drift_kl/general", 100)}
+ROWS |= {"KL to base, 0.01 nats per token": ("drift_kl/general", 100)}
 
 
 def run_page(page: str, run: Path):

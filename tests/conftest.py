@@ -285,16 +285,21 @@ def added_tokens(*texts, start: int = 480, **flags) -> dict:
     return {str(id): {"content": text, **flags} for id, text in enumerate(texts, start)}
 
 
-def text_of_format(name: str, messages: list) -> str:
-    """The definition of a format: the text of a prompt."""
-    if name == "zephyr":
-        turns = [f"<|{turn['role']}|>\n{turn['content']}</s>\n" for turn in messages]
-        return "".join(turns) + "<|assistant|>\n"
-    if name == "chatml":
-        turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
-        return "".join(turns) + "<|im_start|>assistant\n"
-    if name == "plain":
-        return "<s>" + "\n\n".join(turn["content"] for turn in messages)
+def text_of_zephyr(messages):
+    turns = [f"<|{turn['role']}|>\n{turn['content']}</s>\n" for turn in messages]
+    return "".join(turns) + "<|assistant|>\n"
+
+
+def text_of_chatml(messages):
+    turns = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages]
+    return "".join(turns) + "<|im_start|>assistant\n"
+
+
+def text_of_plain(messages):
+    return "<s>" + "\n\n".join(turn["content"] for turn in messages)
+
+
+def text_of_vicuna(messages):
     text = (
         "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. "
@@ -307,6 +312,16 @@ def text_of_format(name: str, messages: list) -> str:
         else:
             text += f" {turn['content']}</s>"
     return text
+
+
+# the text of a prompt in each --chat NAME, by its definition: a new format needs one here. Those of
+# llama2 and mistral are compared with ids
+DEFINITIONS = {
+    "zephyr": text_of_zephyr,
+    "chatml": text_of_chatml,
+    "vicuna": text_of_vicuna,
+    "plain": text_of_plain,
+}
 
 
 def theirs_of(folder: Path):

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from conftest import (
     CHATML,
+    DEFINITIONS,
     LINES,
     PAIRS,
     SP,
@@ -41,7 +42,6 @@ from conftest import (
     said,
     spell,
     table,
-    text_of_format,
     theirs_of,
     write,
     write_jsonl,
@@ -865,14 +865,14 @@ def test_chat_llama2_has_the_ids_of_the_recipe_of_meta(tmp_path, legacy):
 
 
 @legacies
-@pytest.mark.parametrize("name", ["zephyr", "chatml", "vicuna", "plain"])
+@pytest.mark.parametrize("name", [name for name in data.NAMES if name not in ("llama2", "mistral")])
 def test_other_formats_have_the_ids_of_their_definition(tmp_path, name, legacy):
     folder = write_tokenizer(tmp_path, **legacy)
     tokenizer = Tokenizer(folder, name)
     theirs = theirs_of(folder)
     assert tokenizer.end_id == (END_ID if name == "chatml" else 2)
     for messages, answer in conversations():
-        text = text_of_format(name, messages)
+        text = DEFINITIONS[name](messages)
         if text.startswith("<s>") and not legacy.get("legacy"):
             text = text.replace("<s>", "<s> ", 1)  # SentencePiece's, before every text
         ids = theirs.encode(text, add_special_tokens=False)

@@ -75,7 +75,7 @@ def test_in_a_shortened_demo_radis_and_replay_stay_closer_to_the_base(
         values[title] = [float(cell) for cell in row[0].split()[-4:]]
     base, vanilla, *_ = values["translation, chrF++"]
     assert vanilla > base
-    base, vanilla, radis, replay = values["KL to base, 0.01 nats a token"]
+    base, vanilla, radis, replay = values["KL to base, 0.01 nats per token"]
     assert base == 0
     assert radis < 0.8 * vanilla
     assert replay < 0.8 * vanilla

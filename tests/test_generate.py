@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import plain
@@ -345,11 +345,29 @@ def test_a_translation_needs_a_source(place):
 
 # 2. The sampler: its distribution
 
+# of each option a value that changes the rows: a new option needs one here
+CHANGES = {
+    "--model": "{terse}",
+    "--task": "paraphrase",
+    "--cue": "'\n'",
+    "--max-new-tokens": "5",
+    "--temperature": "0.5",
+    "--top-p": "0.5",
+    "--seed": "5",
+    "--dtype": "bfloat16",
+    "--chat": "plain",
+    "--system": "'Be brief.'",
+    "--template": "'Put {{source}} into another language'",
+}
+NUMBERS = [field.name for field in fields(Sampling) if field.type is float]
 SETTINGS = {
     "greedy": {},
     "sampled": {"temperature": 1.0, "seed": 3},
     "nucleus": {"temperature": 0.7, "top_p": 0.8},
 }
+for name in NUMBERS:
+    value = float(CHANGES["--" + name.replace("_", "-")])
+    SETTINGS[name] = {"temperature": 1.0, name: value}
 
 
 def is_distributed(counts, probs) -> bool:
@@ -544,7 +562,7 @@ def test_a_prompt_that_the_model_cannot_read_is_refused(folder, name):
 
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["temperature", "top_p"])
+@pytest.mark.parametrize("name", NUMBERS)
 def test_settings_out_of_range_are_refused(name, value):
     with pytest.raises(UserError, match="out of range"):
         Sampling(**{name: value})
@@ -561,19 +579,6 @@ def test_logits_that_are_not_finite_are_an_error_of_the_row(folder, bad, name):
 
 # 4. Options: each changes the outcome; all that a row depends on is recorded and compared
 
-CHANGES = {
-    "--model": "{terse}",
-    "--task": "paraphrase",
-    "--cue": "'\n'",
-    "--max-new-tokens": "5",
-    "--temperature": "0.5",
-    "--top-p": "0.5",
-    "--seed": "5",
-    "--dtype": "bfloat16",
-    "--chat": "plain",
-    "--system": "'Be brief.'",
-    "--template": "'Put {{source}} into another language'",
-}
 # which rows, where they are written, how fast: a row does not depend on these
 FREE = "--data --direction --limit --out --batch-size".split()
 OPTIONS = []
