@@ -190,8 +190,8 @@ def measure_card(s, name: str, config: ModelConfig):
             with attempt("card", name, f"logits, {dtype}"):
                 found = model(torch.tensor(prompts[:1], device=device())).float().cpu()
                 gap = (found - wanted).abs().max()
-                reached = f"which reach {wanted.abs().max():.3g}"
-                text = f"at most {gap:.2g} from a CPU's in float32, {reached}"
+                largest = f"the largest is {wanted.abs().max():.3g}"
+                text = f"differ from a CPU's in float32 by at most {gap:.2g}; {largest}"
                 assert gap < most, text
                 emit("card", name, f"logits, {dtype}", note=text)
             with attempt("card", name, f"sampler, {dtype}"):

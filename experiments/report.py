@@ -134,7 +134,8 @@ def print_table(title: str, points, digits: dict):
     print("|---|---|" + "---|" * len(digits))
     for name, by_seed in points.items():
         cells = [show(measure, n, by_seed) for measure, n in digits.items()]
-        print(f"| {name} | {len(by_seed)} |", " | ".join(cells), "|")
+        seeds = "" if name == "base" else len(by_seed)  # the base is not trained
+        print(f"| {name} | {seeds} |", " | ".join(cells), "|")
 
 
 def compare(points, pairs: list[tuple], measures: list[str]) -> dict[str, dict]:
@@ -218,8 +219,9 @@ def main(args):
         for title in args.minus:
             require(title in points, f"--minus {title}", f"must be one of {', '.join(points)}")
         pairs = [*zip(args.minus[::2], args.minus[1::2])]
-        columns |= {f"p, {name}": 3 for name in TESTED if name in digits}
-        print_table("Questions; p by Holm", compare(points, pairs, [*digits]), columns)
+        tested = {f"p, {name}": 3 for name in TESTED if name in digits}
+        title = "Chosen differences" + "; p by Holm's method" * bool(tested)
+        print_table(title, compare(points, pairs, [*digits]), columns | tested)
     print_predictions(points)
     if args.plot:
         draw(points, args.plot)

@@ -538,9 +538,11 @@ def test_the_numbers_of_the_results_are_those_of_the_appendix():
     compared = 0
     for row in rows:
         name, *cells = row.split(" | ")
+        if re.match(r"\d\. ", name):  # a question: the name of the difference is next
+            name, *cells = [cell for cell in cells if not cell.startswith("**")]
         lines = re.findall(rf"^\| {re.escape(name)} \|.*", appendix, re.MULTILINE)
         for cell in filter(str.strip, cells):
-            if name != "method":
+            if name not in ("method", "question"):
                 assert any(f" {cell} " in line for line in lines), (name, cell)
                 compared += 1
     assert compared > 50
