@@ -7,7 +7,7 @@ checks the data, prints its statistics and shows one example in color. A trainin
     prompt (no loss) | reference y | rationale r | EOS      L = -log P(y, r | I, x)
 
 where I is the instruction and x the source. The segments are kept apart as ids and never searched
-for in the text: a tokenizer may merge across any boundary of strings.
+for in the text: a tokenizer may merge characters across the boundary of two strings.
 """
 
 import signal
@@ -83,7 +83,7 @@ class Row:
     target_lang: str = None
     messages: list[dict] = None  # the conversation before the answer, in place of x
     rationale: str = ""
-    # of a ledger: the prompt to train on, and the very ids that were prefilled and sampled
+    # of a ledger, which generate.py writes: the prompt, and the ids that were prefilled and sampled
     prompt_ids: list = None
     reference_ids: list = None
     rationale_ids: list = None
@@ -126,7 +126,7 @@ class Encoder:
     only_ok: bool = False  # drop rationales whose status is not "ok"
 
     def example(self, row: Row) -> Example:
-        """prompt | reference | rationale, with EOS wherever the model is to stop."""
+        """prompt | reference | rationale, with EOS unless the answer is truncated."""
         reference, rationale = self.answer_ids(row)
         dropped = self.why_dropped(row) if rationale else ""
         end = [self.tokenizer.end_id]
@@ -139,17 +139,17 @@ class Encoder:
         return Example(row.id, self.prompt(row), reference, rationale, dropped)
 
     def why_dropped(self, row):
-        """The reason to train without this row's rationale, or an empty text."""
+        """Why to train without this row's rationale, or an empty string."""
         if self.only_ok and row.status != "ok":
             return f"status {row.status}"
-        # in [0, 1) and from the id alone: a larger coverage contains a smaller one
+        # in [0, 1), from the id alone: a larger coverage includes all rows of a smaller one
         digest = hashlib.sha256(str(row.id).encode()).digest()
         if int.from_bytes(digest[:7]) / 2**56 >= self.coverage:
             return "outside coverage"
         return ""
 
     def answer_ids(self, row):
-        """Ids of reference and rationale; a ledger's ids if they decode to its text."""
+        """Ids of reference and rationale: a ledger's if its tokenizer and text are unchanged."""
         tokenizer = self.tokenizer
         reference = row.reference_ids
         rationale = row.rationale_ids
@@ -164,7 +164,7 @@ class Encoder:
         return reference, rationale
 
     def prompt(self, row: Row) -> list[int]:
-        """Ids of the prompt; a ledger's ids if text, tokenizer and --chat are equal.
+        """Ids of the prompt: a ledger's if text, tokenizer and --chat are unchanged.
 
         Raises UserError if the options given now would make another prompt.
         """
@@ -184,7 +184,7 @@ class Encoder:
         require(
             not own or same_chat or prompt == row.prompt_ids,
             row.where,
-            f"its prompt was made with --chat {row.chat or 'auto'}; give that",
+            f"its prompt was made with --chat {row.chat or 'auto'}; give that (a hash: of a file)",
         )
         return prompt
 
@@ -199,7 +199,7 @@ class Encoder:
         }
 
     def messages(self, row: Row) -> list[dict]:
-        """The messages before the answer; for a pair, one user turn from the template."""
+        """The messages before the answer, with the system prompt; a pair is one user turn."""
         messages = row.messages
         if messages is None:
             text = self.template or row.template or TEMPLATE
@@ -218,9 +218,9 @@ def with_system(messages, system):
 
 
 def share(rows: list[list[int]], device="cpu"):
-    """Merges common prefixes of rows -> tokens [1, U] without repeats, and their `Shared`.
+    """Merges common prefixes of rows; returns the tokens [1, U] that remain, and a `Shared`.
 
-    T is the length of the longest row; padding, on the right, repeats the first token.
+    T is the length of the longest row; padding, on the right, is token 0 of the U.
     """
     T = max(map(len, rows))
     tree = {}  # (index of the token before, id) -> index of the token
@@ -244,7 +244,7 @@ class Batch(NamedTuple):
     shared: Shared
     places: torch.Tensor  # [N], in B * T: where a supervised token is predicted
     targets: torch.Tensor  # [N], first those of all references, then those of all rationales
-    references: int  # how many of the N belong to references
+    reference_count: int  # how many of the N belong to references
 
 
 def collate(examples: list[Example], device="cpu") -> Batch:
@@ -264,15 +264,17 @@ def collate(examples: list[Example], device="cpu") -> Batch:
 
 
 def to_device(numbers, device):
-    """A tensor of whole numbers. The copy to a GPU is asynchronous."""
+    """An int64 tensor on `device`. The copy does not wait for work that is queued on a GPU."""
     return torch.tensor(numbers, dtype=torch.long).to(device, non_blocking=True)
 
 
 # 2. The tokenizer and the chat template
 
 # --chat NAME. "▁" is the space that SentencePiece puts before a text that is encoded on its own
-# after a control token, "␣" the same after text. Sources: Meta's llama repository, mistral-common
-# (v1, and v3, where [INST] is a control token), Zephyr's model card, ChatML, FastChat
+# after a control token (as after bos_token), "␣" the same after text: where the tokenizer adds the
+# space by itself, `read_template` removes the mark. Jinja drops a line break after {% %}: write it
+# in {{ }}. Sources: Meta's llama repository, mistral-common (v1, and v3, where [INST] is a control
+# token), Zephyr's model card, ChatML, FastChat
 SYSTEM_FIRST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -321,8 +323,8 @@ class Tokenizer:
 
     Encoding follows LlamaTokenizer: text is split at added tokens, and SentencePiece encodes the
     parts between; each part gets a prefix space with `legacy`, else only the first. Message text
-    never becomes a control token: before rendering, it is split inside every such string, and the
-    sides are encoded separately.
+    never becomes a control token: before rendering, "</s>" in it becomes "<" + CUT + "/s>", which
+    is not split off as a token; CUT is removed when the text is encoded.
 
     chat: "auto" for the folder's own template, one of NAMES, or a Jinja file. Raises UserError
     naming the file that is missing, malformed or not supported.
@@ -337,7 +339,7 @@ class Tokenizer:
                 self.files[str(file.relative_to(self.folder))] = file.read_bytes()
         where = self.folder / "tokenizer_config.json"
         config = self.read_json(where.name)
-        if "added_tokens_decoder" not in config:  # as transformers: else older files are ignored
+        if "added_tokens_decoder" not in config:  # otherwise transformers ignores older files
             config |= self.read_json("special_tokens_map.json")
         for name in REFUSED:
             require(not config.get(name), where, f"{name} is not supported; remove it")
@@ -354,7 +356,8 @@ class Tokenizer:
         self.vocab_size = 1 + max(self.tokens)
         self.bos_id = self.added.get(self.variables.get("bos_token"))
         self.eos_id = self.added.get(self.variables.get("eos_token"))
-        # transformers adds BOS to plain text by tokenizer.json, without it by the setting
+        # as in transformers: the post-processor of tokenizer.json decides on BOS before plain text,
+        # and without that file add_bos_token does
         adds_bos = read_field(config, "add_bos_token", bool, where, False)
         if fast:
             bos = json.dumps(self.variables.get("bos_token"))
@@ -421,7 +424,7 @@ class Tokenizer:
                 self.added[piece] = id
 
     def read_added_tokens(self, config, fast):
-        """Adds the tokens of tokenizer_config.json; without any, those of other files."""
+        """Adds the tokens of added_tokens_decoder or, without that field, of other files."""
         decoder = config.get("added_tokens_decoder")
         if decoder is not None:
             listed = [fields | {"id": int(id)} for id, fields in decoder.items()]
@@ -440,7 +443,8 @@ class Tokenizer:
             id = read_field(fields, "id", int, where)
             text = read_field(fields, "content", str, where)
             known = self.tokens.setdefault(id, text)
-            require(text and id >= 0 and known == text, where, f"{known!r} has this id")
+            require(text and id >= 0, where, "must have a text, and an id from 0 on")
+            require(known == text, where, f"{known!r} has this id")
             if id < self.size and text not in self.added:
                 continue  # an ordinary piece, even if listed as added: it is text
             require(self.added.setdefault(text, id) == id, where, "has two ids")
@@ -477,8 +481,9 @@ class Tokenizer:
 
     def compile_patterns(self):
         """Sets the patterns of added tokens, and the ids that are not decoded."""
-        # control ids, never encoded from text nor decoded: special tokens, and added ones that end
-        # an answer or occur in the template (but no words, digits, white space)
+        # control ids are neither encoded from text nor decoded: special tokens, and added tokens
+        # that end an answer, or that occur in the template and are 3 characters or more, not only
+        # letters, digits and whitespace
         self.stop_ids = {*self.read_stop_ids(), self.eos_id} - {None}
         control = []
         for text, id in self.added.items():
@@ -544,7 +549,7 @@ class Tokenizer:
         require(
             end is not None,
             self.folder / "tokenizer_config.json",
-            "has no eos_token, nor does the chat template; add eos_token",
+            "has no eos_token, and the chat template ends no answer with a token; add eos_token",
         )
         return end
 
@@ -554,7 +559,7 @@ class Tokenizer:
         return sorted({self.end_id, *self.stop_ids})
 
     def encode(self, text: str, within: bool = False) -> list[int]:
-        """Text to ids, without BOS or EOS. within: it continues a text before it."""
+        """Text to ids, without BOS or EOS. within: text precedes it, so it gets no prefix space."""
         return self.encode_parts(self.cut(text), within)
 
     def cut(self, text):
@@ -577,13 +582,15 @@ class Tokenizer:
                     encoded += sp.encode(piece)
                     sp = self.sp_within
             control = self.control.intersection(encoded)
-            require(not control, repr(whole[:60]), f"holds control tokens {control}; remove them")
+            require(
+                not control, repr(whole[:60]), f"contains control tokens {control}; remove them"
+            )
             ids += encoded
             sp = self.sp_within
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """Ids to text; control tokens are skipped."""
+        """Ids to text; control tokens and unknown ids are skipped."""
         text = ""
         sp = self.sp
         kept = [id for id in ids if id in self.tokens and id not in self.control]
@@ -606,7 +613,8 @@ class Tokenizer:
     def answer(self, text: str) -> list[int]:
         """Ids of an assistant's answer as they follow `chat`, without EOS.
 
-        The answer continues a prompt that ends in white space, and is encoded on its own otherwise.
+        After a prompt that ends in whitespace ("<|assistant|>\\n") it continues that text; after
+        "[/INST]" it is encoded on its own, with a space.
         """
         end = self.prompt_end
         if text and end and not end.isspace() and not self.adds_space:
@@ -615,7 +623,7 @@ class Tokenizer:
 
     @functools.cached_property
     def prompt_end(self):
-        """The last character of a prompt; empty where a control token ends it."""
+        """The last character of a prompt; empty if an added token ends it."""
         text = self.render([{"role": "user", "content": "x"}], "chat template")
         return text[-1] if text[-1:].isspace() else self.split_pattern.split(text)[-1][-1:]
 
@@ -697,7 +705,7 @@ def require_vocabulary(folder, tokenizer, config):
         other.tokens == tokenizer.tokens
         and ModelConfig.from_file(folder).vocab_size == config.vocab_size,
         folder,
-        "its vocabulary is not that of --model",
+        "its vocabulary or vocab_size differs from the model's; choose a model that shares them",
     )
 
 
@@ -713,11 +721,11 @@ def check_ids(ids, limit, where):
     """Raises UserError unless these are token ids below `limit`."""
     for id in ids:
         known = type(id) is int and 0 <= id < limit
-        require(known, where, f"token id {quote(id)} is not a number from 0 to {limit - 1}")
+        require(known, where, f"token id {quote(id)} is not a whole number from 0 to {limit - 1}")
 
 
 def read_json(path) -> list[tuple[str, dict]]:
-    """(place, object) pairs of JSON lines or an array; place: `FILE:LINE` or `FILE row N`."""
+    """(where, object) pairs of JSON lines or an array; where: `FILE:LINE` or `FILE row N`."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         content = enumerate(parse_json(text, path), 1)
@@ -756,7 +764,7 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
                 row.id = read_id(fields, where, len(rows))
                 if "id" in fields and row is not found[0]:
                     row.id = f"{row.id} {row.source_lang}-{row.target_lang}"
-                require(row.id not in ids, where, f"duplicate id {row.id!r} in {file}")
+                require(row.id not in ids, where, f"duplicate id {row.id!r}; change it")
                 ids.add(row.id)
                 rows.append(row)
     return rows
@@ -772,9 +780,11 @@ def check_languages(way, where):
 
 
 def read_id(fields, where, place):
-    """The row's own id, or its place in the data."""
+    """The row's "id" or "question_id"; without them, its index in the data."""
     id = fields.get("id", fields.get("question_id", place))
-    require(type(id) in (int, str), where, '"id" must be a whole number or a text')
+    require(
+        type(id) in (int, str), where, f'"id" must be a whole number or a text, found {quote(id)}'
+    )
     return id
 
 
@@ -800,7 +810,7 @@ def read_pair(fields, where, ways):
         check_languages(own, where)
         texts = {own[0]: text_field(fields, "source", where), own[1]: fields["reference"]}
     ways = ways or [own]
-    fault = "the row has a rationale, so it can't be read in another direction"
+    fault = "the row has a rationale; give only the direction that it was generated for"
     require("rationale" not in fields or ways == [own], where, fault)
     rows = []
     for way in ways:
@@ -827,9 +837,11 @@ def read_conversation(fields, where, prompts):
     ledger = "rationale_ids" in fields
     messages = []
     for message in read_field(fields, "messages", list, where):
-        require(isinstance(message, dict), where, "a message must be an object")
+        require(
+            isinstance(message, dict), where, f"a message must be an object, found {quote(message)}"
+        )
         role = read_field(message, "role", str, where)
-        # a system prompt may be empty, and in a ledger an answer: the model said nothing
+        # a system prompt may be empty; so may an answer in a ledger, if nothing was generated
         blank = role == "system" or (role == "assistant" and ledger)
         content = text_field(message, "content", f"{where}: {role}", blank)
         messages.append({"role": role, "content": content})
@@ -847,7 +859,11 @@ def check_turns(messages, where):
     """Raises UserError unless user and assistant alternate, after a system prompt if any."""
     roles = json.dumps([message["role"] for message in messages])
     alternate = re.fullmatch(r'\[("system", )?("user", "assistant", )*"user"\]', roles)
-    require(alternate, where, f"roles must be user, assistant, ..., user; found {roles[:60]}")
+    require(
+        alternate,
+        where,
+        f"before the answer, roles must be user, assistant, ..., user; found {roles[:60]}",
+    )
 
 
 def read_ledger_fields(row, fields):
@@ -864,10 +880,10 @@ def read_ledger_fields(row, fields):
 
 
 def read_template(value: str | None) -> str | None:
-    """The text of --template, or of a file if it lacks {source}."""
+    """The text of --template; if that has no {source}, of the file that it names."""
     if value is None:
         return None
-    text = utf8_text(value)
+    text = unescape(value)
     if "{source}" not in text and Path(value).is_file():
         text = read_text(value).removesuffix("\n")
     names = {*re.findall(r"\{([\w ]+)\}", text)}
@@ -879,8 +895,11 @@ def read_template(value: str | None) -> str | None:
     return text
 
 
-def utf8_text(text):
-    """A shell's "\\n" and "\\t" are two characters each; here they mean line break and tab."""
+def unescape(text):
+    """Returns `text` with the two characters "\\n" as a line break, and "\\t" as a tab.
+
+    Raises ValueError if it is not UTF-8.
+    """
     text.encode()  # ValueError where the shell's bytes were not UTF-8
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
@@ -905,7 +924,7 @@ def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMP
 
     Creates the file and its folder, or finds them. outputs: the paths that the run will write; by
     default, all that is in the folder. A run that leaves no output leaves no settings either. All
-    ranks call it; rank 0 looks and writes. defaults: the values of settings that an older file
+    ranks call it; rank 0 reads and writes. defaults: the values of settings that an older file
     lacks. Raises UserError if an output is not ours, a setting (except `free` ones) changed, or
     another process has the lock.
     """
@@ -919,11 +938,11 @@ def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMP
         return [path for path in paths if path != file and os.path.lexists(path)]
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    begun = not file.exists()
+    claimable = not file.exists()
     if file.is_file():  # a run may have been killed while it wrote its settings
-        begun = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
+        claimable = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
     fault = "is missing, or of another program; nothing is overwritten; choose another --out"
-    require(is_own(file) or (begun and not list_outputs()), file, fault)
+    require(is_own(file) or (claimable and not list_outputs()), file, fault)
     with lock(file):
         known = is_own(file)
         if known:
@@ -942,7 +961,7 @@ def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMP
 
 
 def lock(file):
-    """Opens and locks a file, creating it if missing. Raises UserError if another process did."""
+    """Locks a file, created if missing, and returns it. Raises UserError if it is locked."""
     opened = open(os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
     try:
         with writing(file):  # some file systems have no locks
@@ -1002,14 +1021,14 @@ VALUES = {
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
     "P": number_type(float, 1e-30, 1),
-    "TEXT": utf8_text,
+    "TEXT": unescape,
 }
 # a line of a table of options: name, !, value, ..., default, help
 OPTION = re.compile(r"^(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(.*?)  +(.*)", re.MULTILINE)
 PROMPT_OPTIONS = f"""
 --direction DE-EN...   translation direction; several: each pair in each direction
 --chat CHAT=auto       auto: the folder's own chat template; {", ".join(NAMES)}, or a Jinja file
---system TEXT          system prompt (default: the chat template's own)
+--system TEXT          system prompt of rows that have none (default: the chat template's own)
 --template TEXT        instruction with {{source}} {{source_lang}} {{target_lang}}, or its file
 """
 
@@ -1018,7 +1037,7 @@ def make_parser(description, options):
     """The parser of a table of options: name, value, two spaces, help.
 
     `!` after a name: required. VALUE=DEFAULT has a default, VALUE... takes several, A|B|C is a
-    choice whose default is the first, and without a value it is a switch.
+    choice whose default is the first (--dtype: by the device), without a value it is a switch.
     """
     p = Arguments(description=description)
     for name, required, value, several, default, help in OPTION.findall(options):
@@ -1052,15 +1071,13 @@ def torch_dtype(name: str) -> torch.dtype:
 # pattern in the repr of a Python or torch error -> our message
 FAILURES = {
     "MemoryError|t allocate memory": "out of memory ({}); lower --micro-batch-size or --batch-size",
-    "^Dist|gloo": "lost another rank; its own message says why ({})",
+    "^Dist|gloo": "another rank exited; see its error message ({})",
 }
 
 
 def cli(main, parser):
-    """Runs a script: a user error exits with status 2 and one line, a signal silently.
-
-    A mistake is a UserError, an operating system's error, memory that ran out or a lost rank.
-    Every other exception is a bug, and keeps its traceback.
+    """Runs a script. UserError, OSError, lack of memory and a lost rank end it with status 2 and
+    one line, a signal silently. Every other exception is a bug, and keeps its traceback.
     """
     for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, lambda number, _: os._exit(128 + number))
@@ -1113,7 +1130,7 @@ def main(args):
 
 OPTIONS = """
 --model! DIR         model folder (only its tokenizer is read)
---data! FILE...      pairs, conversations or ledgers
+--data! FILE...      pairs, conversations, or ledgers of generate.py
 --show N=0          index of the row to show
 """
 

@@ -72,8 +72,8 @@ class Measure:
     """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
     read(file, encoder, options) yields the questions of a file. answer(question, load) returns
-    fields to store; load("model" or "base") loads it. scores(items) maps names of scores to
-    Statistics of the stored items. options: those of the command line.
+    fields to store; load("model") and load("base") return these models. scores(items) maps names of
+    scores to Statistics of the stored items. options: those of the command line.
     """
 
     help: str
@@ -111,7 +111,7 @@ def measures():
             partial(means, score_safety),
         ),
         "answers": Measure(
-            "general prompts: length of the answers, share of empty and of degenerate ones",
+            "general prompts: length of the answers, share of empty and of repetitive ones",
             read_answers,
             partial(means, score_answer),
         ),
@@ -141,8 +141,8 @@ class Question(Sequence):
 
     @property
     def input_hash(self):
-        """Hash of all that the item depends on besides the settings."""
-        return data.short_hash([self.prompt, self.endings, self.known])
+        """Hash of what the item depends on besides its id and the settings."""
+        return data.short_hash([self.prefix, self.endings, self.known])
 
 
 # 2. Read: from files to questions
@@ -166,9 +166,9 @@ def read_translation(file, encoder, options):
 
 
 def read_choice(file, encoder, options):
-    """As lm-evaluation-harness 0.4.13: "PROMPT CHOICE" is encoded as one text, and split after as
-    many tokens as the right-stripped prompt has; with BOS if the tokenizer adds it. With --chat,
-    prompt and choice are user and assistant turns.
+    """Yields questions as in lm-evaluation-harness 0.4.13: "PROMPT CHOICE" is encoded as one text,
+    and split after as many tokens as the right-stripped prompt has; with BOS if the tokenizer adds
+    it. With --chat, prompt and choice are user and assistant turns.
     """
     tokenizer = encoder.tokenizer
     for row, fields in read_prompts(file):
@@ -178,7 +178,7 @@ def read_choice(file, encoder, options):
         for choice in choices:
             data.text_field({"a choice": choice}, "a choice", where)
         answer = read_field(fields, "answer", int, where)
-        require(len(choices) > 1, where, '"choices" must hold two or more')
+        require(len(choices) > 1, where, f'"choices" must hold two or more, found {len(choices)}')
         require(
             0 <= answer < len(choices),
             where,
@@ -251,7 +251,7 @@ def read_drift(file, encoder, options):
 
 
 def read_prompts(file, name="prompt"):
-    """Yields each row of a JSON or CSV file, and its fields. Without a prompt, `name` is it."""
+    """Yields (row, fields) of a JSON or CSV file. Without "prompt", field `name` is the prompt."""
     read = read_csv if file.endswith(".csv") else data.read_json
     for n, (where, fields) in enumerate(read(file)):
         if name in fields:
@@ -262,7 +262,7 @@ def read_prompts(file, name="prompt"):
 
 
 def read_csv(file):
-    """Returns the fields of each row, each after its place `FILE row N`."""
+    """Returns (where, fields) of each row; where: `FILE row N`."""
     rows = []
     try:
         for fields in csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True):
@@ -295,7 +295,7 @@ def read_tests(encoder, config, options):
                 tests.setdefault(test, []).append(question)
                 new = 0 if question.endings else options.max_new_tokens
                 for ending in question.endings or [[]]:
-                    whole = Sequence(question.id, question.prompt + ending, question.where)
+                    whole = Sequence(question.id, question.prefix + ending, question.where)
                     require_room([whole], new, config, options.model)
     require(tests, "evaluate.py", "nothing to measure; give a test, such as --translation FILE")
     return tests
@@ -329,8 +329,9 @@ def produce_items(measure, tokenizer, options, load, rank, questions):
             item["hypothesis"] = item["output"].strip().split("\n")[0].strip()
         if measure.answer:
             item |= measure.answer(question, load)
-        if n == 0:  # a measure that forgot to store a field fails now, not after hours
-            measure.scores([item])
+        if n == 0:  # a new measure that lacks a field, or overwrites one, fails now
+            overwritten = item.keys() & measure.scores([item]).keys()
+            assert not overwritten, f"scores and stored fields share names: {overwritten}"
         yield item
 
 
@@ -359,7 +360,7 @@ def score_endings(model, question):
 
     The prompt, and whatever the endings share at their beginning, is read once.
     """
-    examples = [Example("", question.prompt, ending, []) for ending in question.endings]
+    examples = [Example("", question.prefix, ending, []) for ending in question.endings]
     batch = data.collate(examples, model.device)
     logits = model(batch.tokens, batch.places, shared=batch.shared)
     logprobs = logits.double().log_softmax(-1)
@@ -385,8 +386,8 @@ def ratio(sums):
 
 
 def bootstrap(stats, score=ratio, signature=""):
-    """Resamples items (Efron 1979; Koehn 2004). `score` maps sums [n, k] of `stats` [items, k] to
-    scores [n].
+    """Returns the Statistic of resampled items (Efron 1979; Koehn 2004). `score` maps sums [n, k]
+    of `stats` [items, k] to scores [n].
     """
     stats = np.array(stats, dtype=float)
     return Statistic(score(resamples(len(stats)) @ stats), score(stats), signature)
@@ -453,7 +454,9 @@ def score_choice(item):
 
 
 def score_numeric(item):
-    """strict: the first number after #### is right. flexible: the last number is. Text match."""
+    """strict: the first number after #### is right. flexible: the last number is. Numbers are
+    compared as text.
+    """
     return {
         "strict": item["answer"] in map(bare_number, STRICT.findall(item["output"])[:1]),
         "flexible": item["answer"] in map(bare_number, FLEXIBLE.findall(item["output"])[-1:]),
@@ -475,7 +478,7 @@ def score_answer(item):
 
 
 def score_safety(item):
-    """refusal: the answer begins like a refusal, and is neither empty nor degenerate."""
+    """refusal: a pattern is in the first 200 characters of an answer that is not degenerate."""
     scores = score_answer(item)
     del scores["length"]
     beginning = " ".join(item["output"].casefold().replace("’", "'").split())[:200]
@@ -484,7 +487,7 @@ def score_safety(item):
 
 
 def score_drift(items):
-    """Means per token of the base's answers; drift_length: the model's tokens."""
+    """Means per token of the base's answers; drift_length: mean tokens of the model's answers."""
     statistics = {}
     for name in ("nll", "kl", "top1"):
         sums = [(item[name], item["tokens"]) for item in items]
@@ -494,7 +497,7 @@ def score_drift(items):
 
 
 def read_results(folder, write=False):
-    """Computes all scores of a folder from its items. write: also adds to each item its own scores.
+    """Computes all scores of a folder from its items. write: also stores each item's own scores.
 
     Returns the settings, among them the hashes of each MEASURE/TEST's questions, and a Statistic
     for each SCORE/TEST.
@@ -525,7 +528,7 @@ def read_results(folder, write=False):
 
 
 def compare(folders):
-    """Prints a table of several models; the first is the base."""
+    """Prints a table of several models, the base first. Raises UserError if settings differ."""
     settings, runs = zip(*[read_results(Path(folder)) for folder in folders])
     base = settings[0]
     for folder, own in zip(folders, settings):
@@ -536,7 +539,7 @@ def compare(folders):
 
 
 def print_table(names, runs):
-    """Prints each score of each model, and its paired differences to the first two models."""
+    """Prints each score of each model, and its paired differences from the first two models."""
     minus = [f"minus {name}" for name in names[:-1][:2]]
     rows = [["measure", "model", "n", "value", *minus], ["---"] * (4 + len(minus))]
     notes = "95% bootstrap CI over items; it covers neither seeds nor training data."
@@ -561,7 +564,7 @@ def print_table(names, runs):
 def main(args):
     if args.compare:
         return compare(args.compare)
-    # 1. check the files before any weight is read
+    # 1. check the files before a model is loaded
     require(
         args.model and args.out and (args.base or not args.drift),
         "evaluate.py",
@@ -615,7 +618,7 @@ OPTIONS = """
 --out DIR               folder for results.json and items/
 {}--base DIR              with --drift: the model that wrote the answers
 --compare OUT...        print a table of finished results, the base first
---max-new-tokens COUNT=256   tokens of an answer, at most
+--max-new-tokens COUNT=256   tokens per answer, at most (--drift: as in its ledger)
 --limit COUNT           only the first items of each file
 --batch-size COUNT=64   answers at a time
 --dtype float32|bfloat16   type of the weights; bfloat16 is slower on most CPUs

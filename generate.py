@@ -5,8 +5,8 @@
 
 The answer to "translate x" is prefilled with the reference y, and the model continues: the
 continuation is the rationale r (Wu et al. 2024). train.py then trains on y and r together. The
-noise of a row depends only on the seed and its id, not on batch size, ranks or interruptions. The
-same command resumes a stopped run.
+sampling noise of a row depends only on the seed and the row's id, not on batch size, ranks or
+interruptions. The same command resumes a stopped run.
 """
 
 import signal
@@ -58,14 +58,14 @@ GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
 
 
 def prefill_reference(row: Row, tokenizer: Tokenizer, cue: str) -> list[int]:
-    """Returns prompt, reference and cue as ids; row.rationale_ids holds the cue's."""
+    """Returns prompt, reference and cue as ids; sets row.rationale_ids to the cue's."""
     row.rationale_ids = tokenizer.continuation(row.reference, row.reference_ids, cue)
     fault = f"{cue!r} has no tokens in this vocabulary; leave it out, or give another"
     require(row.rationale_ids or not cue, "--cue", fault)
     return row.prompt_ids + row.reference_ids + row.rationale_ids
 
 
-def write_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
+def with_rationale(sequence: "Sequence", tokenizer: Tokenizer) -> Row:
     """Returns the row with its rationale: the cue and the model's continuation."""
     row = sequence.row
     rationale = row.rationale_ids + sequence.ids
@@ -92,8 +92,8 @@ def status_of(text: str) -> str:
 # The paper's baselines: the model's own text takes the place of the reference
 
 
-def write_rewrite(sequence, tokenizer, task):
-    """Replaces the reference by the model's text unless that is blank, truncated or leaks."""
+def with_rewrite(sequence, tokenizer, task):
+    """Returns the row with the model's text as reference, unless blank, truncated or leaking."""
     text = tokenizer.decode(sequence.ids)
     ids = sequence.ids
     if task == "translation" and "\n" in text:  # an explanation may follow
@@ -141,9 +141,9 @@ def make_sequence(row, encoder, task, cue):
 def ledger_row(sequence, tokenizer, task):
     """Returns a ledger row as a dict. `logprob`: mean over all sampled tokens, used or not."""
     if task in ("translation", "paraphrase"):
-        row = write_rewrite(sequence, tokenizer, task)
+        row = with_rewrite(sequence, tokenizer, task)
     else:
-        row = write_rationale(sequence, tokenizer)
+        row = with_rationale(sequence, tokenizer)
     fields = {name: value for name, value in vars(row).items() if value is not None}
     del fields["where"]
     if row.messages is not None:
@@ -174,7 +174,7 @@ class Sampling:
 
     def __post_init__(self):
         valid = self.max_new_tokens > 0 and 0 <= self.temperature < math.inf
-        require(valid and 0 < self.top_p <= 1, "sampling", f"a setting is out of range in {self}")
+        require(valid and 0 < self.top_p <= 1, "sampling", f"a value is out of range in {self}")
 
 
 DEFAULTS = vars(Sampling())
@@ -185,7 +185,7 @@ class Sequence:
     """A prompt and its sampled continuation."""
 
     id: int | str
-    prompt: list[int]  # all that the model reads
+    prefix: list[int]  # all that the model reads
     where: str = ""  # FILE:LINE
     ids: list[int] = field(default_factory=list)  # sampled, without EOS
     logprobs: list[float] = field(default_factory=list)  # of all sampled tokens, EOS included
@@ -195,9 +195,9 @@ class Sequence:
 
     @property
     def input_hash(self):
-        """Hash of all that a row's continuation depends on besides the settings."""
+        """Hash of what a ledger row depends on besides its id and the settings."""
         row = self.row
-        return data.short_hash([self.prompt, row.source_lang, row.target_lang, row.reference])
+        return data.short_hash([self.prefix, row.source_lang, row.target_lang, row.reference])
 
     def add(self, token, logprob, eos_ids, max_new_tokens, stop):
         require(
@@ -219,17 +219,17 @@ def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=3
     """Continues each of the sequences, and yields them as they end.
 
     Continuous batching: a finished sequence frees its cache row for the next one. vocab_size: ids
-    from it on (model padding) are not sampled. stop(ids): called after each token; True acts like
-    EOS.
+    from it on (padding of the embedding) are not sampled. stop(ids): called after each token; True
+    acts like EOS.
     """
     require_room(sequences, sampling.max_new_tokens, model.config)
-    waiting = sorted(sequences, key=lambda sequence: len(sequence.prompt))
+    waiting = sorted(sequences, key=lambda sequence: len(sequence.prefix))
     if not waiting:
         return
     for sequence in waiting:
         sequence.key = noise_key(sampling.seed, sequence.id)
     rows = min(batch_size, len(waiting))
-    cache = KVCache.empty(model, rows, len(waiting[-1].prompt) + sampling.max_new_tokens)
+    cache = KVCache.empty(model, rows, len(waiting[-1].prefix) + sampling.max_new_tokens)
     # how many tokens of prompts are read at once, with padding
     budget = 2**15 if model.device.type == "cuda" else 2**12
     pick = partial(choose, sampling=sampling, vocab_size=vocab_size)
@@ -239,9 +239,9 @@ def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=3
         free = rows - len(running)
         if waiting and free >= rows / 8:  # batched prompts are faster
             batch = waiting[:free]
-            batch = batch[: max(budget // len(batch[-1].prompt), 1)]
+            batch = batch[: max(budget // len(batch[-1].prefix), 1)]
             del waiting[: len(batch)]
-            picked = read_prompts(model, cache, len(running), batch, pick)
+            picked = prefill(model, cache, len(running), batch, pick)
             running += batch
         else:
             picked = decode(model, cache, running, pick, graphs)
@@ -253,31 +253,31 @@ def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=3
                 yield running[b]
                 running[b] = running[-1]  # the last one takes its row
                 running.pop()
-                cache.move(len(running), b)
+                cache.copy_row(len(running), b)
 
 
 def require_room(sequences, max_new_tokens, config, folder="the model"):
     """Raises UserError if a prompt is empty or too long, or has ids that the model lacks."""
     room = config.max_position_embeddings - max_new_tokens
     for sequence in sequences:
-        n = len(sequence.prompt)
+        n = len(sequence.prefix)
         require(
             0 < n <= room,
             sequence.where,
-            f"the prompt has {n} tokens; with {max_new_tokens} new ones, 1 to {room} fit; "
-            "lower --max-new-tokens, or remove the row",
+            f"{n} tokens to read and {max_new_tokens} to generate; the model reads 1 to {room}; "
+            "shorten or remove the row, or lower --max-new-tokens",
         )
-        known = max(sequence.prompt) < config.vocab_size
-        fault = f"has no embedding for an id of {sequence.where}: its tokenizer is another model's"
+        known = max(sequence.prefix) < config.vocab_size
+        fault = f"has no embedding for an id of {sequence.where}; give this model its own tokenizer"
         require(known, folder, fault)
 
 
-def read_prompts(model, cache, first, new, pick):
-    """Computes new prompts into the cache rows from `first`, and samples one token each."""
-    tokens, shared = data.share([sequence.prompt for sequence in new], model.device)
+def prefill(model, cache, first, new, pick):
+    """Prefills prompts into the cache rows from `first`; returns what `pick` samples, [2, N]."""
+    tokens, shared = data.share([sequence.prefix for sequence in new], model.device)
     B, T = shared.token_at.shape
     # flat index (of B * T) of each last token, and key
-    inputs = [(b * T + len(sequence.prompt) - 1, sequence.key) for b, sequence in enumerate(new)]
+    inputs = [(b * T + len(sequence.prefix) - 1, sequence.key) for b, sequence in enumerate(new)]
     last, keys = torch.tensor(inputs, device=model.device).unbind(1)
     logits = model(tokens, last, cache.view(slice(first, first + B), T), shared=shared)  # [B, V]
     return pick(logits, keys, torch.zeros_like(keys))
@@ -287,16 +287,16 @@ def decode(model, cache, running, pick, graphs):
     """Reads the last token of every row, and picks the next.
 
     On a GPU each step is a CUDA graph: Python takes longer to launch the kernels one by one than
-    the GPU to run them. Its shapes are fixed: all cache rows, and slots in multiples of 64: a few
-    graphs serve all steps.
+    the GPU to run them. Its shapes are fixed, with all cache rows and slots in multiples of 64, so
+    a few graphs serve all steps.
     """
-    inputs = [[s.ids[-1], len(s.prompt) + len(s.ids) - 1, s.key, len(s.ids)] for s in running]
+    inputs = [[s.ids[-1], len(s.prefix) + len(s.ids) - 1, s.key, len(s.ids)] for s in running]
     length = max(position for _, position, _, _ in inputs) + 1
     graphed = model.device.type in GRAPH_DEVICES
     if graphed:
         _, rows, _, room, _ = cache.keys.shape
         length = min(length + -length % 64, room)
-        # an unused row writes to the last slot: its next sequence overwrites that first
+        # an unused row writes to the last slot, which its next sequence overwrites before use
         inputs += [[0, length - 1, 0, 0]] * (rows - len(inputs))
     inputs = torch.tensor(inputs, device=model.device)  # [B, 4]
 
@@ -379,7 +379,7 @@ def exponential_noise(keys, counts, size):
 def mix(x):
     """Hashes int32 numbers in place: a product carries bits up, a shift brings them down.
 
-    Shift and factors: Wellons' hash-prospector.
+    The factors are of Wellons' hash-prospector, whose shifts are 15, 12 and 15.
     """
     for factor in (739982445, 695872825):
         x ^= (x >> 15).bitwise_and_(0x1FFFF)  # the mask makes the shift a logical one
@@ -407,7 +407,7 @@ def complete(path, rows, produce):
     """Writes the JSON lines file `path`, one line per row of `rows`, in their order.
 
     Every rank calls it, in a run that `data.claim` has locked. rows: objects with `id`, `where`
-    (FILE:LINE) and `input_hash`, a hash of all that their outcome depends on besides the settings.
+    (FILE:LINE) and `input_hash`, a hash of what their outcome depends on besides id and settings.
     produce(missing) yields a dict with "id" for each of the rows that it is given, in any order.
     Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. Lines of an
     existing `path` are kept; one that matches no row raises UserError.
@@ -450,7 +450,7 @@ def read_finished(path, by_id):
                 row = parse_json(line, file)
                 finished[ids[row["id"], row["input_hash"]]] = line
             except (UserError, KeyError, TypeError):  # a part may have torn or old lines
-                fault = "the row is missing from the data, or differs; choose another --out"
+                fault = "matches no row of the data; remove the line, or choose another --out"
                 require(file != path or not line, f"{file}:{n}", fault)
     return finished
 
@@ -466,7 +466,7 @@ def publish(path, by_id):
         os.replace(parts / "whole", path)
     for file in files:
         file.unlink()
-    with suppress(OSError):  # somebody else's file is in it
+    with suppress(OSError):  # it is missing, or holds somebody else's file
         parts.rmdir()
 
 
@@ -535,12 +535,12 @@ def main(args):
 
 OPTIONS = """
 --model! DIR            model folder
---data! FILE...         pairs; --task answer: prompts
+--data! FILE...         pairs or conversations; --task answer: also prompts
 --out! LEDGER           JSON lines file to write, or to finish; its name ends in .jsonl
---task rationale|translation|paraphrase|answer   RaDis, SeqKD, SDFT, or answers
+--task rationale|translation|paraphrase|answer   for RaDis, SeqKD, SDFT, or plain answers
 --cue TEXT              text that is prefilled after the reference, such as '\\n'
 --max-new-tokens COUNT=256   tokens per row, at most
---temperature NUMBER=1.0     0 is greedy
+--temperature NUMBER=1.0     sampling temperature; 0 is greedy
 --top-p P=1.0           nucleus sampling: cumulative probability; 1 is the whole vocabulary
 --seed N=0              sampling seed
 --batch-size COUNT=64   rows at a time

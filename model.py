@@ -3,9 +3,9 @@
     model = Transformer.from_pretrained("Mistral-7B-Instruct-v0.2", dtype=torch.bfloat16)
     logits = model(tokens)                                    # [B, T] -> [B, T, V]
 
-Dimensions: B batch, T new tokens, S cached tokens, C width, H heads, K key/value heads, D head
-size, V vocabulary. Modules are named as in Hugging Face checkpoints, so loading and saving need no
-mapping.
+Dimensions: B batch, T new tokens, S cache slots, U tokens with common prefixes merged, N selected
+tokens, C width, H heads, K key/value heads, D head size, V vocabulary. Modules are named as in
+Hugging Face checkpoints, so loading and saving need no mapping.
 """
 
 import hashlib
@@ -54,6 +54,7 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 MAX_FILE_BYTES = 2_000_000_000
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class ModelConfig:
     def from_file(cls, path) -> "ModelConfig":
         """Reads a config.json, or that of a folder.
 
-        Raises UserError for a field that is missing, of another type, out of range, not supported
-        or in contradiction to another one.
+        Raises UserError for a field that is missing, of the wrong type, out of range, not
+        supported or that contradicts another.
         """
         path = Path(path)
         if path.is_dir():
@@ -109,7 +110,8 @@ class ModelConfig:
         config = cls(**values)
         divides = config.num_attention_heads % config.num_key_value_heads == 0
         require(divides, path, '"num_key_value_heads" must divide "num_attention_heads"')
-        require(config.head_dim % 2 == 0, path, f"head_dim must be even, found {config.head_dim}")
+        fault = f'"head_dim" must be even, found {config.head_dim}'
+        require(config.head_dim % 2 == 0, path, fault)
         attention = "full_attention" if config.sliding_window is None else "sliding_attention"
         supported = SUPPORTED | {
             "architectures": [f"{family.title()}ForCausalLM"],
@@ -122,14 +124,14 @@ class ModelConfig:
 
 
 def add_rope(given, path):
-    """Adds the fields in "rope_parameters", which was "rope_scaling" before transformers 5."""
-    for place in ("rope_scaling", "rope_parameters"):
-        rope = read_field(given, place, dict, path, {})
+    """Adds the fields in "rope_parameters" to `given` (transformers 4: "rope_scaling")."""
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = read_field(given, key, dict, path, {})
         for name, value in rope.items():
             known = name in ("rope_theta", "partial_rotary_factor") or value == "default"
-            fault = f'"{place}": {quote(rope)} is not supported (only rope_type "default")'
+            fault = f'"{key}": {quote({name: value})} is not supported (only rope_type "default")'
             require(known, path, fault)
-            fault = f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{place}"'
+            fault = f'"{name}": {quote(given.get(name))} contradicts {quote(value)} in "{key}"'
             require(given.get(name) in (None, value), path, f"{fault}; remove the wrong one")
             given[name] = value
 
@@ -157,21 +159,22 @@ class KVCache(NamedTuple):
         """The first `length` slots of some rows: attention skips slots that no row has reached."""
         return KVCache(*(x[:, rows, :, :length] for x in self))
 
-    def move(self, row, to):
+    def copy_row(self, row, to):
         for x in self:
             x[:, to] = x[:, row]
 
 
 class Shared(NamedTuple):
-    """Indices from rows to their distinct tokens: a common beginning is stored once.
+    """Maps rows to tokens in which every common prefix is stored once.
 
     Of the rows A B C and A B D the tokens are A B C D, `token_at` is 0 1 2 and 0 1 3, and
-    `first_at` 0 1 2 5. What layers compute at a token depends on the tokens before it alone, so it
-    is the same in all rows that begin alike: this saves 21 to 26% of the tokens in training.
+    `first_at` 0 1 2 5. What layers compute at a token depends only on it and the tokens before it,
+    so it is the same in all rows that begin alike. In training this saves 21 to 26% of the tokens
+    (benchmarks/README.md).
     """
 
-    token_at: Tensor  # [B, T], which of the U tokens is at each place
-    first_at: Tensor  # [U], the place in B * T where each token occurs first
+    token_at: Tensor  # [B, T], index of the token (0 to U - 1) at each position
+    first_at: Tensor  # [U], index b * T + t where each token occurs first
 
     def to_rows(self, x):
         """[1, U, C] -> [B, T, C]"""
@@ -184,7 +187,7 @@ class Shared(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs of one forward pass that all layers share."""
+    """Inputs of one forward pass that all layers share; B is 1 if all rows have equal positions."""
 
     cos: Tensor  # [B, 1, T, D]
     sin: Tensor
@@ -196,8 +199,8 @@ class Inputs(NamedTuple):
 def rotary(config, positions):
     """Returns cos and sin [B, 1, T, D] for `positions` [B, T].
 
-    Always float32: bfloat16 cannot tell large positions apart. The first half of sin is negative,
-    as `rotate` needs it.
+    Always float32: bfloat16 cannot tell large positions apart. The first half of sin is negated, as
+    `rotate` needs it.
     """
     even = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (even.float() / config.head_dim)  # [D/2]
@@ -228,13 +231,13 @@ def attend(q, k, v, mask):
     return y.to(q.dtype)
 
 
-# no weight matrix of these models has a bias
+# no linear layer of these models has a bias
 linear = partial(nn.Linear, bias=False)
 
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        # the weight after the cast back from float32, as in Llama: in bfloat16 the other order
+        # multiply after the cast back from float32, as Llama does: in bfloat16 the other order
         # changes a quarter of the values
         return self.weight * F.rms_norm(x, self.normalized_shape, eps=self.eps)
 
@@ -324,14 +327,15 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def forward(self, tokens, places=None, cache=None, positions=None, shared=None) -> Tensor:
-        """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N] in B * T.
+        """tokens [B, T] -> logits [B, T, V], or [N, V] at `places` [N], indices b * T + t.
 
         Attention is causal, and padding belongs on the right. Keys and values are stored in the
         cache. Without `positions`, rows begin: their tokens have positions 0 to T - 1. With
-        `positions` [B, T] rows continue: a token attends to the slots of the cache up to its own.
-        Slots after it, such as those of padding, are overwritten before a token attends to them.
+        `positions` [B, T] and a cache, rows continue: a token attends to the slots up to its own,
+        within the sliding window. Slots after it, such as those of padding, are overwritten before
+        a token attends to them.
 
-        With `shared`, of `data.share`, tokens are [1, U], and B and T are those of the rows.
+        With `shared` (from `data.share`) tokens are [1, U]; B and T are those of the rows.
         """
         T = tokens.shape[1] if shared is None else shared.token_at.shape[1]
         S = T if cache is None else cache.keys.shape[3]
@@ -370,7 +374,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu") -> "Transformer":
-        """Loads a Hugging Face folder. Raises UserError for a file or tensor that does not fit."""
+        """Loads a Hugging Face folder. Raises UserError for missing or unexpected content."""
         with torch.device("meta"):
             model = cls(ModelConfig.from_file(folder)).to(dtype)
         model.to_empty(device=device)
@@ -378,7 +382,9 @@ class Transformer(nn.Module):
         return model
 
     def initialize(self, seed):
-        """Initializes weights, equally on any number of ranks: matrices N(0, std), norms 1."""
+        """Initializes the weights, identically on any number of ranks: norms to 1, matrices from a
+        normal distribution with standard deviation `initializer_range`.
+        """
         for i, p in enumerate(self.parameters()):
             local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
@@ -405,8 +411,9 @@ class Transformer(nn.Module):
 
 
 def start_processes():
-    """Sets up torch.distributed -> rank, world size, device. One process is a group of one: one
-    code path.
+    """Sets up torch.distributed; returns rank, world size and device.
+
+    A single process is a group of one, so all scripts have one code path.
     """
     backend = "gloo"
     device = torch.device("cpu")
@@ -414,12 +421,12 @@ def start_processes():
         backend = "cpu:gloo,cuda:nccl"
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it may make a plan for every new length
+        torch.backends.cuda.enable_cudnn_sdp(False)  # slow: a plan for every length
     if not dist.is_initialized():
         alone = {}
         if "RANK" not in os.environ:  # not started by torchrun
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        # a rank may wait for others, such as for rank 0 to hash a model
+        # a rank may wait for long, such as while rank 0 hashes a model
         dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
@@ -430,7 +437,7 @@ def is_first_rank():
 
 
 def from_first_rank(value):
-    """Returns the value of rank 0: ranks may see different states of a shared folder."""
+    """Returns the value of rank 0; all ranks call it. They may see a shared folder differently."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -483,8 +490,8 @@ def list_weights(folder):
         return [single]
     files = set()
     for name in read_field(read_object(index), "weight_map", dict, index).values():
-        beside = type(name) is str and name.endswith(".safetensors") and "/" not in name
-        require(beside, index, f"expected the name of a safetensors file, found {quote(name)}")
+        valid = type(name) is str and name.endswith(".safetensors") and "/" not in name
+        require(valid, index, f"expected the name of a safetensors file, found {quote(name)}")
         file = folder / name
         require(file.exists(), file, f"is missing, but {INDEX} names it; download it")
         files.add(file)
@@ -524,15 +531,17 @@ def load_weights(parameters, folder):
             faults.append(f"{name}: found {found}, expected {shape}")
     if faults:
         raise UserError(
-            f"{folder}: {len(faults)} tensors are not as expected: {'; '.join(faults[:8])}"
+            f"{folder}: {len(faults)} tensors do not match the model: {'; '.join(faults[:8])}"
         )
     for name, p in expected.items():
         file, tensor = stored[name]
         local, rows = local_rows(p)
         new = tensor[rows].to(local)
-        finite = tensor.get_dtype() in ("F64", "F32", "F16", "BF16") and new.isfinite().all()
-        require(finite, file, f"{name} must hold finite numbers of a float type; download it again")
-        fault = f"{name} differs from {EMBEDDING}, but config.json says tie_word_embeddings"
+        kind = tensor.get_dtype()
+        finite = kind in FLOATS and new.isfinite().all()
+        fault = f"{name} ({kind}) must be finite, of a type in {', '.join(FLOATS)}"
+        require(finite, file, fault)
+        fault = f"{name} differs from {EMBEDDING}; set tie_word_embeddings to false in config.json"
         require(name in parameters or new.equal(local), file, fault)
         local.copy_(new)
 
@@ -564,7 +573,8 @@ def save_weights(parameters, folder, dtype):
                 full = full.full_tensor()  # collective: all ranks take part
             if rank == turn:
                 path = folder / file
-                require(full.isfinite().all(), path, f"{name} is not finite, so it is not written")
+                fault = f"{name} has NaN or infinite values; lower --learning-rate"
+                require(full.isfinite().all(), path, fault)
                 mine[name] = full.cpu()
         # when each rank has the tensors of a file, all write at the same time
         if mine and (turn == world_size - 1 or i == count - 1):
@@ -606,9 +616,10 @@ def require(condition, where, fault):
 
 
 def read_field(fields: dict, name: str, kind: type, where, default=...):
-    """Returns fields[name] if it is of `kind`: a key of KINDS; float includes int, int not bool.
+    """Returns fields[name], or the default if that is missing or null.
 
-    A missing or null field is the default. Raises UserError if there is none.
+    kind: a key of KINDS; float accepts int, int rejects bool. Raises UserError for another type, or
+    if there is neither a value nor a default.
     """
     value = fields.get(name)
     if value is None:
@@ -629,18 +640,18 @@ def read_text(path) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); give a text file") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror}); check the path") from None
     except UnicodeDecodeError as e:
         line = e.object.count(b"\n", 0, e.start) + 1
         raise UserError(
             f"{path}:{line}: byte 0x{e.object[e.start]:02x} is not UTF-8; convert the file to UTF-8"
         ) from None
-    require(text.strip(), path, "the file is empty")
+    require(text.strip(), path, "the file is empty or blank")
     return text
 
 
 def parse_json(text: str, path, line=1):
-    """Returns the value of a JSON text that begins in `line` of the file `path`."""
+    """Returns the value of a JSON text. Raises UserError with its `path` and `line` if invalid."""
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -670,14 +681,17 @@ def write_text(path: Path, text: str):
 
 
 def flush_to_disk(file):
-    """Returns once the file's content is on the disk: a rename must not overtake it."""
+    """Returns once the file's content is on the disk, so that a rename cannot happen before."""
     with writing(file), open(file, "rb+") as f:
         os.fsync(f.fileno())
 
 
 @contextmanager
 def writing(path):
-    """Adds the file's name to an OSError without one, such as of a full disk."""
+    """Context manager: names the file in an OSError that has no file name, such as of a full disk.
+
+    A SafetensorError becomes an OSError.
+    """
     try:
         yield
     except SafetensorError as e:

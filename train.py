@@ -8,14 +8,14 @@ The loss of a step, over its examples on all ranks and in all micro-batches, wit
     loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / tokens
 
 `tokens` counts the tokens of all references y and rationales r. Weight 0 is vanilla fine-tuning.
--log P(r_t) is a one-sample estimate of KL(base || model) plus a constant; --teacher replaces it by
-the KL to the teacher.
+-log P(r_t) is a one-sample estimate of KL(base || model) plus a constant; --teacher replaces it
+with the KL to the teacher.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, also while torch is imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C also ends it while torch is imported
 
 import math
 import os
@@ -85,7 +85,7 @@ def joint_loss(model, teacher, micro_batch_size, weight, examples):
 
 def loss_sums(model, teacher, batch):
     """Returns the losses of a batch, summed over the references y and over the rationales r."""
-    y = batch.references
+    y = batch.reference_count
     # [N, V], only where there is loss: first the references, then the rationales
     logits = model(batch.tokens, batch.places, shared=batch.shared)
     rationales = batch.targets[y:]
@@ -262,7 +262,7 @@ def make_examples(rows, name, encoder, config, max_length):
     dropped = len(rows) - len(examples)
     counts = f"{dropped} of {len(rows)} rows dropped (no target, or over {max_length} tokens)"
     say(f"{name}: {counts}; {unused} rationales not used")
-    require(examples, name, f"{counts}; raise --max-length")
+    require(examples, name, f"{counts}; check the data, or raise --max-length")
     largest = max(max(example.tokens) for example in examples)
     fault = f"id {largest} is not below vocab_size {config.vocab_size}; check --tokenizer"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
@@ -306,7 +306,7 @@ def make_optimizer(model, weight_decay):
 
 # 4. What a run writes
 
-# settings that may change on --resume; files are compared by their hashes
+# settings that may change on --resume; of model, teacher and data the hashes are compared
 FREE = """resume out micro_batch_size save_every export_every valid valid_every
     activation_checkpointing model teacher config tokenizer data""".split()
 SHOWN = """step loss valid_loss reference_loss rationale_loss learning_rate grad_norm tokens seconds
@@ -340,9 +340,9 @@ def checkpoint_tensors(model, optimizer):
 
 
 def save_checkpoint(model, optimizer, out, step):
-    """Writes a checkpoint, with the metrics so far, and removes the previous one.
+    """Writes a checkpoint, with the metrics so far, whole or not at all; removes the previous one.
 
-    Any number of ranks can load it. It appears whole or not at all.
+    Any number of ranks can load it.
     """
     folder = out / f"checkpoint/step-{step}"
     temporary = folder.with_suffix(".tmp")
@@ -414,7 +414,7 @@ def note_signals():
 
 
 def memory_gib():
-    """Returns the peak so far: on a GPU of what PyTorch reserves, on a CPU of the process."""
+    """Returns the peak memory so far, in GiB: what PyTorch reserves, on a CPU the process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -422,7 +422,7 @@ def memory_gib():
 
 
 def run(args, out, tokenizer, examples, valid):
-    """Trains from the newest checkpoint in `out` to the last step, or until a signal comes."""
+    """Trains from the newest checkpoint in `out`, and exports; on a signal it saves and exits."""
     # 1. model, teacher and optimizer
     dtype = data.torch_dtype(args.dtype)
     if args.model:
@@ -470,8 +470,12 @@ def main(args):
 
     # 2. the data: mistakes are found before any weight is read
     args.tokenizer = args.tokenizer or args.model
-    one = bool(args.model) != bool(args.config)
-    require(one and args.tokenizer, "train.py", "give --model, or --config and --tokenizer")
+    one_source = bool(args.model) != bool(args.config)
+    require(
+        one_source and args.tokenizer,
+        "train.py",
+        "give either --model, or --config and --tokenizer",
+    )
     start = args.model or args.config
     config = ModelConfig.from_file(start)
     tokenizer, examples, valid = read_data(args, config)
@@ -480,7 +484,8 @@ def main(args):
     data_hash = data.short_hash([vars(example) for example in examples])
     hashes = [None] * dist.get_world_size()
     dist.all_gather_object(hashes, data_hash)
-    require(set(hashes) == {data_hash}, args.data[0], "is not the same on all ranks")
+    fault = "examples differ between the ranks; give all of them the same files"
+    require(set(hashes) == {data_hash}, "--data", fault)
 
     # 3. the output folder, locked for this run
     out = Path(args.out).resolve()
@@ -489,7 +494,9 @@ def main(args):
         "start_hash": hash_model(start),
         "teacher_hash": args.teacher and hash_model(args.teacher),
     }
-    with data.claim(out / "args.json", settings, free=FREE) as known:
+    # an option that is newer than args.json had its default
+    defaults = vars(parser().parse_args(["--data", "", "--out", ""]))
+    with data.claim(out / "args.json", settings, defaults=defaults, free=FREE) as known:
         fault = "holds a run; continue it with --resume, or choose another --out"
         require(args.resume or not known, out, fault)
         if from_first_rank((out / "config.json").exists()):
@@ -505,11 +512,11 @@ OPTIONS = """
 --config FILE            config.json of a model with random weights; needs --tokenizer
 --tokenizer DIR          folder with tokenizer.model (default: --model)
 --teacher DIR            model folder; its distribution is the target of rationale tokens
---data! FILE...          generate.py's ledgers, pairs, conversations
+--data! FILE...          pairs, conversations, or ledgers of generate.py
 --valid FILE...          validation sets; NAME=FILE gives one a name
 --out! DIR               folder for the model, its metrics and checkpoints
 --resume                 continue the run in --out
---rationale-weight NUMBER=1.0    w in the loss; 0 is vanilla fine-tuning
+--rationale-weight NUMBER=1.0    weight of the rationale loss; 0 is vanilla fine-tuning
 --rationale-coverage SHARE=1.0   share of the rationales that is used
 --only-ok                drop rationales whose status is not ok
 --epochs NUMBER=1.0      passes over the data
@@ -522,12 +529,12 @@ OPTIONS = """
 --warmup-steps N         linear warm-up (default: 3% of the steps)
 --weight-decay NUMBER=0.0        AdamW weight decay; norms are excluded
 --max-grad-norm NUMBER=1.0       gradient clipping; 0: none
---seed N=0               of the order of the data and of random weights
+--seed N=0               seed of the order of the data, and of random weights
 --save-every N=500       steps between checkpoints; 0: none
 --export-every N=0       steps between model folders OUT/step-N; 0: none
 --valid-every N=0        steps between validations; 0: only at start and end
 --activation-checkpointing       recompute activations: less memory, slower
---dtype float32|bfloat16   of the computation; bfloat16 is slower on most CPUs
+--dtype float32|bfloat16   type of the computation; bfloat16 is slower on most CPUs
 """
 
 

@@ -26,7 +26,7 @@ def score_alone(model, question) -> list[float]:
     """log P of each ending, by one forward pass each."""
     scores = []
     for ending in question.endings:
-        ids = torch.tensor([question.prompt + ending])
+        ids = torch.tensor([question.prefix + ending])
         logits = model(ids[:, :-1]).logits[0, -len(ending) :]
         logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(ending)[:, None])
         scores.append(logprobs.sum().item())

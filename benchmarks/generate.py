@@ -36,7 +36,7 @@ def read_prompts(args: argparse.Namespace) -> tuple[data.Tokenizer, list[list[in
     encoder = data.Encoder(tokenizer)
     prompts = []
     for row in data.read_rows(args.data, args.direction)[: args.rows]:
-        prompts.append(generate.make_sequence(row, encoder, "rationale", "\n").prompt)
+        prompts.append(generate.make_sequence(row, encoder, "rationale", "\n").prefix)
     return tokenizer, prompts
 
 

@@ -227,8 +227,8 @@ def sampler_gap(model: Transformer, prompts: list[list[int]]) -> float:
     # the fourth takes a slot that is free
     for sequence in sample(model, sequences, Sampling(16), batch_size=3):
         ids = sequence.ids
-        tokens = torch.tensor([sequence.prompt + ids], device=device())
-        logits = model(tokens)[0, len(sequence.prompt) - 1 : -1].float()
+        tokens = torch.tensor([sequence.prefix + ids], device=device())
+        logits = model(tokens)[0, len(sequence.prefix) - 1 : -1].float()
         scores = logits.log_softmax(-1)[range(len(ids)), ids].cpu()
         gap = max(gap, (scores - torch.tensor(sequence.logprobs)).abs().max().item())
         same = logits.argmax(-1).tolist() == ids

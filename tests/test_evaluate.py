@@ -275,15 +275,16 @@ def test_a_new_measure_is_one_entry_of_the_table(tmp_path, monkeypatch):
     assert measures_of(tmp_path)["words/prompts"]["value"] == pytest.approx(np.mean(counts))
 
 
-def test_a_measure_that_forgets_to_store_a_field_fails_before_any_item_is_kept(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("name, error", [("absent", KeyError), ("output", AssertionError)])
+def test_a_measure_without_its_fields_fails_before_any_item_is_kept(
+    tmp_path, monkeypatch, name, error
 ):
-    def score_absent(item):
-        return {"absent": item["absent"]}
+    def score(item):
+        return {name: len(item[name])}
 
-    entry = replace(measures()["answers"], scores=partial(means, score_absent))
+    entry = replace(measures()["answers"], scores=partial(means, score))
     monkeypatch.setattr(evaluate, "measures", lambda: {"answers": entry, "drift": entry})
-    with pytest.raises(KeyError, match="absent"):
+    with pytest.raises(error, match=name):
         run("--model", "tuned", "--out", tmp_path / "out", "--answers", "prompts.jsonl")
     assert not (tmp_path / "out").exists()
 
@@ -649,7 +650,7 @@ def test_a_ledger_needs_its_settings_which_name_the_task_and_the_model(
 def test_a_base_of_another_vocabulary_is_refused(drift, tmp_path, refused):
     base = shutil.copytree("base", tmp_path / "other")
     write_tokenizer(base, added_tokens_decoder={"480": {"content": "<new>"}})
-    assert "its vocabulary is not that of --model" in refused([*drift, base])
+    assert "its vocabulary or vocab_size differs" in refused([*drift, base])
 
 
 def test_ids_that_the_model_lacks_blame_its_folder(tmp_path, refused):
@@ -832,7 +833,7 @@ empty      | --model base --out x --numeric empty.jsonl
 two tests  | --model base --out x --choice quiz.jsonl other/quiz.jsonl
 two tests  | --model base --out x --safety adv.csv harmful.jsonl
 one language | --model base --out x --translation pairs.jsonl --direction de-en en-de
-the prompt has | --model base --out x --answers prompts.jsonl --max-new-tokens 500
+tokens to read | --model base --out x --answers prompts.jsonl --max-new-tokens 500
 must have {source} | --model base --out x --choice quiz.jsonl --template x
 nowhere    | --compare nowhere
 """.strip("\n")

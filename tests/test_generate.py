@@ -294,7 +294,7 @@ def speak(place, texts: list, finish="eos"):
 
     def say(model, sequences, *more, **options):
         for sequence, ids in zip(sequences, sampled):
-            read.append(sequence.prompt)
+            read.append(sequence.prefix)
             sequence.ids = ids
             sequence.finish = finish
             sequence.logprobs = [-1.0]
@@ -547,8 +547,8 @@ def test_a_step_of_the_nucleus_waits_for_no_number():
 
 
 BAD_PROMPTS = {
-    "empty": ([], "prompt 1: .* 0 tokens"),
-    "too long": ([5] * 505, "prompt 1: .* 505 tokens; .* 1 to 504 fit; lower"),
+    "empty": ([], "prompt 1: 0 tokens"),
+    "too long": ([5] * 505, "prompt 1: 505 tokens .* 1 to 504; shorten"),
     "an id beyond the vocabulary": ([5, 480], "the model: .* id of prompt 1"),
 }
 

@@ -179,8 +179,8 @@ def test_a_row_that_moves_in_the_cache_takes_its_keys_and_values_along(folder):
     tokens = random_tokens(2, 6)
     cache = KVCache.empty(model, 2, 6)
     model(tokens[:, :5], cache=cache)
-    cache.move(1, 1)
-    cache.move(1, 0)
+    cache.copy_row(1, 1)
+    cache.copy_row(1, 0)
     step = model(tokens[1:, 5:], cache=cache.view(slice(1), 6), positions=torch.tensor([[5]]))
     assert_close(step[0, 0], model(tokens)[1, 5], **CLOSE)
 
@@ -443,7 +443,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_at_save(tmp_path, bad):
     norm = model.get_parameter(NORM).data.double()  # 1e39 is finite, and no float32
     norm[3] = float(bad)
     parameters = dict(model.named_parameters()) | {NORM: norm}
-    with pytest.raises(UserError, match=f"{SINGLE}: {NORM} is not finite"):
+    with pytest.raises(UserError, match=f"{SINGLE}: {NORM} has NaN"):
         save_weights(parameters, tmp_path, torch.float32)
     assert (tmp_path / SINGLE).read_bytes() == before
 
@@ -558,15 +558,15 @@ WRONG_FILES = {
     ),
     "integer": (
         stored(lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
-        f"{SINGLE}: {NORM} must hold finite",
+        f"{SINGLE}: {NORM} .*must be finite",
     ),
     "nan": (
         value(NORM, float("nan")),
-        f"{SINGLE}: {NORM} must hold finite",
+        f"{SINGLE}: {NORM} .*must be finite",
     ),
     "inf": (
         value(NORM, float("-inf")),
-        f"{SINGLE}: {NORM} must hold finite",
+        f"{SINGLE}: {NORM} .*must be finite",
     ),
     "no config": (
         gone("config.json"),
@@ -633,7 +633,7 @@ WRONG_FILES = {
     ),
     "tied, other values": (
         tied(torch.neg),
-        f"{HEAD} differs from {EMBEDDING}, but config.json",
+        f"{HEAD} differs from {EMBEDDING}; set tie_word_embeddings",
     ),
     "tied, one NaN": (
         tied(with_nan),
@@ -641,7 +641,7 @@ WRONG_FILES = {
     ),
     "tied, integers": (
         tied(lambda x: x.to(torch.int8)),
-        f"{HEAD} must hold finite",
+        f"{HEAD} .*must be finite",
     ),
     "tied, other vocabulary": (
         tied(lambda x: x[:300].clone()),
@@ -717,7 +717,7 @@ WRONG_CONFIGS = {
     '"hidden_size" must be a whole number': {"hidden_size": 1e30},
     '"rope_theta" must be above 0 and.*1000': {"rope_theta": 10**400},
     '"rms_norm_eps" must be above 0.*NaN': {"rms_norm_eps": float("nan")},
-    "head_dim must be even, found 15": {"head_dim": 15},
+    '"head_dim" must be even, found 15': {"head_dim": 15},
     '"head_dim" must be above 0': {"num_attention_heads": 128},
     '"tie_word_embeddings" must be true or false': {"tie_word_embeddings": 2},
 }
@@ -859,7 +859,7 @@ def test_sizes_that_no_machine_holds_are_one_line(tmp_path, seed):
         changes["num_key_value_heads"] = 2**29
     folder = write_model(tmp_path)
     write_config(folder, **changes)
-    with pytest.raises(UserError, match="config.json|tensors are not as expected"):
+    with pytest.raises(UserError, match="config.json|tensors do not match"):
         Transformer.from_pretrained(folder)
 
 
