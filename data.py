@@ -166,7 +166,8 @@ class Encoder:
     def prompt(self, row: Row) -> list[int]:
         """Ids of the prompt: a ledger's if text, tokenizer and --chat are unchanged.
 
-        Raises UserError if the options given now would make another prompt.
+        A row that was edited, or is of another tokenizer, is rendered again. Raises UserError if
+        the options given now would make another prompt than those that wrote the ledger.
         """
         tokenizer = self.tokenizer
         messages = self.messages(row)

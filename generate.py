@@ -348,6 +348,9 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
 def nucleus(probs, top_p):
     """Returns the mask [N, V] of the smallest set of top tokens with total probability >= top_p
     (Holtzman et al. 2020). A token that ties with the last of them is in it, too.
+
+    Of 0.5, 0.3, 0.1, 0.1 with top_p 0.75, the mass before each is 0, 0.5, 0.8, 0.9: the first two
+    are in it, and the last of them has 0.3.
     """
     count = probs.shape[-1]
     if probs.device.type == "cpu":  # on a GPU, sorting all is faster than a sync for `count`
@@ -409,8 +412,9 @@ def complete(path, rows, produce):
     Every rank calls it, in a run that `data.claim` has locked. rows: objects with `id`, `where`
     (FILE:LINE) and `input_hash`, a hash of what their outcome depends on besides id and settings.
     produce(missing) yields a dict with "id" for each of the rows that it is given, in any order.
-    Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. Lines of an
-    existing `path` are kept; one that matches no row raises UserError.
+    Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. A line is known
+    by its id and its input_hash: those of an existing `path` are kept, and one that matches no row
+    raises UserError.
     """
     rank = dist.get_rank()
     by_id = {}

@@ -219,7 +219,7 @@ def attend(q, k, v, mask):
     """Attention of queries [B, H, T, D] to keys and values [B, K, S, D] -> [B, H, T, D]."""
     B, K, _, D = k.shape
     if mask is not None:
-        # GQA: heads of a group are folded into the query dimension: no repeat_kv
+        # GQA: the heads of a group become one with H/K * T queries (index h * T + t): no repeat_kv
         y = F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask)
         return y.reshape(q.shape)
     dtype = q.dtype
@@ -368,7 +368,7 @@ class Transformer(nn.Module):
         distance = positions[:, None, :, None] - slots  # [B, 1, T, S]
         visible = (distance >= 0) & (distance < window)
         mask = torch.where(visible, 0.0, -torch.inf).to(self.dtype)
-        # once for each of the heads that share a key/value head, so that no layer has to do it
+        # repeated for the heads of a group, as `attend` orders their queries: once for all layers
         group = self.config.num_attention_heads // self.config.num_key_value_heads
         return mask.repeat(1, 1, group, 1)
 
@@ -572,15 +572,15 @@ def save_weights(parameters, folder, dtype):
             if isinstance(full, DTensor):
                 full = full.full_tensor()  # collective: all ranks take part
             if rank == turn:
-                path = folder / file
+                my_file = folder / file
                 fault = f"{name} has NaN or infinite values; lower --learning-rate"
-                require(full.isfinite().all(), path, fault)
+                require(full.isfinite().all(), my_file, fault)
                 mine[name] = full.cpu()
         # when each rank has the tensors of a file, all write at the same time
         if mine and (turn == world_size - 1 or i == count - 1):
-            with writing(path):
-                save_file(mine, path, metadata={"format": "pt"})
-                flush_to_disk(path)
+            with writing(my_file):
+                save_file(mine, my_file, metadata={"format": "pt"})
+                flush_to_disk(my_file)
             mine = {}
     dist.barrier()
     if rank == 0:

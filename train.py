@@ -140,7 +140,8 @@ class TokenLosses(torch.autograd.Function):
 
     Targets are token ids [n], or a teacher's logits [n, V]. The gradient overwrites the logits, the
     largest tensor of a step, a chunk at a time. Autograd allows it: the linear layer keeps no
-    output, and nothing else reads the logits.
+    output, and nothing else reads the logits. A new argument of `forward` needs a None in
+    `backward`.
     """
 
     @staticmethod

@@ -7,7 +7,7 @@ are lists of token ids; an example is (prompt, reference, rationale), with EOS w
 import torch
 import torch.nn.functional as F
 
-from generate import exponential_noise, noise_key
+from generate import exponential_noise, noise_key  # equal key and count: equal noise
 
 
 @torch.no_grad()
