@@ -52,6 +52,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]
 GUIDE = "{}\n\nBelow is a reference answer. Write your own answer to the request, guided by it.\n{}"
 LEAKS = re.compile("reference answer|your response|my response|now it's your turn")
 GRAPH_DEVICES = ("cuda",)  # where decoding steps are CUDA graphs
+CACHED_ROWS = 16  # rows of logits that fit in a CPU's cache: choosing makes twenty passes over them
 
 
 # 1. The method: what the model reads, and what its continuation becomes
@@ -332,6 +333,9 @@ def choose(logits, keys, counts, sampling, vocab_size=None):
     The Gumbel-max trick: with E from Exponential(1), argmax(logits / T - log E) is a sample from
     softmax(logits / T). Rounding in the logits changes it only where two tokens nearly tie.
     """
+    if logits.device.type == "cpu" and len(logits) > CACHED_ROWS:
+        parts = zip(*(x.split(CACHED_ROWS) for x in (logits, keys, counts)))
+        return torch.cat([choose(*part, sampling, vocab_size) for part in parts], 1)
     logits = logits.float()
     scores = logits[:, :vocab_size]
     if sampling.temperature > 1e-6:  # smaller values are greedy
