@@ -50,10 +50,11 @@ from model import (
 # 1. The joint loss and the step
 
 
-def joint_loss(model, teacher, micro_batch_size, weight, examples):
+def joint_loss(model, teacher, losses, micro_batch_size, weight, examples):
     """Returns the joint loss of `examples` (equal on all ranks) in a dict.
 
-    Its gradient is added to that of the parameters, except under torch.no_grad.
+    losses: the loss functions of references and of rationales. The gradient is added to that of the
+    parameters, except under torch.no_grad.
     """
     # every rank knows the whole step, so counting needs no communication
     references = sum(len(example.reference) for example in examples)
@@ -61,7 +62,7 @@ def joint_loss(model, teacher, micro_batch_size, weight, examples):
     sums = torch.zeros(3, dtype=torch.float64, device=model.device)
     for part in micro_batches(examples, micro_batch_size):
         batch = data.collate(part, model.device)
-        reference, rationale = loss_sums(model, teacher, batch)
+        reference, rationale = loss_sums(model, teacher, losses, batch)
         loss = (reference + weight * rationale) / (references + rationales)
         if torch.is_grad_enabled():
             # fully_shard averages gradients over the ranks: multiply by their number
@@ -83,7 +84,7 @@ def joint_loss(model, teacher, micro_batch_size, weight, examples):
     }
 
 
-def loss_sums(model, teacher, batch):
+def loss_sums(model, teacher, losses, batch):
     """Returns the losses of a batch, summed over the references y and over the rationales r."""
     y = batch.reference_count
     # [N, V], only where there is loss: first the references, then the rationales
@@ -91,8 +92,8 @@ def loss_sums(model, teacher, batch):
     rationales = batch.targets[y:]
     if teacher:
         rationales = teacher(batch.tokens, batch.places[y:], shared=batch.shared)
-    losses = TokenLosses.apply(logits, batch.targets[:y], rationales).double()  # [N]
-    return losses[:y].sum(), losses[y:].sum()
+    values = TokenLosses.apply(losses, logits, batch.targets[:y], rationales).double()  # [N]
+    return values[:y].sum(), values[y:].sum()
 
 
 def train_step(compute_loss, model, optimizer, examples, rate, max_grad_norm):
@@ -138,32 +139,32 @@ CHUNK = 128  # rows of logits whose loss is computed at a time
 class TokenLosses(torch.autograd.Function):
     """The loss of each supervised token [N], from logits [N, V], in float32.
 
-    Targets are token ids [n], or a teacher's logits [n, V]. The gradient overwrites the logits, the
+    losses: the functions of references and of rationales, from logits [n, V] and targets (token ids
+    [n], or a teacher's logits [n, V]) to the losses [n]. The gradient overwrites the logits, the
     largest tensor of a step, a chunk at a time. Autograd allows it: the linear layer keeps no
-    output, and nothing else reads the logits. A new argument of `forward` needs a None in
-    `backward`.
+    output, and nothing else reads the logits.
     """
 
     @staticmethod
-    def forward(ctx, logits, references, rationales):
-        losses = []
-        chunks = [*references.split(CHUNK), *rationales.split(CHUNK)]
-        rows = logits.split([len(targets) for targets in chunks])
-        for x, targets in zip(rows, chunks):
-            loss = cross_entropy if targets.dim() == 1 else kl_divergence
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                values = loss(leaf, targets)
-                (gradient,) = torch.autograd.grad(values.sum(), leaf)
-            losses.append(values.detach())
-            x.copy_(gradient)
+    def forward(ctx, losses, logits, references, rationales):
+        values = []
+        rest = logits
+        for loss, targets in zip(losses, (references, rationales)):
+            for chunk in targets.split(CHUNK):
+                x, rest = rest.tensor_split([len(chunk)])
+                with torch.enable_grad():
+                    leaf = x.detach().requires_grad_()
+                    value = loss(leaf, chunk)
+                    (gradient,) = torch.autograd.grad(value.sum(), leaf)
+                values.append(value.detach())
+                x.copy_(gradient)
         ctx.save_for_backward(logits)
-        return torch.cat(losses)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx, gradient):
         (slopes,) = ctx.saved_tensors
-        return slopes.mul_(gradient[:, None]), None, None
+        return None, slopes.mul_(gradient[:, None]), None, None
 
 
 @torch.no_grad()
@@ -433,7 +434,10 @@ def run(args, out, tokenizer, examples, valid):
     model.activation_checkpointing = args.activation_checkpointing
     teacher = load_sharded(args.teacher, dtype, frozen=True) if args.teacher else None
     optimizer = make_optimizer(model, args.weight_decay)
-    compute_loss = partial(joint_loss, model, teacher, args.micro_batch_size, args.rationale_weight)
+    losses = (cross_entropy, kl_divergence if teacher else cross_entropy)
+    compute_loss = partial(
+        joint_loss, model, teacher, losses, args.micro_batch_size, args.rationale_weight
+    )
 
     # 2. the steps
     noted = note_signals()

@@ -309,7 +309,7 @@ def test_losses_are_computed_in_chunks_and_their_gradient_overwrites_the_logits(
     rationales = torch.randn(160, 9) if soft else torch.randint(9, (160,))
     loss = kl_divergence if soft else cross_entropy
     expected = torch.cat([cross_entropy(twin[:140], references), loss(twin[140:], rationales)])
-    losses = TokenLosses.apply(logits, references, rationales)
+    losses = TokenLosses.apply((cross_entropy, loss), logits, references, rationales)
     assert torch.equal(losses, expected)
     weights = torch.rand(300)
     (losses * weights).sum().backward()
