@@ -185,7 +185,7 @@ class Encoder:
         require(
             not own or same_chat or prompt == row.prompt_ids,
             row.where,
-            f"its prompt was made with --chat {row.chat or 'auto'}; give that (a hash: of a file)",
+            f"its prompt was made with --chat {row.chat or 'auto'}; give that (a hash is a file's)",
         )
         return prompt
 
@@ -271,11 +271,12 @@ def to_device(numbers, device):
 
 # 2. The tokenizer and the chat template
 
-# --chat NAME. "▁" is the space that SentencePiece puts before a text that is encoded on its own
-# after a control token (as after bos_token), "␣" the same after text: where the tokenizer adds the
-# space by itself, `read_template` removes the mark. Jinja drops a line break after {% %}: write it
-# in {{ }}. Sources: Meta's llama repository, mistral-common (v1, and v3, where [INST] is a control
-# token), Zephyr's model card, ChatML, FastChat
+# --chat NAME. "▁" (after a control token such as bos_token) and "␣" (after text) mark where the
+# original code encodes a text on its own, so that SentencePiece puts a space before it.
+# `Tokenizer.read_template` writes that space, or nothing: where the tokenizer has no such space, or
+# (for "▁") adds it by itself. Jinja drops a line break after {% %}: write it in {{ }}.
+# Sources: Meta's llama repository, mistral-common (v1, and v3, where [INST] is a control token),
+# Zephyr's model card, ChatML, FastChat
 SYSTEM_FIRST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -312,7 +313,7 @@ FORMATS = {
     "plain": "{{ bos_token }}▁{% for m in messages %}{{ m.content }}"
     r"{{ '\n\n' if not loop.last }}{% endfor %}",
 }
-NAMES = [name for name in FORMATS if " " not in name]
+NAMES = [name for name in FORMATS if " " not in name]  # "mistral v3": chosen by the vocabulary
 TOKENIZER_FILES = """tokenizer.model tokenizer_config.json tokenizer.json added_tokens.json
     special_tokens_map.json generation_config.json chat_template.jinja""".split()
 REFUSED = ("split_special_tokens", "sp_model_kwargs", "model_specific_special_tokens")
@@ -426,10 +427,13 @@ class Tokenizer:
 
     def read_added_tokens(self, config, fast):
         """Adds the tokens of added_tokens_decoder or, without that field, of other files."""
-        decoder = config.get("added_tokens_decoder")
+        where = self.folder / "tokenizer_config.json"
+        decoder = read_field(config, "added_tokens_decoder", dict, where, None)
         if decoder is not None:
-            listed = [fields | {"id": int(id)} for id, fields in decoder.items()]
-            self.add_tokens("tokenizer_config.json", listed)
+            for id, fields in decoder.items():
+                valid = id.isdecimal() and isinstance(fields, dict)
+                require(valid, where, f"added token {quote(id)} must be an object under its id")
+                self.add_tokens(where.name, [fields | {"id": int(id)}])
         else:
             older = self.read_json("added_tokens.json").items()
             listed = [{"id": id, "content": text} for text, id in older]
@@ -482,9 +486,9 @@ class Tokenizer:
 
     def compile_patterns(self):
         """Sets the patterns of added tokens, and the ids that are not decoded."""
-        # control ids are neither encoded from text nor decoded: special tokens, and added tokens
-        # that end an answer, or that occur in the template and are 3 characters or more, not only
-        # letters, digits and whitespace
+        # control ids are neither encoded from text nor decoded: special tokens except unk (which
+        # any unknown character becomes), and added tokens that end an answer, or that occur in the
+        # template and are 3 characters or more, not only letters, digits and whitespace
         self.stop_ids = {*self.read_stop_ids(), self.eos_id} - {None}
         control = []
         for text, id in self.added.items():
@@ -533,7 +537,8 @@ class Tokenizer:
             return read_text(self.folder / "chat_template.jinja")
         template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = {x["name"]: x["template"] for x in template}.get("default")
+            named = [x for x in template if isinstance(x, dict) and x.get("name") == "default"]
+            template = named[0].get("template") if named else None
         return read_field({"chat_template": template}, "chat_template", str, where, None)
 
     @functools.cached_property
@@ -625,7 +630,7 @@ class Tokenizer:
     @functools.cached_property
     def prompt_end(self):
         """The last character of a prompt; empty if an added token ends it."""
-        text = self.render([{"role": "user", "content": "x"}], "chat template")
+        text = self.render([{"role": "user", "content": "x"}], self.folder)
         return text[-1] if text[-1:].isspace() else self.split_pattern.split(text)[-1][-1:]
 
     def continuation(self, before: str, ids: list[int], text: str) -> list[int]:
@@ -763,7 +768,7 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
                 if "rationale_ids" in fields:
                     read_ledger_fields(row, fields)
                 row.id = read_id(fields, where, len(rows))
-                if "id" in fields and row is not found[0]:
+                if row is not found[0] and row.id == found[0].id:
                     row.id = f"{row.id} {row.source_lang}-{row.target_lang}"
                 require(row.id not in ids, where, f"duplicate id {row.id!r}; change it")
                 ids.add(row.id)
@@ -942,7 +947,7 @@ def claim(file: Path, settings: dict, outputs=None, defaults=None, free=NOT_COMP
     claimable = not file.exists()
     if file.is_file():  # a run may have been killed while it wrote its settings
         claimable = text.startswith(file.read_bytes()[: len(json.dumps(MARK))])
-    fault = "is missing, or of another program; nothing is overwritten; choose another --out"
+    fault = "is missing next to existing output, or of another program; choose another --out"
     require(is_own(file) or (claimable and not list_outputs()), file, fault)
     with lock(file):
         known = is_own(file)
@@ -1071,7 +1076,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 # pattern in the repr of a Python or torch error -> our message
 FAILURES = {
-    "MemoryError|t allocate memory": "out of memory ({}); lower --micro-batch-size or --batch-size",
+    "MemoryError|t allocate memory": "out of memory ({}); lower --batch-size, "
+    "or --micro-batch-size of train.py",
     "^Dist|gloo": "another rank exited; see its error message ({})",
 }
 

@@ -1,8 +1,8 @@
-"""Measures what a model gained and what it lost (RaDis, step 3): translation, abilities, safety,
+r"""Measures what a model gained and what it lost (RaDis, step 3): translation, abilities, safety,
 answers to general prompts, and the KL to its base.
 
-    python evaluate.py --model DIR --out results/radis --translation test.de-en.json \\
-        --direction de-en --choice piqa.jsonl --numeric gsm8k.jsonl --safety advbench.csv \\
+    python evaluate.py --model DIR --out results/radis --translation test.de-en.json \
+        --direction de-en --choice piqa.jsonl --numeric gsm8k.jsonl --safety advbench.csv \
         --drift answers.jsonl --base BASE
     python evaluate.py --compare results/base results/vanilla results/radis
 
@@ -72,8 +72,8 @@ class Measure:
     """One kind of test, chosen by the option --NAME FILE...; `help` describes that option.
 
     read(file, encoder, options) yields the questions of a file. answer(question, load) returns
-    fields to store; load("model") and load("base") return these models. scores(items) maps names of
-    scores to Statistics of the stored items. options: those of the command line.
+    fields to store; load("model") and load("base") return these models. scores(items) returns a
+    dict from the name of each score to its Statistic. options: those of the command line.
     """
 
     help: str
@@ -81,7 +81,7 @@ class Measure:
     scores: Callable
     answer: Callable = None
     continues: bool = True  # the model continues the prompt
-    one_line: bool = False  # only to the end of the first line that is not empty: the hypothesis
+    one_line: bool = False  # it stops after the first line that is not empty, the hypothesis
 
 
 def measures():
@@ -111,7 +111,7 @@ def measures():
             partial(means, score_safety),
         ),
         "answers": Measure(
-            "general prompts: length of the answers, share of empty and of repetitive ones",
+            "general prompts: answer length, share of empty and of degenerate (repetitive) ones",
             read_answers,
             partial(means, score_answer),
         ),
@@ -154,7 +154,7 @@ def read_translation(file, encoder, options):
         require(
             row.target_lang and row.target_lang == rows[0].target_lang,
             row.where,
-            "--translation needs pairs into one language; give one --direction, or two files",
+            "--translation needs pairs into one language; give one --direction, or split the file",
         )
         yield Question(
             row,
@@ -233,10 +233,7 @@ def read_drift(file, encoder, options):
     data.require_vocabulary(options.base, encoder.tokenizer, ModelConfig.from_file(options.model))
     encoder = Encoder(encoder.tokenizer)  # the rows have their own prompts
     # without defaults: a setting that is added later does not change the hash
-    sampling = {}
-    for name, default in sorted(DEFAULTS.items()):
-        if meta.get(name, default) != default:
-            sampling[name] = meta[name]
+    sampling = {name: value for name, value in meta.items() if DEFAULTS.get(name, value) != value}
     for row in data.read_rows([file]):
         require(row.rationale_ids is not None, row.where, "is not a row of a ledger; remove it")
         example = encoder.example(row)
@@ -305,7 +302,7 @@ def read_tests(encoder, config, options):
 
 
 def produce_items(measure, tokenizer, options, load, rank, questions):
-    """Yields the items of a test as `complete` writes them."""
+    """Yields the items of a test, for `complete` to write."""
     ended = questions
     if measure.continues:
         usual = {"max_new_tokens": options.max_new_tokens}
@@ -341,8 +338,8 @@ def answer_choice(question, load):
 
 
 def answer_drift(question, load):
-    """Sums over the tokens of the base's answer, with EOS: -log P, KL(base || model) over the whole
-    vocabulary, and the number of equal top-1 tokens.
+    """Number of tokens of the base's answer, with EOS unless truncated, and sums over them: -log P,
+    KL(base || model) over the whole vocabulary, and whether the top-1 tokens are equal.
     """
     logprobs, [logprob] = score_endings(load("model"), question)
     base, _ = score_endings(load("base"), question)

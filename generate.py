@@ -1,7 +1,7 @@
-"""RaDis, step 1: the model generates rationales for the pairs that it will be trained on.
+r"""RaDis, step 1: the model generates rationales for the pairs that it will be trained on.
 
-    python generate.py --model DIR --data train.de-en.json --direction de-en \\
-                       --out rationales.jsonl --cue '\\n'
+    python generate.py --model DIR --data train.de-en.json --direction de-en \
+                       --out rationales.jsonl --cue '\n'
 
 The answer to "translate x" is prefilled with the reference y, and the model continues: the
 continuation is the rationale r (Wu et al. 2024). train.py then trains on y and r together. The
@@ -45,7 +45,7 @@ from model import (
     writing,
 )
 
-# a CJK character counts as a word
+# a Chinese or Japanese character counts as a word
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 # SDFT (Yang et al. 2024), our wording: the prompt, and phrases that show that an answer saw the
 # reference
@@ -107,9 +107,9 @@ def with_rewrite(sequence, tokenizer, task):
 
 
 def make_sequence(row, encoder, task, cue):
-    """Returns a row's Sequence. Ids in a ledger are ignored."""
+    """Returns a row's Sequence. Of a ledger's row only the pair or conversation is used."""
     tokenizer = encoder.tokenizer
-    reference = "" if task == "answer" else row.reference  # answers have none
+    reference = "" if task == "answer" else row.reference  # --task answer prefills nothing
     row = replace(
         row,
         reference=reference,
@@ -220,8 +220,8 @@ def sample(model, sequences, sampling, eos_ids=(), vocab_size=None, batch_size=3
     """Continues each of the sequences, and yields them as they end.
 
     Continuous batching: a finished sequence frees its cache row for the next one. vocab_size: ids
-    from it on (padding of the embedding) are not sampled. stop(ids): called after each token; True
-    acts like EOS.
+    from it on (padding of the embedding) are not sampled. stop(ids): called after each token; if
+    True, the sequence ends with this token.
     """
     require_room(sequences, sampling.max_new_tokens, model.config)
     waiting = sorted(sequences, key=lambda sequence: len(sequence.prefix))
@@ -416,9 +416,9 @@ def complete(path, rows, produce):
     Every rank calls it, in a run that `data.claim` has locked. rows: objects with `id`, `where`
     (FILE:LINE) and `input_hash`, a hash of what their outcome depends on besides id and settings.
     produce(missing) yields a dict with "id" for each of the rows that it is given, in any order.
-    Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. A line is known
-    by its id and its input_hash: those of an existing `path` are kept, and one that matches no row
-    raises UserError.
+    Rows are kept in PATH.parts/ until all exist; then `path` is written atomically. A line belongs
+    to the row that has its id and input_hash. Lines of an existing `path` are kept; one that
+    belongs to no row raises UserError.
     """
     rank = dist.get_rank()
     by_id = {}
@@ -470,6 +470,7 @@ def publish(path, by_id):
     require(finished.keys() == by_id.keys(), parts, "lacks rows; all ranks must share this folder")
     files = [*parts.glob("rank*.jsonl")]
     if files:
+        # in the parts folder: a file PATH.tmp may be the user's
         write_text(parts / "whole", "\n".join(finished[id] for id in by_id))
         os.replace(parts / "whole", path)
     for file in files:

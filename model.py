@@ -187,7 +187,7 @@ class Shared(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs of one forward pass that all layers share; B is 1 if all rows have equal positions."""
+    """Inputs of one forward pass that all layers share; B is 1 where `positions` were not given."""
 
     cos: Tensor  # [B, 1, T, D]
     sin: Tensor
@@ -389,7 +389,7 @@ class Transformer(nn.Module):
             local, rows = local_rows(p)
             full = torch.ones(p.shape, device=local.device)
             if p.dim() > 1:
-                generator = torch.Generator(local.device).manual_seed(seed + i)
+                generator = torch.Generator(local.device).manual_seed(seed * 1_000_003 + i)
                 full.normal_(0, self.config.initializer_range, generator=generator)
             local.copy_(full[rows])
 
@@ -411,7 +411,7 @@ class Transformer(nn.Module):
 
 
 def start_processes():
-    """Sets up torch.distributed; returns rank, world size and device.
+    """Sets up torch.distributed on the first call; returns rank, world size and device.
 
     A single process is a group of one, so all scripts have one code path.
     """
@@ -539,7 +539,7 @@ def load_weights(parameters, folder):
         new = tensor[rows].to(local)
         kind = tensor.get_dtype()
         finite = kind in FLOATS and new.isfinite().all()
-        fault = f"{name} ({kind}) must be finite, of a type in {', '.join(FLOATS)}"
+        fault = f"{name} ({kind}) must hold finite numbers, of type {' or '.join(FLOATS)}"
         require(finite, file, fault)
         fault = f"{name} differs from {EMBEDDING}; set tie_word_embeddings to false in config.json"
         require(name in parameters or new.equal(local), file, fault)
@@ -659,7 +659,8 @@ def parse_json(text: str, path, line=1):
         return value
     except (ValueError, RecursionError) as e:
         line += getattr(e, "lineno", 1) - 1
-        raise UserError(f"{path}:{line}: not valid JSON ({str(e)[:60]}); fix it") from None
+        fault = str(getattr(e, "msg", e))[:60]  # without its line, which is that within `text`
+        raise UserError(f"{path}:{line}: not valid JSON ({fault}); fix it") from None
 
 
 def read_object(path) -> dict:

@@ -5,9 +5,10 @@
 
 The loss of a step, over its examples on all ranks and in all micro-batches, with weight w:
 
-    loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / tokens
+    loss = (sum of -log P(y_t | y_<t, I, x)  +  w * sum of -log P(r_t | r_<t, y, I, x)) / n
 
-`tokens` counts the tokens of all references y and rationales r. Weight 0 is vanilla fine-tuning.
+n is the number of tokens in all references y and rationales r (`reference_tokens` plus
+`rationale_tokens` in metrics.jsonl). Weight 0 is vanilla fine-tuning.
 -log P(r_t) is a one-sample estimate of KL(base || model) plus a constant; --teacher replaces it
 with the KL to the teacher.
 """
@@ -264,7 +265,8 @@ def make_examples(rows, name, encoder, config, max_length):
     dropped = len(rows) - len(examples)
     counts = f"{dropped} of {len(rows)} rows dropped (no target, or over {max_length} tokens)"
     say(f"{name}: {counts}; {unused} rationales not used")
-    require(examples, name, f"{counts}; check the data, or raise --max-length")
+    fault = f"{counts}; check the data, or raise --max-length (at most the model's positions)"
+    require(examples, name, fault)
     largest = max(max(example.tokens) for example in examples)
     fault = f"id {largest} is not below vocab_size {config.vocab_size}; check --tokenizer"
     require(largest < config.vocab_size, encoder.tokenizer.folder, fault)
@@ -299,10 +301,10 @@ def load_sharded(source, dtype, seed=None, frozen=False):
 
 def make_optimizer(model, weight_decay):
     """Returns AdamW without weight decay for the norms."""
-    groups = []
-    for p in model.parameters():
-        decay = weight_decay if p.dim() > 1 else 0.0
-        groups.append({"params": [p], "weight_decay": decay})
+    groups = [
+        {"params": [p], "weight_decay": weight_decay if p.dim() > 1 else 0.0}
+        for p in model.parameters()
+    ]
     return torch.optim.AdamW(groups, fused=True)
 
 
@@ -416,7 +418,7 @@ def note_signals():
 
 
 def memory_gib():
-    """Returns the peak memory so far, in GiB: what PyTorch reserves, on a CPU the process's."""
+    """Returns the peak memory so far in GiB: of PyTorch on a GPU, else of the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -499,7 +501,7 @@ def main(args):
         "start_hash": hash_model(start),
         "teacher_hash": args.teacher and hash_model(args.teacher),
     }
-    # an option that is newer than args.json had its default
+    # args.json of an older version lacks newer options: they had their defaults
     defaults = vars(parser().parse_args(["--data", "", "--out", ""]))
     with data.claim(out / "args.json", settings, defaults=defaults, free=FREE) as known:
         fault = "holds a run; continue it with --resume, or choose another --out"
@@ -535,7 +537,7 @@ OPTIONS = """
 --weight-decay NUMBER=0.0        AdamW weight decay; norms are excluded
 --max-grad-norm NUMBER=1.0       gradient clipping; 0: none
 --seed N=0               seed of the order of the data, and of random weights
---save-every N=500       steps between checkpoints; 0: none
+--save-every N=500       steps between checkpoints; 0: only when a signal stops the run
 --export-every N=0       steps between model folders OUT/step-N; 0: none
 --valid-every N=0        steps between validations; 0: only at start and end
 --activation-checkpointing       recompute activations: less memory, slower

@@ -790,6 +790,9 @@ def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
     an absent EOS         | SETTINGS              | {"eos_token": "<a>"}           | eos_token is
     an absent special one | SETTINGS              | {"additional_special_tokens": ["<a>"]} | addit
     legacy as text        | SETTINGS              | {"legacy": "no"}             | "legacy" must be
+    tokens as a list      | SETTINGS              | {ADDED: []}              | "added_tokens_decoder" must
+    a token as text       | SETTINGS              | {ADDED: {"480": "a"}}          | added token
+    a token by its name   | SETTINGS              | {ADDED: {"a": {"content": "a"}}} | added token
     another piece's id    | SETTINGS              | {ADDED: {"7": {"content": "a"}}} | added token
     two ids         | SETTINGS  | {ADDED: {"480": {"content": "a"}, "481": {"content": "a"}}} | a
     one id for two        | added_tokens.json     | {"<a>": 480, "<b>": 480}       | added token
@@ -996,6 +999,8 @@ def test_a_row_without_id_gets_its_place_in_the_data(tmp_path, rows_of):
     rows = [PAIRS[0] | {"id": 7}, PAIRS[1] | {"id": "x"}, PAIRS[2]]
     ids = [row.id for row in rows_of(*rows, directions=["de-en", "en-de"])]
     assert ids == [7, "7 en-de", "x", "x en-de", 4, 5]
+    rows = rows_of(PAIRS[0] | {"question_id": 7}, directions=["de-en", "en-de"])
+    assert [row.id for row in rows] == [7, "7 en-de"]
 
 
 # PAIR and LEDGER: the fields of a pair and of a row of a ledger; a later field replaces an earlier

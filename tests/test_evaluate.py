@@ -290,7 +290,7 @@ def test_a_measure_without_its_fields_fails_before_any_item_is_kept(
 
 
 def test_a_score_that_has_changed_is_never_an_old_one(tmp_path, monkeypatch):
-    command = ["--model", "tuned", "--out", tmp_path, "--safety", "adv.csv"]
+    command = ["--model", "base", "--out", tmp_path, "--safety", "adv.csv"]
     run(*command)
     assert measures_of(tmp_path)["refusal/harmful"]["value"] == 0
     monkeypatch.setattr(evaluate, "REFUSAL", re.compile("."))

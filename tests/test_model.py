@@ -558,15 +558,15 @@ WRONG_FILES = {
     ),
     "integer": (
         stored(lambda t: t.update({NORM: t[NORM].to(torch.int8)})),
-        f"{SINGLE}: {NORM} .*must be finite",
+        f"{SINGLE}: {NORM} .*must hold finite",
     ),
     "nan": (
         value(NORM, float("nan")),
-        f"{SINGLE}: {NORM} .*must be finite",
+        f"{SINGLE}: {NORM} .*must hold finite",
     ),
     "inf": (
         value(NORM, float("-inf")),
-        f"{SINGLE}: {NORM} .*must be finite",
+        f"{SINGLE}: {NORM} .*must hold finite",
     ),
     "no config": (
         gone("config.json"),
@@ -641,7 +641,7 @@ WRONG_FILES = {
     ),
     "tied, integers": (
         tied(lambda x: x.to(torch.int8)),
-        f"{HEAD} .*must be finite",
+        f"{HEAD} .*must hold finite",
     ),
     "tied, other vocabulary": (
         tied(lambda x: x[:300].clone()),
