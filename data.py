@@ -731,7 +731,10 @@ def check_ids(ids, limit, where):
 
 
 def read_json(path) -> list[tuple[str, dict]]:
-    """(where, object) pairs of JSON lines or an array; where: `FILE:LINE` or `FILE row N`."""
+    """(where, object) pairs of JSON lines or an array, without fields that are null.
+
+    where: `FILE:LINE`, or `FILE row N`.
+    """
     text = read_text(path)
     if text.lstrip().startswith("["):
         content = enumerate(parse_json(text, path), 1)
@@ -739,10 +742,11 @@ def read_json(path) -> list[tuple[str, dict]]:
     else:
         lines = enumerate(text.split("\n"), 1)
         rows = [(f"{path}:{n}", parse_json(line, path, n)) for n, line in lines if line.strip()]
-    for where, row in rows:
+    require(rows, path, "the file holds no rows")
+    for i, (where, row) in enumerate(rows):
         if not isinstance(row, dict):
             raise UserError(f"{where}: a row must be a JSON object, found {quote(row)}")
-    require(rows, path, "the file holds no rows")
+        rows[i] = where, {name: value for name, value in row.items() if value is not None}
     return rows
 
 
@@ -758,7 +762,6 @@ def read_rows(files: list[str], directions=(), prompts: bool = False) -> list[Ro
     for file in files:
         ids = set()
         for where, fields in read_json(file):
-            fields = {name: value for name, value in fields.items() if value is not None}
             if "translation" in fields or {"source", "reference"} <= fields.keys():
                 found = read_pair(fields, where, ways)
             else:
