@@ -790,7 +790,7 @@ def test_the_hash_changes_with_what_changes_an_encoding(tokenizer, tmp_path):
     an absent EOS         | SETTINGS              | {"eos_token": "<a>"}           | eos_token is
     an absent special one | SETTINGS              | {"additional_special_tokens": ["<a>"]} | addit
     legacy as text        | SETTINGS              | {"legacy": "no"}             | "legacy" must be
-    tokens as a list      | SETTINGS              | {ADDED: []}              | "added_tokens_decoder" must
+    tokens as a list      | SETTINGS              | {ADDED: []}         | "added_tokens_decoder"
     a token as text       | SETTINGS              | {ADDED: {"480": "a"}}          | added token
     a token by its name   | SETTINGS              | {ADDED: {"a": {"content": "a"}}} | added token
     another piece's id    | SETTINGS              | {ADDED: {"7": {"content": "a"}}} | added token
