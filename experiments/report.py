@@ -219,7 +219,7 @@ def main(args):
         for title in args.minus:
             require(title in points, f"--minus {title}", f"must be one of {', '.join(points)}")
         pairs = [*zip(args.minus[::2], args.minus[1::2])]
-        tested = {f"p, {name}": 3 for name in TESTED if name in digits}
+        tested = {f"p, {name}": 4 for name in TESTED if name in digits}
         title = "Chosen differences" + "; p by Holm's method" * bool(tested)
         print_table(title, compare(points, pairs, [*digits]), columns | tested)
     print_predictions(points)
