@@ -726,8 +726,9 @@ def short_hash(value) -> str:
 def check_ids(ids, limit, where):
     """Raises UserError unless these are token ids below `limit`."""
     for id in ids:
-        known = type(id) is int and 0 <= id < limit
-        require(known, where, f"token id {quote(id)} is not a whole number from 0 to {limit - 1}")
+        if type(id) is not int or not 0 <= id < limit:
+            fault = f"token id {quote(id)} is not a whole number from 0 to {limit - 1}"
+            raise UserError(f"{where}: {fault}")
 
 
 def read_json(path) -> list[tuple[str, dict]]:
@@ -846,9 +847,7 @@ def read_conversation(fields, where, prompts):
     ledger = "rationale_ids" in fields
     messages = []
     for message in read_field(fields, "messages", list, where):
-        require(
-            isinstance(message, dict), where, f"a message must be an object, found {quote(message)}"
-        )
+        require(isinstance(message, dict), where, "a message must be an object")
         role = read_field(message, "role", str, where)
         # a system prompt may be empty; so may an answer in a ledger, if nothing was generated
         blank = role == "system" or (role == "assistant" and ledger)
@@ -892,7 +891,7 @@ def read_template(value: str | None) -> str | None:
     """The text of --template; if that has no {source}, of the file that it names."""
     if value is None:
         return None
-    text = unescape(value)
+    text = utf8_text(value)
     if "{source}" not in text and Path(value).is_file():
         text = read_text(value).removesuffix("\n")
     names = {*re.findall(r"\{([\w ]+)\}", text)}
@@ -904,7 +903,7 @@ def read_template(value: str | None) -> str | None:
     return text
 
 
-def unescape(text):
+def utf8_text(text):
     """Returns `text` with the two characters "\\n" as a line break, and "\\t" as a tab.
 
     Raises ValueError if it is not UTF-8.
@@ -1030,7 +1029,7 @@ VALUES = {
     "NUMBER": number_type(float, 0, 1e38),
     "SHARE": number_type(float, 0, 1),
     "P": number_type(float, 1e-30, 1),
-    "TEXT": unescape,
+    "TEXT": utf8_text,
 }
 # a line of a table of options: name, !, value, ..., default, help
 OPTION = re.compile(r"^(--[\w-]+)(!?) ?([\w|-]*)(\.*)=?(.*?)  +(.*)", re.MULTILINE)

@@ -386,7 +386,7 @@ def exponential_noise(keys, counts, size):
 def mix(x):
     """Hashes int32 numbers in place: a product carries bits up, a shift brings them down.
 
-    The factors are of Wellons' hash-prospector, whose shifts are 15, 12 and 15.
+    The factors are of Wellons' hash-prospector. Its shifts are 15, 12 and 15; here two of 15 do.
     """
     for factor in (739982445, 695872825):
         x ^= (x >> 15).bitwise_and_(0x1FFFF)  # the mask makes the shift a logical one

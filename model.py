@@ -421,7 +421,8 @@ def start_processes():
         backend = "cpu:gloo,cuda:nccl"
         device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # slow: a plan for every length
+        # cuDNN's attention may build a plan for every new length, which is slow
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if not dist.is_initialized():
         alone = {}
         if "RANK" not in os.environ:  # not started by torchrun
